@@ -7,8 +7,12 @@ triton: Any
 tl: Any
 
 try:
-    import triton
-    import triton.language as tl
+    triton, tl = __import__("triton"), __import__("triton.language").language
 except ImportError:
+
+    class _Constexpr:
+        def __init__(self, value: Any):
+            self.value = value
+
     triton = SimpleNamespace(jit=lambda fn: SimpleNamespace(fn=fn))
-    tl = SimpleNamespace(constexpr=object)
+    tl = SimpleNamespace(constexpr=_Constexpr)
