@@ -9,7 +9,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_samples(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     """x is [B, ...] with at least one element, of a known dtype, contiguous or channels_last."""
     if x.dtype not in dtypes:
-        raise ValueError(f"{name} has dtype {x.dtype}, expected {' or '.join(map(str, dtypes))}")
+        raise ValueError(
+            f"{name} has dtype {x.dtype}, expected {' or '.join(dict.fromkeys(map(str, dtypes)))}"
+        )
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected [B, ...] with at least one element")
     if not (x.is_contiguous() or is_channels_last(x)):

@@ -7,17 +7,93 @@ u = x1 - x0 with x0 drawn again from its counters, D elements a sample:
 """
 
 import torch
-from orwcfm_fast.kernels._check import (
-    check_counters,
-    check_like,
-    check_samples,
-    check_tensor,
-    refuse_grad,
-)
-from orwcfm_fast.kernels.philox import X0, normal
+from orwcfm_fast.kernels._check import check_counters, check_like, check_samples, check_tensor, refuse_grad
+from orwcfm_fast.kernels._launch import Launch, channels_and_pixels, cut, is_strided, pointers
+from orwcfm_fast.kernels._triton import tl, triton
+from orwcfm_fast.kernels.philox import X0, normal, normal_kernel
 from torch import Tensor
 
 Output = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@triton.jit
+def _store_sums(loss_ptr, fm_ptr, w2_ptr, at, fm, w2, w, a):
+    tl.store(loss_ptr + at, w * fm + a * w2)
+    tl.store(fm_ptr + at, fm)
+    tl.store(w2_ptr + at, w2)
+
+
+@triton.jit
+def _anchored_residual_kernel(
+    v_ptr,
+    v_ref_ptr,
+    x1_ptr,
+    seed_ptr,
+    index_ptr,
+    w_ptr,
+    a_ptr,
+    dv_ptr,
+    loss_ptr,
+    fm_ptr,
+    w2_ptr,
+    elements,
+    chunks,
+    channels,
+    pixels,
+    inverse,
+    PURPOSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    MASKED: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+    V_STRIDED: tl.constexpr,
+    V_REF_STRIDED: tl.constexpr,
+    X1_STRIDED: tl.constexpr,
+):
+    """One chunk of one sample; loss_ptr, fm_ptr and w2_ptr hold a number for each chunk."""
+    program = tl.program_id(0)
+    sample = program // chunks
+    first = (program % chunks).to(tl.int64) * (BLOCK * BLOCKS)
+    base = sample.to(tl.int64) * elements
+    # seed and index live on the device: Python integers would freeze under CUDA-graph capture
+    seed, index = tl.load(seed_ptr), tl.load(index_ptr + sample)
+    w, a = tl.load(w_ptr + sample), tl.load(a_ptr + sample)
+    w_scale, a_scale = 2 * inverse * w, 2 * inverse * a
+    lane = tl.arange(0, BLOCK)
+    fm, w2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for block in range(BLOCKS):
+        start = first + block * BLOCK
+        mask = lane < elements - start if MASKED else None
+        v_at = pointers(v_ptr + base, start, lane, channels, pixels, V_STRIDED)
+        v_ref_at = pointers(v_ref_ptr + base, start, lane, channels, pixels, V_REF_STRIDED)
+        x1_at = pointers(x1_ptr + base, start, lane, channels, pixels, X1_STRIDED)
+        v = tl.load(v_at, mask).to(tl.float32)
+        drift = v - tl.load(v_ref_at, mask).to(tl.float32)
+        x0 = normal_kernel(start, seed, index, PURPOSE, BLOCK, NEIGHBOURS)
+        residual = v - tl.load(x1_at, mask).to(tl.float32) + x0
+        if MASKED:
+            residual, drift = tl.where(mask, residual, 0.0), tl.where(mask, drift, 0.0)
+        fm += residual * residual
+        w2 += drift * drift
+        dv = (w_scale * residual + a_scale * drift).to(dv_ptr.dtype.element_ty)
+        tl.store(pointers(dv_ptr + base, start, lane, channels, pixels, V_STRIDED), dv, mask)
+    _store_sums(loss_ptr, fm_ptr, w2_ptr, program, tl.sum(fm, 0) * inverse, tl.sum(w2, 0) * inverse, w, a)
+
+
+@triton.jit
+def _sum_chunks_kernel(
+    parts_fm_ptr, parts_w2_ptr, w_ptr, a_ptr, loss_ptr, fm_ptr, w2_ptr, chunks, BLOCK: tl.constexpr
+):
+    """Add the chunks of one sample, always in the same order."""
+    sample = tl.program_id(0)
+    fm, w2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, chunks, BLOCK):
+        chunk = start + tl.arange(0, BLOCK)
+        at, mask = sample.to(tl.int64) * chunks + chunk, chunk < chunks
+        fm += tl.load(parts_fm_ptr + at, mask, 0.0)
+        w2 += tl.load(parts_w2_ptr + at, mask, 0.0)
+    w, a = tl.load(w_ptr + sample), tl.load(a_ptr + sample)
+    _store_sums(loss_ptr, fm_ptr, w2_ptr, sample, tl.sum(fm, 0), tl.sum(w2, 0), w, a)
 
 
 def anchored_residual_reference(
@@ -38,12 +114,53 @@ def anchored_residual_reference(
 def _check(v, v_ref, x1, seed, index, w, a) -> None:
     check_samples("v", v)
     check_samples("v_ref", v_ref, (v.dtype,))
-    check_samples("x1", x1, tuple({v.dtype: 0, torch.float32: 0}))
+    check_samples("x1", x1, (v.dtype, torch.float32))
     check_like("v_ref", v_ref, "v", v)
     check_like("x1", x1, "v", v)
     check_counters(seed, index, v)
     check_tensor("w", w, torch.float32, (v.shape[0],), v.device)
     check_tensor("a", a, torch.float32, (v.shape[0],), v.device)
+
+
+def plan_anchored_residual(
+    v: Tensor, v_ref: Tensor, x1: Tensor, seed: Tensor, index: Tensor, w: Tensor, a: Tensor
+) -> tuple[list[Launch], Output]:
+    """The kernel calls, and the outputs that they fill."""
+    _check(v, v_ref, x1, seed, index, w, a)
+    batch, elements = v.shape[0], v[0].numel()
+    chunks, meta = cut(elements, v.dtype)
+    dv = torch.empty_like(v)
+    loss, fm, w2 = (torch.empty_like(w) for _ in range(3))
+    parts = (loss, fm, w2) if chunks == 1 else tuple(w.new_empty(batch * chunks) for _ in range(3))
+    inputs = {"v_ptr": v, "v_ref_ptr": v_ref, "x1_ptr": x1, "seed_ptr": seed, "index_ptr": index}
+    weights = {"w_ptr": w, "a_ptr": a}
+    outputs = {"dv_ptr": dv, "loss_ptr": parts[0], "fm_ptr": parts[1], "w2_ptr": parts[2]}
+    sizes = {"elements": elements, "chunks": chunks, **channels_and_pixels(v), "inverse": 1 / elements}
+    strided = {f"{n.upper()}_STRIDED": is_strided(n, x) for n, x in (("v", v), ("v_ref", v_ref), ("x1", x1))}
+    args = inputs | weights | outputs | sizes
+    launches = [Launch(_anchored_residual_kernel, (batch * chunks,), args, meta | strided | {"PURPOSE": X0})]
+    if chunks > 1:
+        sums = {
+            "parts_fm_ptr": parts[1],
+            "parts_w2_ptr": parts[2],
+            "loss_ptr": loss,
+            "fm_ptr": fm,
+            "w2_ptr": w2,
+        }
+        launches.append(
+            Launch(_sum_chunks_kernel, (batch,), sums | weights | {"chunks": chunks}, {"BLOCK": 512})
+        )
+    return launches, (loss, fm, w2, dv)
+
+
+def launch_anchored_residual(
+    v: Tensor, v_ref: Tensor, x1: Tensor, seed: Tensor, index: Tensor, w: Tensor, a: Tensor
+) -> Output:
+    """Run the kernels; the interpreter's tests call this, everyone else the op."""
+    launches, outputs = plan_anchored_residual(v, v_ref, x1, seed, index, w, a)
+    for launch in launches:
+        launch.run(v)
+    return outputs
 
 
 @torch.library.custom_op("orwcfm::anchored_residual", mutates_args=(), device_types="cuda")
@@ -71,7 +188,7 @@ def anchored_residual(
         ValueError: an argument of another shape, dtype, device or layout, or one other than v that
             requires grad.
     """
-    raise NotImplementedError
+    return launch_anchored_residual(v, v_ref, x1, seed, index, w, a)
 
 
 @anchored_residual.register_kernel("cpu")

@@ -64,6 +64,79 @@ def cosine(square):
     return p * square + 1.0
 
 
+@triton.jit
+def _box_muller_kernel(radius_word, angle_word):
+    """_box_muller below, operation by operation."""
+    w = radius_word.to(tl.int32, bitcast=True)
+    v = angle_word.to(tl.int32, bitcast=True)
+    u = w.to(tl.float32) * 2**-32 + 2**-33
+    bits = u.to(tl.int32, bitcast=True)
+    near_one = w < 0
+    f = tl.where(near_one, u, ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True) - 1.0)
+    exponent = tl.where(near_one, 0, (bits >> 23) - 126)
+    radius = tl.sqrt(exponent.to(tl.float32) * MINUS_2_LN2 + minus_2_log1p(f))
+    x = (v << 2).to(tl.float32) * ANGLE
+    quarter = angle_word + 0x20000000
+    square = x * x
+    sin, cos = sine(x, square), cosine(square)
+    odd = (quarter & 0x40000000) != 0
+    first, second = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    first_sign = (quarter + 0x40000000) & 0x80000000
+    second_sign = quarter & 0x80000000
+    first = (first.to(tl.uint32, bitcast=True) ^ first_sign).to(tl.float32, bitcast=True)
+    second = (second.to(tl.uint32, bitcast=True) ^ second_sign).to(tl.float32, bitcast=True)
+    return radius * first, radius * second
+
+
+@triton.jit
+def philox_kernel(c0, c1, c2, c3, k0, k1):
+    """philox4x32 on uint32 blocks and scalars."""
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * M0
+        p1 = c2.to(tl.uint64) * M1
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        k0 += W0
+        k1 += W1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _four_normals(quad, seed, index, PURPOSE: tl.constexpr):
+    zero = tl.zeros_like(quad)
+    w0, w1, w2, w3 = philox_kernel(
+        quad,
+        zero + PURPOSE,
+        zero + index.to(tl.uint32),
+        zero + (index >> 32).to(tl.uint32),
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )
+    z0, z1 = _box_muller_kernel(w0, w1)
+    z2, z3 = _box_muller_kernel(w2, w3)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def normal_kernel(start, seed, index, PURPOSE: tl.constexpr, BLOCK: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """float32 normals [BLOCK] of elements start, start + 1, ...; start is an int64 multiple of 8.
+
+    Each thread makes NEIGHBOURS (4 or 8) in a row, as many as one 16-byte access of the caller holds, and
+    in the caller's order: no exchange through shared memory.
+    """
+    quad = (start // 4).to(tl.uint32)
+    if NEIGHBOURS == 4:
+        z0, z1, z2, z3 = _four_normals(quad + tl.arange(0, BLOCK // 4).to(tl.uint32), seed, index, PURPOSE)
+        return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+    else:
+        quad += 2 * tl.arange(0, BLOCK // 8).to(tl.uint32)
+        z0, z1, z2, z3 = _four_normals(quad, seed, index, PURPOSE)
+        z4, z5, z6, z7 = _four_normals(quad + 1, seed, index, PURPOSE)
+        even = tl.interleave(tl.interleave(z0, z4), tl.interleave(z2, z6))
+        odd = tl.interleave(tl.interleave(z1, z5), tl.interleave(z3, z7))
+        return tl.interleave(even, odd)
+
+
 def _key(seed: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
     return seed & _MASK, (seed >> 32) & _MASK
 
