@@ -1,0 +1,48 @@
+"""Where to run, in what precision, and where to keep what is made once."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from orwcfm_fast.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto', 'cpu', 'cuda' or 'cuda:N' to a device that is there.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device '{name}': not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device '{name}': this machine has {torch.cuda.device_count()} CUDA GPUs; use --device cpu"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device '{name}': only cpu and cuda are supported")
+    return device
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are faster than float32 there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_amx_tile_supported()
+
+
+def resolve_precision(name: str, device: torch.device, small: bool = False) -> torch.dtype:
+    """'auto', 'fp32' or 'bf16' to a dtype; auto keeps small networks, where casts cost more, in float32."""
+    if name == "auto":
+        return torch.bfloat16 if fast_bf16(device) and not small else torch.float32
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def cache_dir() -> Path:
+    """$ORWCFM_CACHE, by default ~/.cache/orwcfm."""
+    return Path(os.environ.get("ORWCFM_CACHE") or Path.home() / ".cache" / "orwcfm")

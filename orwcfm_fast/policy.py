@@ -1,0 +1,56 @@
+"""A policy: a velocity network with what is needed to sample from it and to show its samples to a reward."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from orwcfm_fast.device import resolve_precision
+from orwcfm_fast.models import build_network
+
+
+@dataclass(frozen=True)
+class Policy:
+    """dx/dt = velocity(t, x, condition) carries noise N(0, I) at t=0 to samples at t=1.
+
+    Attributes:
+        network: v(t [B], x [B, *shape][, condition]); always in eval mode here.
+        shape: of one sample.
+        model, data: names of the preset and of the data it was trained on.
+        precision: float32, or bfloat16 by autocast.
+    """
+
+    network: nn.Module
+    shape: tuple[int, ...]
+    model: str
+    data: str
+    precision: torch.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def velocity(self, t: Tensor | float, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Velocity at (t, x) in float32 or the autocast dtype; t [B] or one number for the whole batch."""
+        if not isinstance(t, Tensor):
+            t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)
+        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+            return self.network(t, x) if condition is None else self.network(t, x, condition)
+
+    def decode(self, x1: Tensor) -> Tensor:
+        """What the reward sees: images in [-1, 1], vectors as they are."""
+        return x1.clamp(-1, 1) if len(self.shape) == 3 else x1
+
+    def frozen_copy(self) -> "Policy":
+        """The same policy with weights of its own that never train: the reference."""
+        return replace(self, network=copy.deepcopy(self.network).requires_grad_(False).eval())
+
+
+def make_policy(
+    model: str, data: str, shape: tuple[int, ...], device: torch.device, precision: str = "auto"
+) -> Policy:
+    """A policy with fresh weights, in eval mode."""
+    network = build_network(model, shape).to(device).eval()
+    small = sum(p.numel() for p in network.parameters()) < 200_000
+    return Policy(network, tuple(shape), model, data, resolve_precision(precision, device, small))

@@ -1,0 +1,72 @@
+"""A rollout: samples of the current policy and what the reward says of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast import noise
+from orwcfm_fast.errors import WorkError
+from orwcfm_fast.policy import Policy
+from orwcfm_fast.samplers import solve
+from orwcfm_fast.settings import Sampling
+
+Reward = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Rollout:
+    """Samples x1 [N, *shape] of global numbers index [N]; reward [N] once scored."""
+
+    x1: Tensor
+    index: Tensor
+    reward: Tensor
+
+
+def sample(policy: Policy, x0: Tensor, how: Sampling, chunk: int) -> Tensor:
+    """Samples [N, *shape] of the policy from noise x0, `chunk` at a time, float32."""
+    with torch.inference_mode():
+        parts = [solve(policy.velocity, part, how.solver, how.nfe, how.grid) for part in x0.split(chunk)]
+        return torch.cat([part.float() for part in parts])
+
+
+def start_noise(policy: Policy, n: int, seed: int, purpose: int = noise.SAMPLE, first: int = 0) -> Tensor:
+    """Noise x0 [n, *shape] of draws first … first+n−1."""
+    index = noise.indices(first, n, policy.device)
+    return noise.normal(policy.shape, torch.tensor(seed, device=policy.device), index, purpose)
+
+
+def draw(policy: Policy, n: int, round: int, seed: int, how: Sampling, chunk: int) -> Rollout:
+    """The rollout of a round: n fresh samples of the policy, not yet scored."""
+    x0 = start_noise(policy, n, seed, noise.ROLLOUT, round * n)
+    x1 = sample(policy, x0, how, chunk).clone()  # out of inference mode
+    return Rollout(x1, noise.indices(round * n, n, policy.device), torch.empty(0))
+
+
+def score(reward: Reward, samples: Tensor, name: str, where: str = "") -> Tensor:
+    """Rewards [N] of decoded samples, float32 on their device.
+
+    Raises:
+        WorkError: the reward raised, or returned another shape or values that are not finite.
+    """
+    at = f"reward {name}{', ' + where if where else ''}"
+    try:
+        with torch.no_grad():
+            values = torch.as_tensor(reward(samples))
+    except WorkError:
+        raise
+    except Exception as error:
+        text = str(error).split("\n")[0]
+        raise WorkError(f"{at}: {type(error).__name__}: {text}") from error
+    if values.shape != (len(samples),):
+        raise WorkError(
+            f"{at}: returned shape {tuple(values.shape)}, should be ({len(samples)},): one a sample"
+        )
+    if values.is_complex():
+        raise WorkError(f"{at}: returned complex numbers")
+    bad = int((~values.isfinite()).sum())
+    if bad:
+        kind = "NaN" if bool(values.isnan().any()) else "not finite"
+        raise WorkError(f"{at}: {bad} of {len(samples)} values are {kind}")
+    return values.to(samples.device, torch.float32)

@@ -1,0 +1,169 @@
+"""Every setting, declared once: the command line's options, the TOML keys and the Python arguments."""
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.registry import unknown
+
+Weights = Literal["exp", "linear", "advantage"]
+Coupling = Literal["independent", "ot"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Settings(BaseModel):
+    """Base of all commands' settings; frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = Field(0, description="seed of all counted noise")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Precision = Field(
+        "auto", description="of the network; auto is bf16 where the machine is fast at it"
+    )
+
+
+class RewardOptions(Settings):
+    """Which reward, and what some rewards need besides their name."""
+
+    reward: list[str] = Field([], description="NAME[:ARG][=WEIGHT], file.py:f or module:f; repeat to add up")
+    prompt: list[str] = Field([], description="clip: what the image should show; repeat for several")
+    negative: list[str] = Field([], description="clip: what it should not show; repeat for several")
+    clip_model: str = Field("ViT-B-32", description="clip: open_clip architecture")
+    clip_weights: str = Field("openai", description="clip: open_clip pretrained tag, or a weights file")
+
+
+class Sampling(Settings):
+    """How noise becomes samples."""
+
+    solver: str = Field("ab4", description="ODE solver (orwcfm list solvers)")
+    nfe: int = Field(16, ge=1, description="network evaluations a sample (dopri5 chooses its own)")
+    grid: str = Field("power:1.3", description="uniform, or power:P for t = 1−(1−s)^P: finer near the data")
+
+
+class Evaluation(Sampling, RewardOptions):
+    """Held-out samples and what is measured on them."""
+
+    n: int = Field(2048, ge=2, description="held-out samples; exact W2 uses at most 2,048")
+    chunk: int = Field(512, ge=1, description="samples drawn at once")
+
+
+class Sample(Sampling):
+    """Settings of `orwcfm sample`."""
+
+    n: int = Field(64, ge=1, description="number of samples")
+    chunk: int = Field(512, ge=1, description="samples drawn at once")
+    precision: Precision = Field("fp32", description="of the network")
+
+
+class Training(Settings):
+    """What pretraining and fine-tuning share."""
+
+    batch: int = Field(128, ge=1, description="samples a gradient step")
+    lr: float = Field(5e-4, gt=0, allow_inf_nan=False, description="learning rate (AdamW)")
+    warmup: int = Field(50, ge=0, description="steps of linear learning-rate warm-up")
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+
+
+class Pretrain(Training):
+    """Settings of `orwcfm pretrain`."""
+
+    data: str = Field("digits", description="dataset (orwcfm list data); folder:PATH for a folder of images")
+    data_dir: str = Field("", description="where downloaded datasets lie; default under the cache")
+    model: str = Field("", description="network preset (orwcfm list models); default: the data's")
+    steps: int = Field(1500, ge=1, description="gradient steps")
+    lr: float = Field(2e-3, gt=0, allow_inf_nan=False, description="learning rate (AdamW)")
+    ema: float = Field(0.998, ge=0, lt=1, description="decay of the weight average that is sampled from")
+    cooldown: float = Field(
+        0.4, ge=0, le=1, description="share of the steps over which the rate falls to zero"
+    )
+    save_every: int = Field(500, ge=1, description="steps between checkpoints")
+
+
+class Finetune(Training, Sampling, RewardOptions):
+    """Settings of `orwcfm finetune`; the defaults are those of the digits run."""
+
+    checkpoint: str = Field("", description="pretrained model: run, checkpoint, foreign .pt or preset")
+    model: str = Field("", description="network preset of a foreign .pt (orwcfm list models)")
+    data: str = Field("", description="dataset that a foreign .pt was trained on")
+    alpha: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="W2 weight α: higher stays nearer the reference"
+    )
+    tau: float = Field(
+        0.5, allow_inf_nan=False, description="w = exp(τ·r); higher is sharper (an inverse temperature)"
+    )
+    weights: Weights = Field("exp", description="from reward to weight: exp(τ·r); r; exp(τ·standardised r)")
+    normalize_weights: bool = Field(True, description="divide weights by their mean over the round")
+    coupling: Coupling = Field(
+        "independent", description="of noise and sample; ot: minibatch optimal transport"
+    )
+    rounds: int = Field(8, ge=1, description="online rounds")
+    steps_per_round: int = Field(32, ge=1, description="gradient steps a round")
+    rollout: int = Field(1024, ge=1, description="samples drawn a round")
+    chunk: int = Field(512, ge=1, description="samples drawn at once")
+    probe: int = Field(
+        128, ge=2, description="fixed-noise samples that W2 and pictures follow through the rounds"
+    )
+    eval_n: int = Field(2048, ge=2, description="held-out samples of the closing table")
+    save_every: int = Field(1, ge=1, description="rounds between checkpoints")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    wandb: str = Field("", description="log to this Weights & Biases project as well")
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def build(kind: type[S], *layers: dict[str, Any], where: str = "") -> S:
+    """Settings from layers of values, later ones winning.
+
+    Raises:
+        UserError: unknown key (the nearest known one), wrong type or a value out of bounds; one line.
+    """
+    values = {k: v for layer in layers for k, v in layer.items() if v is not None}
+    for key in values:
+        if key not in kind.model_fields:
+            raise UserError(where + str(unknown("setting", key, kind.model_fields)))
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        field = kind.model_fields.get(name)
+        means = f" ({field.description})" if field else ""
+        wanted = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{where}{name} = {first['input']!r}: {wanted}{means}") from None
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A TOML file's keys, with - and _ alike.
+
+    Raises:
+        UserError: the file is missing or not TOML.
+    """
+    try:
+        return {k.replace("-", "_"): v for k, v in tomllib.loads(Path(path).read_text("utf-8")).items()}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+
+
+def to_toml(values: dict[str, Any]) -> str:
+    """Flat settings as TOML; None is left out."""
+    return "".join(f"{k} = {_toml(v)}\n" for k, v in values.items() if v is not None)
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value) if math.isfinite(value) else str(value)
+        case list() | tuple():
+            return f"[{', '.join(map(_toml, value))}]"
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'

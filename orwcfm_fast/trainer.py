@@ -1,0 +1,167 @@
+"""The online loop: draw, score, weigh, step, record."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast import checkpoint, noise
+from orwcfm_fast.coupling import Batch, couple
+from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.policy import Policy
+from orwcfm_fast.rollout import Reward, Rollout, draw, sample, score, start_noise
+from orwcfm_fast.settings import Finetune
+from orwcfm_fast.step import Learner
+from orwcfm_fast.weighting import check_bounded, effective_sample_size, weigh
+
+PHASES = ("rollout", "reward", "reference", "policy", "optimizer")
+
+
+@dataclass
+class Progress:
+    """Where a round stands; what a display reads."""
+
+    round: int
+    step: int
+    phase: str
+
+
+class Trainer:
+    """Fine-tunes a policy online with any reward.
+
+    Args:
+        policy: pretrained; its network is trained in place.
+        reward: decoded samples [B, …] → [B] numbers; no gradient needed.
+        settings: all of `orwcfm finetune`.
+        reference: the anchor; by default a frozen copy of the policy as it is now.
+        features: samples → features [B, F] in which diversity is measured; pixels where None.
+        watch: called with a Progress at each phase of each step.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        settings: Finetune,
+        *,
+        reward_name: str = "reward",
+        reference: Policy | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
+        watch: Callable[[Progress], None] | None = None,
+    ) -> None:
+        if settings.coupling == "ot" and settings.batch < 2:
+            raise UserError("coupling 'ot' needs a batch of at least 2")
+        self.policy, self.reward, self.settings = policy, reward, settings
+        self.reward_name = reward_name
+        self.reference = reference or policy.frozen_copy()
+        self.features = features or (lambda x: x)
+        self.watch = watch or (lambda progress: None)
+        self.learner = Learner(policy, self.reference, settings)
+        self.phases = self.learner.phases
+        self.seed = torch.tensor(settings.seed, device=policy.device)
+        self.round = 0
+        self.steps = 0
+        self.probe_noise = start_noise(policy, settings.probe, settings.seed)
+        self.probe_reference = sample(self.reference, self.probe_noise, settings, settings.chunk)
+        self.probe = self.probe_reference
+
+    def train(self, rounds: int) -> Iterator[dict[str, Any]]:
+        """Run up to `rounds` rounds in all; yields each round's metrics (the keys of metrics.jsonl)."""
+        while self.round < rounds:
+            yield self.one_round()
+
+    def one_round(self) -> dict[str, Any]:
+        """Draw a rollout, score and weigh it, take its gradient steps; the metrics of the round."""
+        s, number = self.settings, self.round
+        rollout = self.draw_and_score(number)
+        w = weigh(rollout.reward, s.tau, s.weights, s.normalize_weights)
+        check_bounded(w, s.alpha)
+        losses = []
+        for step, batch in enumerate(self.minibatches(rollout, w, number)):
+            self.watch(Progress(number, step, "step"))
+            losses.append(self.learner.step(batch, self.seed))
+        self.steps += s.steps_per_round
+        self.round += 1
+        return self.measure(rollout, w, torch.stack(losses).mean(0))
+
+    def draw_and_score(self, number: int) -> Rollout:
+        """The round's whole rollout, drawn from the policy as it stands, with its rewards."""
+        s = self.settings
+        self.watch(Progress(number, 0, "rollout"))
+        with self.phases("rollout"):
+            rollout = draw(self.policy, s.rollout, number, s.seed, s, s.chunk)
+        self.watch(Progress(number, 0, "reward"))
+        with self.phases("reward"):
+            samples = self.policy.decode(rollout.x1)
+            rollout.reward = score(self.reward, samples, self.reward_name, f"round {number + 1}")
+        return rollout
+
+    def minibatches(self, rollout: Rollout, w: Tensor, number: int) -> Iterator[Batch]:
+        """`steps_per_round` coupled minibatches: passes over the rollout, each in an order of its own."""
+        s, n = self.settings, len(w)
+        wanted = s.steps_per_round * s.batch
+        passes = math.ceil(wanted / n)
+        order = torch.cat([noise.permutation(n, self.seed, number * passes + p) for p in range(passes)])
+        first = number * wanted
+        for i in range(0, wanted, s.batch):
+            pick = order[i : i + s.batch]
+            index = noise.indices(first + i, s.batch, self.policy.device)
+            with self.phases("policy"):
+                batch = couple(rollout.x1[pick], w[pick], s.alpha, self.seed, index, s.coupling)
+            yield batch
+
+    def measure(self, rollout: Rollout, w: Tensor, losses: Tensor) -> dict[str, Any]:
+        """The round's metrics; the only place where a round reads from the device."""
+        s = self.settings
+        self.watch(Progress(self.round - 1, s.steps_per_round, "measure"))
+        with self.phases("probe"):
+            self.probe, gap = sample_with_gap(self.policy, self.reference, self.probe_noise, s, s.chunk)
+            spread = pairwise_distance(self.features(self.policy.decode(rollout.x1[:512])))
+        seconds = self.phases.read()
+        training = sum(seconds[p] for p in PHASES[2:])
+        loss_fm, loss_w2 = losses.tolist()
+        return {
+            "round": self.round,
+            "reward_mean": float(rollout.reward.mean()),
+            "reward_std": float(rollout.reward.std(correction=0)),
+            "reward_max": float(rollout.reward.max()),
+            "loss_fm": loss_fm,
+            "loss_w2": loss_w2,
+            "ess": effective_sample_size(w),
+            "w2_coupled": coupled_w2(self.probe, self.probe_reference),
+            "velocity_gap": gap,
+            "diversity": spread,
+            **{f"seconds_{p}": seconds[p] for p in (*PHASES, "probe")},
+            "images_per_s_rollout": s.rollout / seconds["rollout"],
+            "images_per_s_train": s.steps_per_round * s.batch / training,
+        }
+
+    def save(self, path, more: dict[str, Any]) -> None:
+        """Write a checkpoint from which `restore` goes on bit for bit on the same device."""
+        state = {"kind": "finetune", "round": self.round, "step": self.steps, **describe(self.policy), **more}
+        checkpoint.save(
+            path,
+            state,
+            model=self.policy.network.state_dict(),
+            optimizer=checkpoint.optimizer_tensors(self.learner.optimizer),
+        )
+
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Go on from a checkpoint written by `save`."""
+        checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
+        checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
+        self.round, self.steps = int(found.state["round"]), int(found.state["step"])
+        self.learner.schedule.last_epoch = self.steps
+        for group, base in zip(
+            self.learner.optimizer.param_groups, self.learner.schedule.base_lrs, strict=True
+        ):
+            group["lr"] = base * self.learner.schedule.lr_lambdas[0](self.steps)
+
+
+def describe(policy: Policy) -> dict[str, Any]:
+    """What a checkpoint must say of a policy so that it can be built again."""
+    return {"model": policy.model, "data": policy.data, "shape": list(policy.shape)}

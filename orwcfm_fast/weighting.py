@@ -1,0 +1,52 @@
+"""From rewards to weights, once a round over the whole rollout."""
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast.errors import UserError
+
+
+def weigh(reward: Tensor, tau: float, kind: str = "exp", normalize: bool = True) -> Tensor:
+    """Weights w [N] of a round's rewards [N], float32.
+
+    exp: exp(τ·r); linear: r; advantage: exp(τ·(r − mean)/std). Divided by their mean over the round
+    (for exp by log-sum-exp, so that no reward overflows) unless `normalize` is false; linear always is.
+
+    Raises:
+        UserError: linear with a negative reward or none above zero; a weight too large for float32.
+    """
+    r = reward.double()
+    if kind == "linear":
+        if bool((r < 0).any()):
+            raise UserError(
+                f"weights 'linear': rewards must not be negative, the least is {r.min():.4g}; use exp"
+            )
+        if not bool(r.any()):
+            raise UserError("weights 'linear': every reward is 0; use exp")
+        return (r / r.mean()).float()
+    if kind == "advantage":
+        r = (r - r.mean()) / r.std(correction=0).clamp_min(1e-8)
+    log_w = tau * r
+    if normalize:
+        log_w = log_w - (log_w.logsumexp(0) - torch.tensor(float(len(r))).log())
+    w = log_w.exp().float()
+    if not bool(w.isfinite().all()):
+        raise UserError(f"τ = {tau:g} with rewards up to {reward.abs().max():.4g} overflows; lower |τ|")
+    return w
+
+
+def effective_sample_size(w: Tensor) -> float:
+    """(Σw)²/Σw² of weights [N], between 1 and N for weights ≥ 0."""
+    w = w.double()
+    return float(w.sum() ** 2 / w.square().sum().clamp_min(1e-300))
+
+
+def check_bounded(w: Tensor, alpha: float) -> None:
+    """w + α > 0 for every sample, or the loss has no lower bound.
+
+    Raises:
+        UserError: names the α that would be enough.
+    """
+    least = float(w.min())
+    if least + alpha <= 0:
+        raise UserError(f"the least weight is {least:.4g}: the loss has no lower bound; use α > {-least:.4g}")
