@@ -1,0 +1,179 @@
+"""What the kernels compile to, without a GPU: `python -m orwcfm_fast.kernels.static [--json]`.
+
+Each launch is compiled as the launcher would run it (argument alignments included) for sm_80, sm_90 and
+sm_100; figures come from the cubin's SASS. Not under TRITON_INTERPRET=1.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from orwcfm_fast.kernels._launch import Launch
+from orwcfm_fast.kernels._triton import triton
+from orwcfm_fast.kernels.anchored_residual import plan_anchored_residual
+from orwcfm_fast.kernels.interpolate import plan_interpolate
+
+TARGETS = (80, 90, 100)
+IMAGES, MASKED, ODD = (64, 3, 32, 32), (64, 1, 28, 28), (5, 1023)
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+
+
+class Row(NamedTuple):
+    """One kernel on one target; the last three are of the loop over a sample's elements, where it has one."""
+
+    kernel: str
+    case: str
+    target: str
+    registers: int
+    stack: int
+    local: int
+    narrowest: int | None
+    """bytes of the narrowest global access"""
+    bytes_per_element: float | None
+    instructions_per_element: float | None
+    """the whole program's, loop body times trip count"""
+
+
+def launches() -> Iterator[tuple[str, Launch]]:
+    """Every kernel in every way in which it is compiled for common shapes; on meta tensors, aligned."""
+
+    def samples(shape, dtype, last=False):
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        return x.to(memory_format=torch.channels_last) if last else x
+
+    def per_sample(batch):
+        seed = torch.empty((), dtype=torch.int64, device="meta")
+        return seed, torch.empty(batch, dtype=torch.int64, device="meta"), samples(batch, torch.float32)
+
+    cases = [(d, d, IMAGES, False) for d in (torch.bfloat16, torch.float16, torch.float32)]
+    cases += [(torch.bfloat16, torch.float32, IMAGES, False)]
+    cases += [
+        (torch.bfloat16, torch.bfloat16, *rest) for rest in ((MASKED, False), (ODD, False), (IMAGES, True))
+    ]
+    for dtype, x1_dtype, shape, last in cases:
+        v, x1 = samples(shape, dtype, last), samples(shape, x1_dtype, last)
+        seed, index, w = per_sample(shape[0])
+        name = _TYPES[dtype] + (f", x1 {_TYPES[x1_dtype]}" if x1_dtype != dtype else "")
+        name += ", channels_last" if last else {MASKED: ", masked", ODD: ", odd D"}.get(shape, "")
+        yield from ((name, launch) for launch in plan_anchored_residual(v, v, x1, seed, index, w, w)[0])
+        if dtype == x1_dtype:
+            yield from ((name, launch) for launch in plan_interpolate(x1, w, seed, index)[0])
+    v, (seed, index, w) = samples((2, 1 << 20), torch.float32), per_sample(2)
+    yield "fp32", plan_anchored_residual(v, v, v, seed, index, w, w)[0][-1]  # sums of chunks
+
+
+def compile_launch(launch: Launch, target: int):
+    """Compile as the launcher would specialise: 16-divisible pointers and integers, ones folded."""
+    constants, attributes, signature = {}, {}, {}
+    options = {"num_warps": 4, "enable_fp_fusion": True} | {
+        k: v for k, v in launch.meta.items() if not k.isupper()
+    }
+    for position, name in enumerate(launch.kernel.arg_names):
+        value = launch.args.get(name, launch.meta.get(name))
+        if name.isupper() or (isinstance(value, int) and value == 1):
+            constants[name], signature[name] = value, "constexpr"
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], number = "*" + _TYPES[value.dtype], value.data_ptr()
+        elif isinstance(value, int):
+            signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
+        else:
+            signature[name], number = "fp32", 1
+        if number % 16 == 0:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(
+        source, target=triton.backends.compiler.GPUTarget("cuda", target, 32), options=options
+    )
+
+
+def _cuobjdump(cubin: bytes, *options: str) -> str:
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, *options, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _width(op: str) -> int:
+    return next((_WIDTHS[part] for part in op.split(".") if part in _WIDTHS), 4)
+
+
+def measure(launch: Launch, case: str, target: int) -> Row:
+    """Figures of one compiled launch."""
+    cubin = compile_launch(launch, target).asm["cubin"]
+    usage = _cuobjdump(cubin, "--dump-resource-usage")
+    registers, stack, local = (
+        int(re.search(rf"{what}:(\d+)", usage)[1])  # type: ignore[index]
+        for what in ("REG", "STACK", "LOCAL")
+    )
+    sass = re.findall(
+        r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", _cuobjdump(cubin, "-sass")
+    )
+    code = [(int(address, 16), op, rest) for address, op, rest in sass if op != "NOP"]
+    local += sum(_width(op) for _, op, _ in code if op.startswith(("LDL", "STL")))
+    row = Row(
+        launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        case,
+        f"sm_{target}",
+        registers,
+        stack,
+        local,
+        None,
+        None,
+        None,
+    )
+    if "BLOCKS" not in launch.meta:
+        return row
+    jumps = [
+        (int(rest.split("0x")[1].split()[0].strip("`()"), 16), at)
+        for at, op, rest in code
+        if op == "BRA" or op == "BRA.U"
+    ]
+    loops = [(to, at) for to, at in jumps if to < at]
+    if len(loops) > 1:
+        raise RuntimeError(f"{row.kernel} on {row.target} has {len(loops)} loops, the count expects one")
+    body = [op for at, op, _ in code if not loops or loops[0][0] <= at <= loops[0][1]]
+    accesses = [_width(op) for op in body if op.startswith(("LDG", "STG"))]
+    blocks, per_block = launch.meta["BLOCKS"], launch.meta["BLOCK"] / (32 * launch.meta["num_warps"])
+    out = launch.args.get("dv_ptr", launch.args.get("out_ptr"))
+    stored = (
+        sum(_width(op) for op in body if op.startswith("STG")) / out.itemsize
+    )  # unrolled: of several blocks
+    instructions = len(code) + len(body) * (blocks * per_block / stored - 1)
+    return row._replace(
+        narrowest=min(accesses),
+        bytes_per_element=sum(accesses) / stored,
+        instructions_per_element=round(instructions / (blocks * per_block), 1),
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, as kernels/README.md shows it."""
+    head = "| kernel | case | target | registers | stack B | local B | narrowest access | B an element | instructions |"
+
+    def cell(x):
+        return "" if x is None else f"{x:g}" if isinstance(x, float) else str(x)
+
+    lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(Row._fields), *lines])
+
+
+def measure_all(targets: tuple[int, ...] = TARGETS) -> list[Row]:
+    """Every launch on every target; about 30 s where triton's cache is cold."""
+    work = [(launch, case, target) for target in targets for case, launch in launches()]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda args: measure(*args), work))
+
+
+if __name__ == "__main__":
+    figures = measure_all()
+    print(json.dumps([row._asdict() for row in figures]) if "--json" in sys.argv else table(figures))
