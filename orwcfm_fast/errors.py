@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class WorkError(RuntimeError):
     """A failure at work, with everything before it saved. One line; exit code 1."""
+
+
+class RewardError(WorkError):
+    """The reward raised, or returned what is no reward."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class VelocityMLP(nn.Module):
         super().__init__()
         self.register_buffer("frequencies", math.pi / 2 * torch.arange(1, features + 1), persistent=False)
         sizes = [dim + 2 * features, width, width, width]
-        layers = [m for i, o in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(i, o), nn.SiLU())]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.SiLU())]
         self.net = nn.Sequential(*layers, nn.Linear(width, dim))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:

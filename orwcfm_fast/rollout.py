@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast import noise
-from orwcfm_fast.errors import WorkError
+from orwcfm_fast.errors import RewardError
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.samplers import solve
 from orwcfm_fast.settings import Sampling
@@ -48,25 +48,25 @@ def score(reward: Reward, samples: Tensor, name: str, where: str = "") -> Tensor
     """Rewards [N] of decoded samples, float32 on their device.
 
     Raises:
-        WorkError: the reward raised, or returned another shape or values that are not finite.
+        RewardError: the reward raised, or returned another shape or values that are not finite.
     """
     at = f"reward {name}{', ' + where if where else ''}"
     try:
         with torch.no_grad():
             values = torch.as_tensor(reward(samples))
-    except WorkError:
+    except RewardError:
         raise
     except Exception as error:
         text = str(error).split("\n")[0]
-        raise WorkError(f"{at}: {type(error).__name__}: {text}") from error
+        raise RewardError(f"{at}: {type(error).__name__}: {text}") from error
     if values.shape != (len(samples),):
-        raise WorkError(
+        raise RewardError(
             f"{at}: returned shape {tuple(values.shape)}, should be ({len(samples)},): one a sample"
         )
     if values.is_complex():
-        raise WorkError(f"{at}: returned complex numbers")
+        raise RewardError(f"{at}: returned complex numbers")
     bad = int((~values.isfinite()).sum())
     if bad:
         kind = "NaN" if bool(values.isnan().any()) else "not finite"
-        raise WorkError(f"{at}: {bad} of {len(samples)} values are {kind}")
+        raise RewardError(f"{at}: {bad} of {len(samples)} values are {kind}")
     return values.to(samples.device, torch.float32)

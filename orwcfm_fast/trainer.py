@@ -155,6 +155,7 @@ class Trainer:
         checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
         checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
         self.round, self.steps = int(found.state["round"]), int(found.state["step"])
+        self.probe = sample(self.policy, self.probe_noise, self.settings, self.settings.chunk)
         self.learner.schedule.last_epoch = self.steps
         for group, base in zip(
             self.learner.optimizer.param_groups, self.learner.schedule.base_lrs, strict=True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.errors import RewardError, UserError
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.registry import REWARDS, Score
 from orwcfm_fast.rewards.user import is_user_reward, load_user_reward
@@ -30,7 +30,7 @@ class RewardSum:
         for name, weight, score in self.terms:
             values = torch.as_tensor(score(samples)).to(samples.device, torch.float32)
             if values.shape != (len(samples),):
-                raise WorkError(
+                raise RewardError(
                     f"reward {name}: returned shape {tuple(values.shape)}, should be ({len(samples)},): one a sample"
                 )
             self.parts[name] = values

@@ -1,0 +1,3 @@
+from orwcfm_fast.cli import main
+
+main()

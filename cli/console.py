@@ -1,0 +1,116 @@
+"""What users see: one-line errors, progress, and the closing tables."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from orwcfm_fast.evaluate import Interval, Measures
+    from orwcfm_fast.finetune_run import Result
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """A plain line; square brackets are not markup."""
+    if not quiet:
+        out.print(text, markup=False)
+
+
+@contextmanager
+def progress(total: int, label: str, quiet: bool) -> Iterator["Bar"]:
+    """A live bar on a terminal; on a pipe only what `Bar.line` says."""
+    shown = out.is_terminal and not quiet
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out, disable=not shown, transient=True) as bar:
+        yield Bar(bar, bar.add_task(label, total=total, note=""), shown, quiet)
+
+
+class Bar:
+    """Handle on a running bar."""
+
+    def __init__(self, bar: Progress, task, shown: bool, quiet: bool) -> None:
+        self._bar, self._task, self._shown, self._quiet = bar, task, shown, quiet
+
+    def at(self, done: float, note: str | None = None) -> None:
+        self._bar.update(self._task, completed=done, **({} if note is None else {"note": note}))
+
+    def line(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        if not self._quiet:
+            self._bar.console.print(text, markup=False)
+
+
+def round_line(record: dict[str, Any], rounds: int) -> str:
+    """One round in one line."""
+    return (
+        f"round {record['round']:>3}/{rounds}  reward {record['reward_mean']:.4g}  W2 {record['w2_coupled']:.3g}  "
+        f"ESS {record['ess']:.0f}  diversity {record['diversity']:.3g}  "
+        f"{record['images_per_s_rollout']:.0f} rollout img/s  {record['images_per_s_train']:.0f} train img/s"
+    )
+
+
+def interval(value: "Interval") -> str:
+    half = value.high - value.mean
+    digits = 4 if half < 0.001 else 3
+    return f"{value.mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def measures_table(measures: list["Measures"], reward: str) -> Table:
+    """Models side by side, one figure a row."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for m in measures:
+        table.add_column(m.name, justify="right")
+    n = measures[0].n
+    rows = [
+        (f"reward {reward} (95 %, n={n})", [interval(m.reward) for m in measures]),
+        ("W2 coupled, ≥ W2", [number(m.w2_coupled) for m in measures]),
+        ("W2 exact on samples", [number(m.w2_exact) for m in measures]),
+        ("  floor: two reference samples", [number(m.w2_floor) for m in measures]),
+        ("velocity gap ∫E‖v−v_ref‖²dt", [number(m.velocity_gap) for m in measures]),
+        ("  times e^2L bounds W2²; L", [number(m.lipschitz) for m in measures]),
+        ("diversity (pairwise distance)", [number(m.diversity) for m in measures]),
+        ("standard deviation a coordinate", [number(m.pixel_std) for m in measures]),
+        ("classifier confidence", [number(m.confidence) for m in measures]),
+    ]
+    for label, cells in rows:
+        if any(cell != "–" for cell in cells):
+            table.add_row(label, *cells)
+    return table
+
+
+def closing(result: "Result") -> None:
+    """The end of `finetune`: what came out, where the time went, where the files are, what to type next."""
+    out.print()
+    out.print(measures_table([result.before, result.after], "+".join(result.settings.reward)))
+    summary = result.summary()
+    phases = result.by_phase()
+    total = sum(phases.values()) or 1.0
+    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in phases.items())
+    say(
+        f"\nESS {summary['ess']:.0f} of {result.settings.rollout}; rollout {summary['images_per_s_rollout']:.0f} "
+        f"images/s, training {summary['images_per_s_train']:.0f} images/s; {result.seconds:.0f} s in all"
+    )
+    say(f"time: {shares}")
+    say(
+        f"look at {result.run.samples / 'before_after.png'} and {result.run.path / 'curves.png'}\n"
+        "next: orwcfm sample · orwcfm evaluate · orwcfm finetune --alpha 0.3 (more reward, more drift)"
+    )

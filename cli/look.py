@@ -1,0 +1,133 @@
+"""Panel Look: sample, evaluate."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from orwcfm_fast.cli import console
+from orwcfm_fast.cli.app import app
+from orwcfm_fast.cli.common import Config, Debug, Json, Model, Out, Overwrite, Quiet, settings
+from orwcfm_fast.cli.console import progress, say
+from orwcfm_fast.cli.options import options_of
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.settings import Evaluation, Sample
+
+if TYPE_CHECKING:
+    from orwcfm_fast.load import Loaded, Loader
+
+PANEL = "Look"
+Preset = Annotated[str, typer.Option("--model", help="network preset of a foreign .pt")]
+Data = Annotated[str, typer.Option("--data", help="dataset that a foreign .pt was trained on")]
+
+
+def load(loader: "Loader", spec: str, quiet: bool) -> "Loaded":
+    """The model; a bar while the digits model is pretrained."""
+    from dataclasses import replace
+
+    with progress(1, "pretraining the digits model, once", quiet) as bar:
+        return replace(loader, watch=lambda step, steps, loss: bar.at(step / steps, f"loss {loss:.4f}")).load(
+            spec
+        )
+
+
+@app.command(rich_help_panel=PANEL)
+@options_of(Sample)
+def sample(
+    given: dict[str, Any],
+    model: Model = "",
+    preset: Preset = "",
+    data: Data = "",
+    config: Config = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw samples: --out grid.png (default), a folder of PNGs, or samples.npz."""
+    from orwcfm_fast.device import resolve_device
+    from orwcfm_fast.load import Loader
+    from orwcfm_fast.output import check_target, write_samples
+    from orwcfm_fast.rollout import sample as draw
+    from orwcfm_fast.rollout import start_noise
+    from orwcfm_fast.samplers import times
+
+    s = settings(Sample, config, given)
+    times(s.nfe, s.solver, s.grid)
+    if out:
+        check_target(out, overwrite)
+    found = load(Loader(resolve_device(s.device), s.precision, preset, data), model, quiet)
+    say(f"model: {found.name}", quiet)
+    policy = found.policy
+    target = out or (
+        found.run.samples / f"sample-seed{s.seed}-n{s.n}.png" if found.run else Path("samples.png")
+    )
+    x = policy.decode(draw(policy, start_noise(policy, s.n, s.seed), s, s.chunk))
+    say(str(write_samples(x, target)))
+
+
+@app.command(rich_help_panel=PANEL)
+@options_of(Evaluation)
+def evaluate(
+    given: dict[str, Any],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...", help="runs, checkpoints, .pt files or presets; default: the newest run"
+        ),
+    ] = None,
+    reference: Annotated[
+        str, typer.Option(help="what W2 is measured against; default: the run's reference")
+    ] = "",
+    preset: Preset = "",
+    data: Data = "",
+    config: Config = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Reward, W2 three ways, diversity and confidence on held-out noise, models side by side."""
+    from orwcfm_fast.data import source
+    from orwcfm_fast.device import resolve_device
+    from orwcfm_fast.evaluate import evaluate as measure
+    from orwcfm_fast.evaluate import judge_for
+    from orwcfm_fast.load import Loader
+    from orwcfm_fast.rewards import make_reward
+    from orwcfm_fast.samplers import times
+
+    quiet = quiet or as_json
+    s = settings(Evaluation, config, given)
+    times(s.nfe, s.solver, s.grid)
+    loader = Loader(resolve_device(s.device), s.precision, preset, data)
+    if s.reward:
+        make_reward(s.reward, s)
+    found = [load(loader, spec, quiet) for spec in models or [""]]
+    for item in found:
+        say(f"model: {item.name}", quiet)
+    first = found[0]
+    for item in found[1:]:
+        if item.policy.shape != first.policy.shape:
+            raise UserError(
+                f"{item.name}: samples {item.policy.shape}, {first.name} has {first.policy.shape}"
+            )
+    with_run = first.run if first.run and first.run.reference.is_dir() else None
+    named = reference or (str(with_run.reference) if with_run else "")
+    anchor = loader.load(named).policy if named else None
+    wanted = s.reward or _reward_of(with_run) or [source(first.policy.data)[0].reward]
+    reward = make_reward(wanted, s)
+    policies = {item.name: item.policy for item in found}
+    if anchor and not reference:
+        policies = {"reference": anchor, **policies}
+    judge = judge_for(first.policy.data, reward, reward.name)
+    measures = measure(policies, anchor, judge, s, s.n, s.chunk)
+    if as_json:
+        print(json.dumps({"reward": reward.name, "models": [m.to_dict() for m in measures]}, indent=1))
+    else:
+        console.out.print(console.measures_table(measures, reward.name))
+
+
+def _reward_of(run) -> list[str]:
+    from orwcfm_fast.settings import read_toml
+
+    return read_toml(run.config).get("reward", []) if run else []

@@ -1,0 +1,94 @@
+"""Panel Train: pretrain, finetune."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from orwcfm_fast.cli.app import app
+from orwcfm_fast.cli.common import Config, Debug, Out, Overwrite, Quiet, settings
+from orwcfm_fast.cli.console import closing, progress, round_line, say
+from orwcfm_fast.cli.options import options_of
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.settings import Finetune, Pretrain
+
+PANEL = "Train"
+Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="go on with this run, with its settings")]
+
+
+@app.command(rich_help_panel=PANEL)
+@options_of(Pretrain)
+def pretrain(
+    given: dict[str, Any],
+    config: Config = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a flow-matching model on data; --data 8gaussians --model mlp takes a minute."""
+    from orwcfm_fast.pretrain_run import PretrainRun
+    from orwcfm_fast.run import Run
+
+    if resume:
+        _only_resume(config, out, overwrite)
+        task = PretrainRun.resume(Run(resume), given)
+    else:
+        task = PretrainRun.new(settings(Pretrain, config, given), out, overwrite)
+    say(f"run {task.run.path}: {task.settings.model} on {task.settings.data}", quiet)
+    with progress(task.settings.steps, "pretraining", quiet) as bar:
+        loss = task.train(lambda step, loss: bar.at(step, f"loss {loss:.4f}"))
+    say(f"loss {loss:.4f}, {task.images_per_s():.0f} images/s", quiet)
+    say(f"samples in {task.picture()}\nrun {task.run.path}", quiet)
+    say(f"next: orwcfm sample · orwcfm finetune --checkpoint {task.run.path}", quiet)
+
+
+@app.command(rich_help_panel=PANEL)
+@options_of(Finetune)
+def finetune(
+    given: dict[str, Any],
+    config: Config = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a model online with a reward; with nothing given: even handwritten digits, on any machine."""
+    from orwcfm_fast.finetune_run import Finetuning
+
+    began = time.perf_counter()
+    if resume:
+        _only_resume(config, out, overwrite)
+    with progress(1, "pretraining the digits model, once", quiet) as bar:
+        task = Finetuning.prepare(
+            None if resume else settings(Finetune, config, given),
+            given,
+            resume=resume,
+            out=out,
+            overwrite=overwrite,
+            watch_pretraining=lambda step, steps, loss: bar.at(step / steps, f"loss {loss:.4f}"),
+        )
+    s = task.settings
+    say(f"run {task.run.path}: {'+'.join(s.reward)} on {task.loaded.name}", quiet)
+    for line in task.notes():
+        say(line, quiet)
+    with progress(s.rounds * s.steps_per_round, "fine-tuning", quiet) as bar:
+        task.train(
+            watch=lambda p: bar.at(p.round * s.steps_per_round + p.step, p.phase),
+            on_round=lambda record: bar.line(round_line(record, s.rounds)),
+        )
+    say("measuring before and after on held-out noise", quiet)
+    result = task.finish(began)
+    if not quiet:
+        closing(result)
+    say(f"run {task.run.path}")
+
+
+def _only_resume(config: Path | None, out: Path | None, overwrite: bool) -> None:
+    if config or out or overwrite:
+        raise UserError(
+            "--resume takes its settings and place from the run; leave out --config, --out, --overwrite"
+        )

@@ -1,0 +1,270 @@
+"""A whole fine-tuning run: load, train, record, save, evaluate. What `orwcfm finetune` calls."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orwcfm_fast import checkpoint
+from orwcfm_fast.data import source
+from orwcfm_fast.device import resolve_device
+from orwcfm_fast.errors import RewardError, UserError, WorkError
+from orwcfm_fast.evaluate import Measures, evaluate, judge_for
+from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
+from orwcfm_fast.pictures import save_curves, save_samples
+from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.run import Run, next_run_path, write_text
+from orwcfm_fast.samplers import times as solver_times
+from orwcfm_fast.settings import Finetune, build, read_toml
+from orwcfm_fast.trainer import PHASES, Progress, Trainer
+
+PICTURE_SAMPLES = 64
+
+
+@dataclass
+class Result:
+    """What a finished run has to say: before and after on the same held-out noise, and its files."""
+
+    run: Run
+    settings: Finetune
+    before: Measures
+    after: Measures
+    records: list[dict[str, Any]]
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "rounds": len(self.records),
+            "ess": self.records[-1]["ess"],
+            "images_per_s_rollout": _mean(self.records, "images_per_s_rollout"),
+            "images_per_s_train": _mean(self.records, "images_per_s_train"),
+            "seconds": self.seconds,
+            "seconds_by_phase": self.by_phase(),
+            "settings": self.settings.model_dump(),
+            "versions": checkpoint.versions(),
+        }
+
+    def by_phase(self) -> dict[str, float]:
+        """Seconds of the loop by phase, over all rounds."""
+        return {p: sum(r[f"seconds_{p}"] for r in self.records) for p in (*PHASES, "probe")}
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> float:
+    return sum(r[key] for r in records) / len(records)
+
+
+class Finetuning:
+    """One run in one directory, new or resumed; made by `prepare`.
+
+    Args:
+        settings: resolved: model, data, reward, precision as they will be.
+        loaded: the pretrained model, which is also the reference.
+        run: its directory.
+    """
+
+    def __init__(self, settings: Finetune, loaded: Loaded, run: Run) -> None:
+        self.settings, self.loaded, self.run = settings, loaded, run
+        reward = make_reward(settings.reward, settings)
+        self.judge = judge_for(loaded.policy.data, reward, reward.name)
+        self.reference = loaded.policy.frozen_copy()
+        self.trainer = Trainer(
+            loaded.policy,
+            reward,
+            settings,
+            reward_name=reward.name,
+            reference=self.reference,
+            features=self.judge.features,
+        )
+
+    @classmethod
+    def prepare(
+        cls,
+        settings: Finetune | None,
+        given: dict[str, Any],
+        *,
+        resume: Path | None = None,
+        out: Path | None = None,
+        overwrite: bool = False,
+        watch_pretraining: Watch | None = None,
+    ) -> "Finetuning":
+        """Check everything that can be checked, load the model, make the directory.
+
+        Args:
+            settings: of a new run; None with `resume`.
+            given: the settings that the user set by hand.
+            resume: a run to go on with.
+
+        Raises:
+            UserError: anything wrong with what the user gave; nothing is left behind.
+        """
+        if resume:
+            run = Run(resume)
+            settings = resumed_settings(run, given)
+        assert settings is not None
+        solver_times(settings.nfe, settings.solver, settings.grid)
+        device = resolve_device(settings.device)
+        if settings.reward:
+            make_reward(settings.reward, settings)
+        loader = Loader(device, settings.precision, settings.model, settings.data, watch_pretraining)
+        if resume:
+            task = cls(settings, loader.load(str(run.reference)), run)
+            task._go_on()
+            return task
+        loaded = loader.load(settings.checkpoint) if settings.checkpoint else loader.default()
+        settings = _resolved(settings, loaded)
+        run = Run.create(out or next_run_path(_name(settings)), overwrite)
+        try:
+            task = cls(settings, loaded, run)
+            task._begin()
+        except BaseException:
+            shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        return task
+
+    def notes(self) -> list[str]:
+        """What the user should know before the first round."""
+        s = self.settings
+        lines = [
+            f"α={s.alpha:g} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {s.rounds} rounds of {s.rollout} "
+            f"samples ({s.solver}, {s.nfe} evaluations) and {s.steps_per_round} steps of {s.batch}; "
+            f"{self.loaded.policy.device}, {s.precision}"
+        ]
+        if self.judge.accuracy is not None:
+            lines.append(f"digits classifier: {self.judge.accuracy:.1%} on 360 held-out real digits")
+        if self.trainer.round:
+            lines.append(f"resumed after round {self.trainer.round}")
+        return lines
+
+    def _begin(self) -> None:
+        """Write what a new run must hold before its first round."""
+        self.run.write_config("finetune", self.settings)
+        self.run.samples.mkdir(exist_ok=True)
+        policy = self.reference
+        state = {"kind": "reference", "model": policy.model, "data": policy.data, "shape": list(policy.shape)}
+        checkpoint.save(self.run.reference, state, model=policy.network.state_dict())
+        self._picture(0)
+
+    def _go_on(self) -> None:
+        """Go on from the newest checkpoint; rounds after it are forgotten."""
+        newest = checkpoint.newest(self.run.checkpoints)
+        if newest is None:
+            self.run.truncate_metrics(0)
+            self._begin()
+            return
+        self.trainer.restore(checkpoint.load(newest))
+        self.run.truncate_metrics(self.trainer.round)
+
+    def train(
+        self,
+        watch: Callable[[Progress], None] | None = None,
+        on_round: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """All rounds that are left; each is recorded, saved and shown.
+
+        Raises:
+            WorkError: the reward failed, or something became non-finite; says where the run is saved.
+        """
+        s = self.settings
+        if watch:
+            self.trainer.watch = watch
+        try:
+            for record in self.trainer.train(s.rounds):
+                self.run.append(record)
+                if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
+                    self.save()
+                self._picture(self.trainer.round)
+                if on_round:
+                    on_round(record)
+        except (RewardError, UserError) as error:
+            # found while a round was drawn or weighed: the policy is still that of the last whole round
+            if self.trainer.round == 0:
+                shutil.rmtree(self.run.path, ignore_errors=True)
+                raise
+            raise type(error)(f"{error}; the run is saved at {self.save()}") from error
+
+    def save(self) -> Path:
+        """A checkpoint of the last whole round; its path."""
+        path = self.run.checkpoints / f"step_{self.trainer.steps}"
+        if not checkpoint.is_checkpoint(path):
+            try:
+                self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
+            except OSError as error:
+                raise WorkError(
+                    f"checkpoint {path}: {error.strerror or error}; nothing is saved there"
+                ) from None
+            checkpoint.prune(self.run.checkpoints, self.settings.keep)
+        return path
+
+    def _picture(self, number: int) -> None:
+        policy = self.trainer.policy
+        probe = policy.decode(self.trainer.probe[:PICTURE_SAMPLES])
+        save_samples(self.run.samples / f"round_{number:03d}.png", {f"round {number}": probe})
+
+    def finish(self, began: float) -> Result:
+        """Held-out evaluation before and after, the pictures and summary.json."""
+        s, trainer = self.settings, self.trainer
+        before, after = evaluate(
+            {"before": self.reference, "after": trainer.policy},
+            self.reference,
+            self.judge,
+            s,
+            s.eval_n,
+            s.chunk,
+        )
+        records = self.run.read_metrics()
+        decode = trainer.policy.decode
+        pictures = {
+            "before": decode(trainer.probe_reference[:PICTURE_SAMPLES]),
+            "after": decode(trainer.probe[:PICTURE_SAMPLES]),
+        }
+        save_samples(self.run.samples / "before_after.png", pictures)
+        save_curves(self.run.path / "curves.png", records)
+        result = Result(self.run, s, before, after, records, time.perf_counter() - began)
+        write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
+        return result
+
+
+RESUME_MAY_CHANGE = ("rounds", "device", "wandb")
+
+
+def resumed_settings(run: Run, given: dict[str, Any]) -> Finetune:
+    """Settings of a run that goes on.
+
+    Raises:
+        UserError: no run there; a setting given that a resumed run may not change.
+    """
+    if not run.config.is_file():
+        raise UserError(f"--resume {run.path}: not a run (no config.toml)")
+    refused = [key for key in given if key not in RESUME_MAY_CHANGE]
+    if refused:
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in refused)
+        raise UserError(
+            f"--resume takes its settings from the run; {flags} cannot change (only rounds, device, wandb)"
+        )
+    return build(Finetune, read_toml(run.config), given, where=f"{run.config}: ")
+
+
+def _name(settings: Finetune) -> str:
+    """<data>-<reward>-a1-t0.5, for a run's directory."""
+    name = f"{settings.data}-{'+'.join(settings.reward)}-a{settings.alpha:g}-t{settings.tau:g}"
+    return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
+
+
+def _resolved(settings: Finetune, loaded: Loaded) -> Finetune:
+    """The settings with everything filled in that the loaded model decides."""
+    policy = loaded.policy
+    filled = {
+        "checkpoint": settings.checkpoint or DEFAULT,
+        "reward": settings.reward or [source(policy.data)[0].reward],
+        "model": policy.model,
+        "data": policy.data,
+        "precision": "fp32" if policy.precision == torch.float32 else "bf16",
+    }
+    return settings.model_copy(update=filled)

@@ -1,0 +1,127 @@
+"""MODEL on the command line: a run, a checkpoint, a foreign `.pt` or a preset, to a policy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from orwcfm_fast import checkpoint
+from orwcfm_fast.data import load_data, source
+from orwcfm_fast.device import cache_dir
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.foreign import KEYS, foreign_weights, read_pt
+from orwcfm_fast.models import MODELS
+from orwcfm_fast.policy import Policy, make_policy
+from orwcfm_fast.pretrain import pretrain
+from orwcfm_fast.run import Run, is_run, newest_run
+from orwcfm_fast.settings import Pretrain
+
+DEFAULT = "unet-digits"
+FOREIGN_DATA = {"unet-cifar10": "cifar10", "unet-mnist": "mnist", "unet-digits": "digits"}
+Watch = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A policy, how to name it to the user, and the run it belongs to, if any."""
+
+    policy: Policy
+    name: str
+    run: Run | None = None
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How to load: where to, in what precision, and what a foreign file does not say itself."""
+
+    device: torch.device
+    precision: str = "auto"
+    model: str = ""
+    data: str = ""
+    watch: Watch | None = None
+
+    def load(self, spec: str = "") -> Loaded:
+        """The policy that `spec` names; without one the newest run under ./runs, else the digits model.
+
+        Raises:
+            UserError: nothing of that name; a file that is damaged, hostile or of another architecture.
+        """
+        if not spec:
+            newest = newest_run()
+            return self._run(newest) if newest else self.default()
+        path = Path(spec)
+        if path.is_dir():
+            if is_run(path):
+                return self._run(path)
+            if checkpoint.is_checkpoint(path):
+                return self._checkpoint(path)
+            raise UserError(f"checkpoint {spec}: this folder is neither a run nor a checkpoint of orwcfm")
+        if path.is_file():
+            return self.foreign(path)
+        if spec == DEFAULT:
+            return self.default()
+        if spec in MODELS.names():
+            raise UserError(
+                f"model '{spec}': no pretrained weights ship with it; orwcfm pretrain --model {spec}, or name a file"
+            )
+        raise UserError(f"checkpoint {spec}: no such run, checkpoint, file or preset (orwcfm list models)")
+
+    def _run(self, path: Path) -> Loaded:
+        newest = checkpoint.newest(path / "checkpoints")
+        if newest is None:
+            raise UserError(f"run {path}: no checkpoint in it yet")
+        return Loaded(self._checkpoint(newest).policy, str(path), Run(path))
+
+    def _checkpoint(self, path: Path) -> Loaded:
+        found = checkpoint.load(path, only=("model", "ema"))
+        try:
+            model, data = str(found.state["model"]), str(found.state["data"])
+            shape = tuple(int(n) for n in found.state["shape"])
+            if not 0 < len(shape) < 5 or not all(0 < n <= 4096 for n in shape):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"checkpoint {path}: state.json does not say which model it holds") from None
+        weights = found.tensors.get("ema") or found.tensors.get("model")
+        if not weights:
+            raise UserError(f"checkpoint {path}: holds no weights")
+        policy = make_policy(model, data, shape, self.device, self.precision)
+        checkpoint.load_weights(policy.network, weights, f"checkpoint {path}")
+        return Loaded(policy, str(path))
+
+    def foreign(self, path: Path, keys: tuple[str, ...] = KEYS) -> Loaded:
+        """A `.pt` of torchcfm's or the paper's scripts; the architecture is told or recognised."""
+        weights = foreign_weights(read_pt(path), path, keys)
+        names = [self.model] if self.model else [*FOREIGN_DATA]
+        for name in names:
+            data = self.data or FOREIGN_DATA.get(name, "")
+            if not data:
+                raise UserError(f"checkpoint {path}: say which data it was trained on with --data")
+            shape = source(data)[0].shape or (3, 32, 32)
+            policy = make_policy(name, data, shape, self.device, self.precision)
+            try:
+                checkpoint.load_weights(policy.network, weights, f"checkpoint {path} as '{name}'")
+            except UserError:
+                if name == names[-1] and self.model:
+                    raise
+                continue
+            return Loaded(policy, str(path))
+        raise UserError(
+            f"checkpoint {path}: not the weights of {', '.join(names)}; name its preset with --model"
+        )
+
+    def default(self) -> Loaded:
+        """The digits model, pretrained on first use (about a minute on two cores) and cached."""
+        path = cache_dir() / "pretrained" / DEFAULT
+        try:
+            return Loaded(self._checkpoint(path).policy, f"the cached {DEFAULT} model")
+        except UserError:
+            settings = Pretrain()
+        policy = make_policy(DEFAULT, settings.data, (1, 8, 8), self.device, self.precision)
+        data, _ = load_data(settings.data)
+        watch = self.watch or (lambda step, steps, loss: None)
+        trainer = pretrain(
+            policy, data.to(self.device), settings, lambda k, loss: watch(k, settings.steps, loss)
+        )
+        trainer.save(path)
+        return Loaded(self._checkpoint(path).policy, f"the {DEFAULT} model, pretrained now and cached")

@@ -1,0 +1,108 @@
+"""A whole pretraining run: data, model, directory, checkpoints, a picture. What `orwcfm pretrain` calls."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast import checkpoint
+from orwcfm_fast.data import load_data, source
+from orwcfm_fast.device import resolve_device
+from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.pictures import save_samples
+from orwcfm_fast.policy import make_policy
+from orwcfm_fast.pretrain import Pretrainer
+from orwcfm_fast.rollout import sample, start_noise
+from orwcfm_fast.run import Run, next_run_path
+from orwcfm_fast.settings import Pretrain, Sampling, build, read_toml
+
+RESUME_MAY_CHANGE = ("save_every", "device")
+
+
+class PretrainRun:
+    """One pretraining run in one directory, new or resumed."""
+
+    def __init__(self, settings: Pretrain, data: Tensor, run: Run) -> None:
+        self.settings, self.run = settings, run
+        device = resolve_device(settings.device)
+        policy = make_policy(settings.model, settings.data, tuple(data.shape[1:]), device, settings.precision)
+        self.trainer = Pretrainer(policy, data.to(device), settings)
+        self._seconds = 0.0
+        self._first = 0
+
+    @classmethod
+    def new(cls, settings: Pretrain, out: Path | None, overwrite: bool) -> "PretrainRun":
+        """Load the data, build the model, make the directory.
+
+        Raises:
+            UserError: unknown data or model, data not there, a directory in the way; nothing is left behind.
+        """
+        settings = settings.model_copy(update={"model": settings.model or source(settings.data)[0].model})
+        device = resolve_device(settings.device)
+        data, _ = load_data(settings.data, settings.data_dir)
+        make_policy(
+            settings.model, settings.data, tuple(data.shape[1:]), device
+        )  # fits, before a directory is made
+        name = "".join(c if c.isalnum() or c in "-." else "-" for c in settings.data)
+        run = Run.create(out or next_run_path(f"pretrain-{name}"), overwrite)
+        run.write_config("pretrain", settings)
+        run.samples.mkdir(exist_ok=True)
+        return cls(settings, data, run)
+
+    @classmethod
+    def resume(cls, run: Run, given: dict[str, Any]) -> "PretrainRun":
+        """Go on with a run.
+
+        Raises:
+            UserError: no run there, or a setting that may not change.
+        """
+        if not run.config.is_file():
+            raise UserError(f"--resume {run.path}: not a run (no config.toml)")
+        refused = [key for key in given if key not in RESUME_MAY_CHANGE]
+        if refused:
+            flags = ", ".join(f"--{key.replace('_', '-')}" for key in refused)
+            raise UserError(
+                f"--resume takes its settings from the run; {flags} cannot change (only save-every, device)"
+            )
+        settings = build(Pretrain, read_toml(run.config), given, where=f"{run.config}: ")
+        data, _ = load_data(settings.data, settings.data_dir)
+        task = cls(settings, data, run)
+        newest = checkpoint.newest(run.checkpoints)
+        if newest is not None:
+            task.trainer.restore(checkpoint.load(newest))
+            run.truncate_metrics(task.trainer.steps, "step")
+        task._first = task.trainer.steps
+        return task
+
+    def train(self, watch: Callable[[int, float], None]) -> float:
+        """To the last step, with checkpoints on the way; the last loss reported."""
+        began, loss = time.perf_counter(), float("nan")
+        for step, loss in self.trainer.train():
+            self.run.append({"step": step, "loss": loss})
+            watch(step, loss)
+            if step % self.settings.save_every == 0 or step == self.settings.steps:
+                self._save()
+        self._seconds = time.perf_counter() - began
+        return loss
+
+    def _save(self) -> None:
+        path = self.run.checkpoints / f"step_{self.trainer.steps}"
+        try:
+            self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
+        except OSError as error:
+            raise WorkError(f"checkpoint {path}: {error.strerror or error}") from None
+        checkpoint.prune(self.run.checkpoints, 2)
+
+    def images_per_s(self) -> float:
+        return (self.trainer.steps - self._first) * self.settings.batch / max(self._seconds, 1e-9)
+
+    def picture(self) -> Path:
+        """Samples of the averaged model."""
+        policy = self.trainer.averaged()
+        n = 64 if len(policy.shape) == 3 else 2000
+        with torch.inference_mode():
+            x = policy.decode(sample(policy, start_noise(policy, n, self.settings.seed), Sampling(), 512))
+        return save_samples(self.run.samples / "final.png", {self.settings.data: x})

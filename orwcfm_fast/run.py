@@ -1,0 +1,114 @@
+"""A run directory: config.toml, metrics.jsonl, checkpoints/, reference/, samples/, summary.json."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.settings import to_toml
+
+CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+
+
+class Run:
+    """Paths of a run, and how its files are written."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / CONFIG
+        self.metrics = self.path / METRICS
+        self.summary = self.path / SUMMARY
+        self.checkpoints = self.path / "checkpoints"
+        self.reference = self.path / "reference"
+        self.samples = self.path / "samples"
+
+    @classmethod
+    def create(cls, path: Path, overwrite: bool = False) -> "Run":
+        """Make the directory.
+
+        Raises:
+            UserError: it exists and is not empty (unless `overwrite`), or cannot be written.
+        """
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                if not overwrite:
+                    raise UserError(
+                        f"--out {path}: exists and is not empty; use --overwrite, or --resume {path}"
+                    )
+                if path.is_dir() and not (path / CONFIG).is_file():
+                    raise UserError(
+                        f"--out {path}: not a run, so --overwrite leaves it alone; choose another"
+                    )
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {path}: {error.strerror or error}") from None
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"--out {path}: not writable")
+        return cls(path)
+
+    def write_config(self, command: str, settings: BaseModel) -> None:
+        """All settings, resolved, as TOML that --config reads again."""
+        write_text(self.config, f"# orwcfm {command}\n" + to_toml(settings.model_dump()))
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, on disk when this returns."""
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise WorkError(f"{self.metrics}: {error.strerror or error}") from None
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl."""
+        try:
+            lines = self.metrics.read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break  # a line cut off by a crash ends what is known
+        return records
+
+    def truncate_metrics(self, last: int, key: str = "round") -> None:
+        """Keep the lines up to round (or step) `last`: what a checkpoint of that round knew."""
+        kept = [r for r in self.read_metrics() if r[key] <= last]
+        write_text(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader sees the old text or the new."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_text(text, "utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise WorkError(f"{path}: {error.strerror or error}") from None
+
+
+def is_run(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
+def next_run_path(stem: str, root: Path = Path("runs")) -> Path:
+    """runs/<stem>-001, or the first number that is free."""
+    number = 1
+    while (path := root / f"{stem}-{number:03d}").exists():
+        number += 1
+    return path
+
+
+def newest_run(root: Path = Path("runs")) -> Path | None:
+    """The run under ./runs that was begun last and has a checkpoint."""
+    found = [p for p in root.glob("*") if is_run(p) and any((p / "checkpoints").glob("step_*"))]
+    return max(found, key=lambda p: ((p / CONFIG).stat().st_mtime_ns, p.name), default=None)
