@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from orwcfm_fast.cli import console
 from orwcfm_fast.cli.app import app
-from orwcfm_fast.cli.common import Debug
+from orwcfm_fast.cli.common import Debug, Json
 from orwcfm_fast.cli.console import say
 
 from orwcfm_fast.errors import UserError
@@ -44,3 +44,20 @@ def list_(
                 table.add_row(f"  {entry}", registry.summary(entry))
             say(name)
             console.out.print(table)
+
+
+@app.command(rich_help_panel=PANEL)
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Versions, device, precision, and which kernels run and why."""
+    import json
+
+    from orwcfm_fast.doctor import examine
+
+    found = examine()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for title, lines in found.items():
+        say(title)
+        for key, value in lines.items():
+            say(f"  {key:<22}{value}")

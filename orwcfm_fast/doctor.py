@@ -1,0 +1,65 @@
+"""What this machine is to orwcfm."""
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from orwcfm_fast.device import cache_dir, fast_bf16, resolve_device
+
+PACKAGES = ("orwcfm-fast", "torch", "triton", "torchvision", "torchcfm", "open_clip_torch", "POT", "wandb")
+
+
+def examine() -> dict[str, dict[str, str]]:
+    """Findings by section, each a name and what was found."""
+    device = resolve_device("auto")
+    return {
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "device": _device(device),
+        "kernels": _kernels(device),
+        "places": {
+            "cache": f"{cache_dir()} ({'writable' if _writable(cache_dir()) else 'NOT writable'})",
+            "runs": os.path.abspath("runs"),
+            "free disk": f"{shutil.disk_usage('.').free / 1e9:.0f} GB",
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _device(device: torch.device) -> dict[str, str]:
+    precision = "bf16" if fast_bf16(device) else "fp32"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+    else:
+        name = platform.processor() or platform.machine()
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "device": f"{device} ({name}, {memory / 2**30:.0f} GiB)",
+        "threads": str(torch.get_num_threads()),
+        "precision auto": f"{precision} for U-Nets, fp32 for small MLPs",
+    }
+
+
+def _kernels(device: torch.device) -> dict[str, str]:
+    if device.type == "cuda" and _version("triton") != "not installed":
+        which = "Triton kernels, because the device is a GPU"
+    elif device.type == "cuda":
+        which = "none: the device is a GPU but triton is not installed (pip install triton)"
+    else:
+        which = "plain-torch reference, because the device is a CPU"
+    return {op: which for op in ("interpolate", "anchored_residual")}
+
+
+def _writable(path) -> bool:
+    while not path.exists():
+        path = path.parent
+    return os.access(path, os.W_OK)

@@ -1,0 +1,187 @@
+"""The paper's API: `ORWCFMTrainer` with its dict of settings, over the same trainer that the commands run."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from orwcfm_fast import checkpoint
+from orwcfm_fast.device import resolve_device
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.foreign import foreign_weights, read_pt
+from orwcfm_fast.load import FOREIGN_DATA
+from orwcfm_fast.models import build_network
+from orwcfm_fast.policy import Policy
+from orwcfm_fast.registry import unknown
+from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.settings import Finetune, build
+from orwcfm_fast.trainer import Trainer
+
+SAME = {
+    "learning_rate": "lr",
+    "warmup_steps": "warmup",
+    "w2_coefficient": "alpha",
+    "temperature": "tau",
+    "grad_clip": "grad_clip",
+    "batch_size": "batch",
+}
+OTHERS = ("text_prompts", "use_wandb", "wandb_project", "run_name", "savedir", "ref_path", "reward")
+PAPER = {"lr": 2e-4, "warmup": 5000, "batch": 64, "normalize_weights": False, "precision": "fp32"}
+
+
+def settings_from(config: dict[str, Any]) -> Finetune:
+    """The dict of the paper's README as settings; any setting of ours may stand beside, by its own name.
+
+    Weights are raw, exp(τ·r), as in the paper. Without `reward`, `text_prompts` (what the image should show,
+    what not) selects the CLIP reward.
+
+    Raises:
+        UserError: an unknown key (names the nearest), or a value out of bounds.
+    """
+    known = [*SAME, *OTHERS, *Finetune.model_fields]
+    for key in config:
+        if key not in known:
+            raise UserError(str(unknown("key", key, known)))
+    values = dict(PAPER)
+    values |= {SAME.get(key, key): value for key, value in config.items() if key in SAME or key not in OTHERS}
+    if config.get("reward") is not None:
+        if not callable(config["reward"]):
+            values["reward"] = (
+                [config["reward"]] if isinstance(config["reward"], str) else list(config["reward"])
+            )
+    elif config.get("text_prompts"):
+        prompts = list(config["text_prompts"])
+        if len(prompts) != 2:
+            raise UserError(
+                f"text_prompts: should be two, what the image shows and what not; got {len(prompts)}"
+            )
+        values |= {"reward": ["clip"], "prompt": prompts[:1], "negative": prompts[1:]}
+    if config.get("use_wandb"):
+        values["wandb"] = config.get("wandb_project") or "orwcfm"
+    return build(Finetune, values)
+
+
+class ORWCFMTrainer:
+    """Fine-tunes `model`, a velocity network v(t, x), as in the paper's README.
+
+    Args:
+        model: torchcfm's UNetModelWrapper or any module v(t [B], x [B, *shape]).
+        config: see `settings_from`; `reward` may be a callable from samples [B, …] to [B] numbers.
+        device: torch device or its name.
+        shape: of one sample; by default recognised from the weights of a known preset, else (3, 32, 32).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        device: torch.device | str = "cpu",
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
+        self.config, self.settings = dict(config), settings_from(config)
+        self.device = resolve_device(str(device))
+        reward = config.get("reward")
+        if reward is None and not self.settings.reward:
+            raise UserError("config: no reward; give it 'reward', or 'text_prompts' for CLIP")
+        self.reward = make_reward(reward if callable(reward) else self.settings.reward, self.settings)
+        self.model = model.to(self.device).eval()
+        name, self.shape = _recognise(model)
+        self.shape = shape or self.shape
+        self.policy = Policy(self.model, self.shape, name, FOREIGN_DATA.get(name, ""))
+        self.trainer: Trainer | None = None
+        self.history: list[dict[str, Any]] = []
+
+    def load_pretrained(self, path: str | Path) -> None:
+        """Load `net_model` of a torchcfm checkpoint; it is also the reference from now on.
+
+        Raises:
+            UserError: no such file, or one of another architecture.
+        """
+        weights = foreign_weights(read_pt(path), path, ("net_model",))
+        checkpoint.load_weights(self.model, weights, f"checkpoint {path}")
+        self.trainer = None
+
+    def train(self, num_epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:
+        """`num_epochs` rounds of `steps_per_epoch` steps, each on a fresh rollout of batch · steps samples.
+
+        Returns:
+            the metrics of each round, as in metrics.jsonl.
+        """
+        if self.trainer is None or self.settings.steps_per_round != steps_per_epoch:
+            rollout = self.settings.batch * steps_per_epoch
+            update = {"steps_per_round": steps_per_epoch, "rollout": rollout, "rounds": num_epochs}
+            self.settings = build(Finetune, self.settings.model_dump() | update)
+            reference = self.trainer.reference if self.trainer else None
+            self.trainer = Trainer(
+                self.policy, self.reward, self.settings, reward_name=self.reward.name, reference=reference
+            )
+        log = _wandb(self.settings, self.config)
+        for record in self.trainer.train(self.trainer.round + num_epochs):
+            self.history.append(record)
+            log(record)
+            print(
+                f"epoch {record['round']}: reward {record['reward_mean']:.4g}, loss {record['loss_fm']:.4g}, "
+                f"W2 {record['w2_coupled']:.3g}, ESS {record['ess']:.0f}",
+                flush=True,
+            )
+        return self.history
+
+    def save_checkpoint(self, path: str | Path) -> Path:
+        """Save: a `.pt` of the paper's keys where the name ends so, else a checkpoint directory."""
+        path = Path(path)
+        if self.trainer is None:
+            raise UserError("save_checkpoint: nothing trained yet; call train first")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix != ".pt":
+            self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
+            return path
+        weights = self.model.state_dict()
+        found = {
+            "net_model": weights,
+            "last_policy": weights,  # a round ends with the behaviour policy brought up to date
+            "optim": self.trainer.learner.optimizer.state_dict(),
+            "sched": {
+                k: v for k, v in self.trainer.learner.schedule.state_dict().items() if k != "lr_lambdas"
+            },
+            "config": {k: v for k, v in self.config.items() if not callable(v)},
+        }
+        beside = path.with_name(f".{path.name}.part")
+        torch.save(found, beside)
+        beside.replace(path)
+        return path
+
+
+def _recognise(model: nn.Module) -> tuple[str, tuple[int, ...]]:
+    """Preset and sample shape of a network by its parameters' shapes."""
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    for name, shape in (
+        ("unet-cifar10", (3, 32, 32)),
+        ("unet-mnist", (1, 28, 28)),
+        ("unet-digits", (1, 8, 8)),
+    ):
+        with torch.device("meta"):
+            own = build_network(name, shape)
+        if {k: v.shape for k, v in own.state_dict().items()} == shapes:
+            return name, shape
+    return "custom", (3, 32, 32)
+
+
+def _wandb(settings: Finetune, config: dict[str, Any]):
+    """A function that logs a record; does nothing where wandb is not wanted or not there."""
+    if not settings.wandb:
+        return lambda record: None
+    try:
+        import wandb
+    except ImportError:
+        print(
+            "warning: wandb is not installed (pip install orwcfm-fast[wandb]); going on without",
+            file=sys.stderr,
+        )
+        return lambda record: None
+    where = config.get("savedir")
+    run = wandb.run or wandb.init(
+        project=settings.wandb, name=config.get("run_name"), dir=where, config=settings.model_dump()
+    )
+    return run.log
