@@ -40,7 +40,6 @@ def _anchored_residual_kernel(
     chunks,
     channels,
     pixels,
-    inverse,
     PURPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -58,7 +57,7 @@ def _anchored_residual_kernel(
     # seed and index live on the device: Python integers would freeze under CUDA-graph capture
     seed, index = tl.load(seed_ptr), tl.load(index_ptr + sample)
     w, a = tl.load(w_ptr + sample), tl.load(a_ptr + sample)
-    w_scale, a_scale = 2 * inverse * w, 2 * inverse * a
+    w_scale, a_scale = 2 * w / elements, 2 * a / elements
     lane = tl.arange(0, BLOCK)
     fm, w2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for block in range(BLOCKS):
@@ -70,14 +69,14 @@ def _anchored_residual_kernel(
         v = tl.load(v_at, mask).to(tl.float32)
         drift = v - tl.load(v_ref_at, mask).to(tl.float32)
         x0 = normal_kernel(start, seed, index, PURPOSE, BLOCK, NEIGHBOURS)
-        residual = v - tl.load(x1_at, mask).to(tl.float32) + x0
+        residual = x0 - tl.load(x1_at, mask).to(tl.float32) + v
         if MASKED:
             residual, drift = tl.where(mask, residual, 0.0), tl.where(mask, drift, 0.0)
         fm += residual * residual
         w2 += drift * drift
         dv = (w_scale * residual + a_scale * drift).to(dv_ptr.dtype.element_ty)
         tl.store(pointers(dv_ptr + base, start, lane, channels, pixels, V_STRIDED), dv, mask)
-    _store_sums(loss_ptr, fm_ptr, w2_ptr, program, tl.sum(fm, 0) * inverse, tl.sum(w2, 0) * inverse, w, a)
+    _store_sums(loss_ptr, fm_ptr, w2_ptr, program, tl.sum(fm, 0) / elements, tl.sum(w2, 0) / elements, w, a)
 
 
 @triton.jit
@@ -135,7 +134,7 @@ def plan_anchored_residual(
     inputs = {"v_ptr": v, "v_ref_ptr": v_ref, "x1_ptr": x1, "seed_ptr": seed, "index_ptr": index}
     weights = {"w_ptr": w, "a_ptr": a}
     outputs = {"dv_ptr": dv, "loss_ptr": parts[0], "fm_ptr": parts[1], "w2_ptr": parts[2]}
-    sizes = {"elements": elements, "chunks": chunks, **channels_and_pixels(v), "inverse": 1 / elements}
+    sizes = {"elements": elements, "chunks": chunks, **channels_and_pixels(v)}
     strided = {f"{n.upper()}_STRIDED": is_strided(n, x) for n, x in (("v", v), ("v_ref", v_ref), ("x1", x1))}
     args = inputs | weights | outputs | sizes
     launches = [Launch(_anchored_residual_kernel, (batch * chunks,), args, meta | strided | {"PURPOSE": X0})]

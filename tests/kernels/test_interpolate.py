@@ -1,0 +1,71 @@
+import pytest
+import torch
+from orwcfm_fast.kernels.interpolate import interpolate, interpolate_reference, launch_interpolate
+from orwcfm_fast.kernels.philox import X0, normal
+
+SHAPES = [(1, 1), (3,), (3, 7), (5, 1023), (2, 4097), (2, 3072), (2, 9000), (7, 3, 5, 5)]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def arguments(shape, dtype=torch.float32, layout=torch.contiguous_format, device="cpu"):
+    g = torch.Generator().manual_seed(0)
+    x1 = torch.randn(shape, generator=g).to(device, dtype, memory_format=layout)
+    t = torch.rand(shape[0], generator=g).to(device)
+    index = torch.arange(shape[0], device=device) + 2**32 - 1
+    return x1, t, torch.tensor(-7, device=device), index
+
+
+CASES = [(shape, torch.contiguous_format) for shape in SHAPES] + [((7, 3, 5, 5), torch.channels_last)]
+CASES += [pytest.param((64, 3072), torch.contiguous_format, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_matches_float64(shape, dtype, layout, device, assert_as_good_as_torch):
+    x1, t, seed, index = arguments(shape, dtype, layout, device)
+    exact = interpolate_reference(x1.double(), t.double(), seed, index)
+    ours = launch_interpolate(x1, t, seed, index)
+    assert ours.stride() == x1.stride() and ours.dtype == dtype
+    assert_as_good_as_torch(ours, interpolate_reference(x1, t, seed, index), exact, 1e-6)
+
+
+def test_is_the_formula_with_counted_noise():
+    x1, t, seed, index = arguments((3, 2, 5))
+    x0 = normal((2, 5), seed, index, X0)
+    t = torch.tensor([0.0, 0.25, 1.0])
+    x_t = interpolate(x1, t, seed, index)
+    assert torch.equal(x_t[0], x0[0]) and torch.equal(x_t[2], x1[2])
+    torch.testing.assert_close(x_t[1], 0.75 * x0[1] + 0.25 * x1[1])
+
+
+def test_channels_last_has_the_same_noise():
+    x1, t, seed, index = arguments((7, 3, 5, 5))
+    last = x1.to(memory_format=torch.channels_last)
+    assert torch.equal(interpolate(x1, t, seed, index), interpolate(last, t, seed, index))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_survives_opcheck(layout):
+    torch.library.opcheck(interpolate, arguments((4, 3, 5, 5), layout=layout))
+
+
+BAD = {
+    "x1": {"x1": torch.zeros(3, 4, dtype=torch.float64)},
+    "x1 shape": {"x1": torch.zeros(0, 4), "t": torch.zeros(0)},
+    "x1 strides": {"x1": torch.zeros(4, 3).T},
+    "x1 requires grad": {"x1": torch.zeros(3, 4, requires_grad=True)},
+    "t": {"t": torch.zeros(4)},
+    "t dtype": {"t": torch.zeros(3, dtype=torch.bfloat16)},
+    "t requires grad": {"t": torch.zeros(3, requires_grad=True)},
+    "seed": {"seed": torch.zeros(1, dtype=torch.int64)},
+    "index": {"index": torch.zeros(3, dtype=torch.int32)},
+    "index device": {"index": torch.zeros(3, dtype=torch.int64, device="meta")},
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    x1, t, seed, index = arguments((3, 4))
+    with pytest.raises(ValueError, match=rf"^{case.split()[0]} "):
+        interpolate(**{"x1": x1, "t": t, "seed": seed, "index": index} | BAD[case])
