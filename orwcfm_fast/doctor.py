@@ -35,7 +35,8 @@ def _version(package: str) -> str:
 
 
 def _device(device: torch.device) -> dict[str, str]:
-    precision = "bf16" if fast_bf16(device) else "fp32"
+    sizes = {"MLPs": 50_000, "the digits U-Net": 700_000, "the CIFAR-10 U-Net": 36_000_000}
+    precision = ", ".join(f"{'bf16' if fast_bf16(device, n) else 'fp32'} for {k}" for k, n in sizes.items())
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
@@ -45,7 +46,7 @@ def _device(device: torch.device) -> dict[str, str]:
     return {
         "device": f"{device} ({name}, {memory / 2**30:.0f} GiB)",
         "threads": str(torch.get_num_threads()),
-        "precision auto": f"{precision} for U-Nets, fp32 for small MLPs",
+        "precision auto": precision,
     }
 
 

@@ -52,5 +52,5 @@ def make_policy(
 ) -> Policy:
     """A policy with fresh weights, in eval mode."""
     network = build_network(model, shape).to(device).eval()
-    small = sum(p.numel() for p in network.parameters()) < 200_000
-    return Policy(network, tuple(shape), model, data, resolve_precision(precision, device, small))
+    parameters = sum(p.numel() for p in network.parameters())
+    return Policy(network, tuple(shape), model, data, resolve_precision(precision, device, parameters))
