@@ -180,14 +180,22 @@ def adams_weights(nodes: Sequence[float], start: float, end: float) -> list[floa
     return weights
 
 
+History = list[tuple[float, Tensor]]
+
+
+def _advance(x: Tensor, start: float, end: float, history: History) -> Tensor:
+    """x plus the integral over [start, end] of the polynomial through `history`'s (time, velocity)."""
+    for weight, (_, v) in zip(adams_weights([t for t, _ in history], start, end), history, strict=True):
+        x = x + weight * v
+    return x
+
+
 def _adams_bashforth(
-    velocity: Velocity, x: Tensor, times: Sequence[float], order: int, history: list[tuple[float, Tensor]]
+    velocity: Velocity, x: Tensor, times: Sequence[float], order: int, history: History
 ) -> Tensor:
-    """x += Σ_j b_j v_j over the last `order` evaluations; one evaluation a step. `history` starts it."""
     for t, t_next in pairwise(times):
         history = [*history, (t, velocity(t, x))][-order:]
-        for b, (_, v) in zip(adams_weights([t for t, _ in history], t, t_next), history, strict=True):
-            x = x + b * v
+        x = _advance(x, t, t_next, history)
     return x
 
 
@@ -207,6 +215,25 @@ def ab4(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     first, second = times[0], times[2]
     x, v_first, v_middle = _rk4_step(velocity, x, first, second - first)
     return _adams_bashforth(velocity, x, times[2:], 4, [(first, v_first), ((first + second) / 2, v_middle)])
+
+
+@solver("abm4", evals=1, order=3)
+def abm4(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+    """Adams–Bashforth–Moulton 4 (predict, evaluate, correct) for any grid, one evaluation a step.
+
+    The velocity at the predicted point corrects that point and is then kept, not evaluated again: PEC mode
+    (Lambert, Numerical Methods for ODEs, 4.2), the trick of UniPC (Zhao et al., NeurIPS 2023). The last point
+    stays as predicted. Orders rise from 1 to 4 in the first steps, whose points are all corrected from the
+    very start; the first step's velocity keeps an O(h²) error, so the order is 3.
+    """
+    start, previous, history = x, x, cast(History, [])
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        history = [*history, (t, velocity(t, x))][-4:]
+        corrected = (
+            _advance(start, times[0], t, history) if i < 4 else _advance(previous, times[i - 1], t, history)
+        )
+        previous, x = corrected, _advance(corrected, t, t_next, history)
+    return x
 
 
 def dopri5(
