@@ -1,9 +1,14 @@
 """The command line: parses, calls the library, prints."""
 
 
-def main() -> None:
-    """Entry point of `orwcfm`."""
+def load_app():
+    """The Typer app with every panel's commands."""
     from orwcfm_fast.cli import look, machine, train  # noqa: F401  (they register their commands)
     from orwcfm_fast.cli.app import app
 
-    app()
+    return app
+
+
+def main() -> None:
+    """Entry point of `orwcfm`."""
+    load_app()()

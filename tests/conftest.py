@@ -1,0 +1,71 @@
+"""Shared by all tests: a cache of their own, a small pretrained model, the command line in process."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched in a test
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    """An empty $ORWCFM_CACHE for the whole session; the first to need the digits model fills it."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["ORWCFM_CACHE"] = str(path)
+    return path
+
+
+@pytest.fixture
+def run_cli(tmp_path, monkeypatch):
+    """orwcfm(*args) in an empty directory → code, out, err; tracebacks of bugs come through."""
+    from orwcfm_fast.cli import load_app
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+
+    def orwcfm(*args: str) -> SimpleNamespace:
+        result = CliRunner().invoke(load_app(), [str(a) for a in args])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return SimpleNamespace(code=result.exit_code, out=result.stdout, err=result.stderr)
+
+    return orwcfm
+
+
+@pytest.fixture(scope="session")
+def two_gaussians_weights():
+    """State dict of an MLP pretrained on the two Gaussians: a few seconds, shared."""
+    from orwcfm_fast.data import load_data
+    from orwcfm_fast.policy import make_policy
+    from orwcfm_fast.pretrain import pretrain
+    from orwcfm_fast.settings import Pretrain
+
+    torch.set_num_threads(1)  # small networks are slower on two
+    data, _ = load_data("two-gaussians")
+    policy = make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))
+    settings = Pretrain(data="two-gaussians", model="mlp", steps=1500, batch=512)
+    return pretrain(policy, data, settings, lambda step, loss: None).averaged().network.state_dict()
+
+
+@pytest.fixture
+def two_gaussians(two_gaussians_weights):
+    """A fresh policy with those weights."""
+    from orwcfm_fast.policy import make_policy
+
+    policy = make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))
+    policy.network.load_state_dict(two_gaussians_weights)
+    return policy
+
+
+@pytest.fixture
+def tiny_run(run_cli):
+    """A one-round run on two Gaussians from an untrained checkpoint: files of every kind in a second."""
+    made = run_cli("pretrain", "--data", "two-gaussians", "--steps", 30, "--batch", 64, "--out", "base", "--quiet")
+    assert made.code == 0, made.err
+    small = ("--rounds", 2, "--rollout", 64, "--batch", 32, "--steps-per-round", 3, "--eval-n", 64, "--probe", 16)
+    made = run_cli("finetune", "--checkpoint", "base", "--out", "run", *small, "--quiet")
+    assert made.code == 0, made.err
+    return Path("run")

@@ -1,0 +1,80 @@
+"""The gradient that trains is the gradient of the written objective."""
+
+import copy
+
+import pytest
+import torch
+from orwcfm_fast import noise
+from orwcfm_fast.coupling import couple
+from orwcfm_fast.policy import make_policy
+from orwcfm_fast.settings import Finetune
+from orwcfm_fast.step import Learner
+
+SEED = torch.tensor(3)
+
+
+def gradients_of_a_step(learner, batch):
+    seen = {}
+    hooks = [
+        p.register_hook(lambda g, name=name: seen.__setitem__(name, g.clone()))
+        for name, p in learner.policy.network.named_parameters()
+    ]
+    learner.step(batch, SEED)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def written_loss(network, reference, batch):
+    """The objective of the paper, in float64 by autograd, from the stored batch."""
+    double = [x.double() for x in (batch.x1, batch.t, batch.x_t, batch.w, batch.a)]
+    x1, t, x_t, w, a = double
+    x0 = noise.normal((2,), SEED, batch.index, noise.X0, torch.float64)
+    v, v_ref = network(t, x_t), reference(t, x_t).detach()
+    fm = (v - (x1 - x0)).square().mean(1)
+    return (w * fm + a * (v - v_ref).square().mean(1)).mean()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+@pytest.mark.parametrize("coupling", ["independent", "ot"])
+def test_step_follows_the_gradient_of_the_objective(alpha, coupling):
+    torch.manual_seed(0)
+    policy = make_policy("mlp", "moons", (2,), torch.device("cpu"))
+    reference = policy.frozen_copy()
+    with torch.no_grad():
+        for p in reference.network.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    w = torch.rand(64) + 0.1
+    batch = couple(torch.randn(64, 2), w, alpha, SEED, noise.indices(640, 64, "cpu"), coupling)
+    exact = copy.deepcopy(policy.network).double()
+    written_loss(exact, copy.deepcopy(reference.network).double(), batch).backward()
+    ours = gradients_of_a_step(Learner(policy, reference, Finetune(lr=1e-9)), batch)
+    for name, p in exact.named_parameters():
+        assert (ours[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+
+
+def test_reference_never_moves_and_dropout_stays_off():
+    from orwcfm_fast.fast_unet import FastUNet
+    from orwcfm_fast.policy import Policy
+
+    torch.manual_seed(0)
+    network = FastUNet((1, 8, 8), 32, 1, channel_mult=(1,), attention_resolutions="1", dropout=0.5)
+    policy = Policy(network, (1, 8, 8), "custom", "")
+    learner = Learner(policy, policy.frozen_copy(), Finetune(batch=4))
+    assert not learner.policy.network.training
+    before = [p.clone() for p in learner.reference.network.parameters()]
+    batch = couple(torch.randn(4, 1, 8, 8), torch.ones(4), 1.0, SEED, noise.indices(0, 4, "cpu"))
+    metrics = learner.step(batch, SEED)
+    assert float(metrics[1]) == 0.0, "policy equals reference before the first step, so dropout was on"
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.reference.network.parameters(), strict=True))
+
+
+def test_warmup_is_linear_and_ends():
+    policy = make_policy("mlp", "moons", (2,), torch.device("cpu"))
+    learner = Learner(policy, policy.frozen_copy(), Finetune(lr=1.0, warmup=4))
+    rates = []
+    for step in range(6):
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+        batch = couple(torch.randn(8, 2), torch.ones(8), 1.0, SEED, noise.indices(8 * step, 8, "cpu"))
+        learner.step(batch, SEED)
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
