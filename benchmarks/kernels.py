@@ -1,0 +1,318 @@
+"""The fused ops against eager and torch.compile: `orwcfm bench kernels`."""
+
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from orwcfm_fast.benchmarks.cases import CIFAR, OPS, Case, Inputs, cases
+from torch import Tensor
+
+IMPLEMENTATIONS = ("eager", "compile", "ours")
+
+
+@dataclass
+class Row:
+    """One implementation of one case. seconds and what follows from it is None where the check failed.
+
+    bytes: the one-pass floor; gb_per_s: floor / seconds; copy_share: of the copy bandwidth of this run.
+    peak_bytes: device memory above the inputs (GPU only). error: largest error of the gradient (of x_t
+    for interpolate) against float64, over the largest value. step_share: of a CIFAR-10 training step on
+    this device, where the size is that step's batch.
+    """
+
+    op: str
+    dtype: str
+    shape: tuple[int, ...]
+    implementation: str
+    passes: str
+    correct: bool
+    bytes: int
+    seconds: float | None = None
+    gb_per_s: float | None = None
+    copy_share: float | None = None
+    speedup: float | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    step_share: float | None = None
+
+
+def seconds_of(function: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
+    """Median seconds of a call, after warming up; about `budget` seconds of calls."""
+    cuda = device.type == "cuda"
+    for _ in range(3):
+        function()
+    if cuda:
+        torch.cuda.synchronize()
+    found: list[float] = []
+    end = time.perf_counter() + budget
+    while len(found) < 5 or (time.perf_counter() < end and len(found) < 1000):
+        if cuda:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            function()
+            events[1].record()
+            events[1].synchronize()
+            found.append(events[0].elapsed_time(events[1]) / 1000)
+        else:
+            begin = time.perf_counter()
+            function()
+            found.append(time.perf_counter() - begin)
+    return statistics.median(found)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy of one large tensor reads and writes."""
+    x = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.numel() / seconds_of(lambda: y.copy_(x), device)
+
+
+def _call(case: Case, inputs: Inputs, implementation: str, passes: str) -> Callable[[], Any]:
+    op = OPS[case.op]
+    if implementation == "ours":
+        args = [inputs[name] for name in op.names]
+        return lambda: op.ours(*args)  # the gradient comes with the forward pass: v.backward(dv)
+    function = (
+        torch.compile(op.eager, fullgraph=True, dynamic=False) if implementation == "compile" else op.eager
+    )
+    if passes == "forward":
+        return lambda: function(**inputs)
+    v = inputs["v"].detach().requires_grad_()
+
+    def forward_and_backward():
+        v.grad = None
+        function(**inputs | {"v": v}).sum().backward()
+        return v.grad
+
+    return forward_and_backward
+
+
+def _few(case: Case, inputs: Inputs, samples: int = 8) -> list[Tensor]:
+    """The op's arguments for the first samples: samples do not depend on each other."""
+    return [inputs[name][:samples] if inputs[name].ndim else inputs[name] for name in OPS[case.op].names]
+
+
+def _tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def check(case: Case, inputs: Inputs) -> bool:
+    """Whether every output is as near to float64 as torch at that precision: twice its error and an ulp."""
+    op, few = OPS[case.op], _few(case, inputs)
+    exact = _tuple(op.reference(*[x.double() if x.is_floating_point() else x for x in few]))
+    ours = _tuple(op.ours(*[inputs[name] for name in op.names]))
+    for one, torchs, best in zip(ours, _tuple(op.reference(*few)), exact, strict=True):
+        slack = max(torch.finfo(one.dtype).eps * float(best.abs().max()), 2e-6 * float(best.abs().mean()))
+        error, allowed = (float((x[:8].double() - best).abs().max()) for x in (one, torchs))
+        if not error <= 2 * allowed + slack:
+            return False
+    return True
+
+
+def _error(case: Case, inputs: Inputs, result) -> float | None:
+    if result is None:
+        return None
+    op, few = OPS[case.op], _few(case, inputs)
+    exact = op.result(*_tuple(op.reference(*[x.double() if x.is_floating_point() else x for x in few])))
+    return float((result[:8].double() - exact).abs().max() / exact.abs().max())
+
+
+def _result(case: Case, implementation: str, passes: str, output) -> Tensor | None:
+    if implementation == "ours":
+        return OPS[case.op].result(*_tuple(output))
+    return output if passes == "forward+backward" else None  # eager's x_t has another x0
+
+
+def _peak(call: Callable[[], object], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def training_step_seconds(device: torch.device) -> tuple[int, float]:
+    """Batch and seconds of a CIFAR-10 training step without the ops: two UNets, backward, AdamW."""
+    from orwcfm_fast.models import build_network
+
+    cuda = device.type == "cuda"
+    batch = CIFAR[0] if cuda else 2
+    policy, reference = (build_network("unet-cifar10", CIFAR[1:]).to(device).eval() for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+    t, x = torch.rand(batch, device=device), torch.randn(batch, *CIFAR[1:], device=device)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            with torch.no_grad():
+                reference(t, x)
+            v = policy(t, x)
+        v.backward(torch.ones_like(v))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return batch, seconds_of(step, device, budget=2.0)
+
+
+def run(
+    device: str | torch.device = "cpu",
+    short: bool = True,
+    compiled: bool = True,
+    training_step: bool = True,
+    on_case: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Measure every case.
+
+    Args:
+        device: where; on a CPU the ops are their torch references.
+        short: a few sizes (see cases), else all.
+        compiled: whether torch.compile is measured, the slowest part to set up.
+        training_step: whether a CIFAR-10 step is timed, for each op's share of it.
+        on_case: told the name of each case before it runs.
+
+    Returns:
+        device, date, versions, copy_gb_per_s, step_seconds (of a CIFAR-10 batch of 128) and rows (Row, as
+        dicts). A row that failed its correctness check holds no time.
+    """
+    device = torch.device(device)
+    copy = copy_bandwidth(device)
+    on_case("CIFAR-10 training step")
+    batch, step = training_step_seconds(device) if training_step else (1, math.nan)
+    step *= CIFAR[0] / batch
+    rows: list[Row] = []
+    for case in cases(device, short):
+        on_case(str(case))
+        rows += _measure(case, device, compiled, copy, step)
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "cpu",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": _versions(),
+        "copy_gb_per_s": copy / 1e9,
+        "step_seconds": None if math.isnan(step) else step,
+        "step_measured_at_batch": batch,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _versions() -> dict[str, str]:
+    from orwcfm_fast.kernels._triton import triton
+
+    from orwcfm_fast import __version__
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "orwcfm": __version__}
+    return versions | {"triton": getattr(triton, "__version__", "none"), "cuda": torch.version.cuda or "none"}
+
+
+def _fill(row: Row, case: Case, inputs: Inputs, device: torch.device, copy: float) -> None:
+    call = _call(case, inputs, row.implementation, row.passes)
+    row.error = _error(case, inputs, _result(case, row.implementation, row.passes, call()))
+    if row.correct:
+        row.peak_bytes = _peak(call, device)
+        row.seconds = seconds_of(call, device)
+        row.gb_per_s = case.floor_bytes / row.seconds / 1e9
+        row.copy_share = case.floor_bytes / row.seconds / copy
+
+
+def _measure(case: Case, device: torch.device, compiled: bool, copy: float, step: float) -> list[Row]:
+    inputs, rows = case.inputs(device), []
+    correct = check(case, inputs)
+    for passes in OPS[case.op].passes:
+        eager_seconds = None
+        for implementation in IMPLEMENTATIONS:
+            if implementation == "compile" and not compiled:
+                continue
+            fine = correct or implementation != "ours"
+            row = Row(case.op, case.dtype, case.shape, implementation, passes, fine, case.floor_bytes)
+            rows.append(row)
+            try:
+                _fill(row, case, inputs, device, copy)
+            except torch.OutOfMemoryError:
+                row.seconds = None
+                continue
+            if row.seconds is not None:
+                eager_seconds = eager_seconds or row.seconds
+                row.speedup = eager_seconds / row.seconds
+                if case.shape == CIFAR and not math.isnan(step):
+                    row.step_share = row.seconds / (step + row.seconds)
+    return rows
+
+
+COLUMNS = {
+    "op": "op",
+    "dtype": "dtype",
+    "shape": "shape",
+    "passes": "passes",
+    "implementation": "implementation",
+    "seconds": "time",
+    "gb_per_s": "GB/s",
+    "copy_share": "of copy",
+    "speedup": "speed-up",
+    "peak_bytes": "peak memory",
+    "error": "error",
+    "step_share": "of a CIFAR-10 step",
+}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row's texts, in the order of COLUMNS; '-' where there is no figure."""
+    formats: dict[str, Callable[[Any], str]] = {
+        "shape": lambda shape: "×".join(map(str, shape)),
+        "seconds": lambda s: f"{s * 1e3:.3g} ms",
+        "gb_per_s": lambda x: f"{x:.4g}",
+        "copy_share": lambda x: f"{x:.0%}",
+        "speedup": lambda x: f"{x:.2f}×",
+        "peak_bytes": lambda x: f"{x / 2**20:.4g} MiB",
+        "error": lambda x: f"{x:.1e}",
+        "step_share": lambda x: f"{100 * x:.2g}%",
+    }
+    if not row["correct"]:
+        row = row | {"seconds": None}
+    texts = [formats.get(name, str)(row[name]) if row[name] is not None else "-" for name in COLUMNS]
+    return texts if row["correct"] else [*texts[:5], "wrong result", *texts[6:]]
+
+
+def plot(result: dict[str, Any], path: str | Path) -> None:
+    """Write a PNG: effective bandwidth against size, a panel for each op and dtype."""
+    from matplotlib.figure import Figure
+
+    panels = sorted({(row["op"], row["dtype"], row["passes"]) for row in result["rows"]})
+    figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
+    for i, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for implementation in IMPLEMENTATIONS:
+            points = sorted(
+                (row["bytes"] / 2**20, row["gb_per_s"])
+                for row in result["rows"]
+                if (row["op"], row["dtype"], row["passes"]) == panel
+                and row["implementation"] == implementation
+                and row["seconds"] is not None
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=implementation)
+        axes.axhline(result["copy_gb_per_s"], color="gray", linestyle="--", label="copy")
+        axes.set(xscale="log", title=", ".join(panel), xlabel="one-pass MiB", ylabel="effective GB/s")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize="small")
+    figure.suptitle(f"{result['device']}, {result['date']}")
+    figure.savefig(path, dpi=120)
+
+
+def save(result: dict[str, Any], folder: str | Path) -> Path:
+    """Write <device>-<date>.json, and the plot beside it; returns the JSON file's path."""
+    name = "".join(c if c.isalnum() else "-" for c in f"{result['device']}-{result['date']}".lower())
+    path = Path(folder) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, path.with_suffix(".png"))
+    return path
