@@ -48,9 +48,16 @@ class Policy:
 
 
 def make_policy(
-    model: str, data: str, shape: tuple[int, ...], device: torch.device, precision: str = "auto"
+    model: str,
+    data: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    precision: str = "auto",
+    seed: int = 0,
 ) -> Policy:
-    """A policy with fresh weights, in eval mode."""
-    network = build_network(model, shape).to(device).eval()
+    """A policy with fresh weights drawn from `seed`, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = build_network(model, shape).to(device).eval()
     parameters = sum(p.numel() for p in network.parameters())
     return Policy(network, tuple(shape), model, data, resolve_precision(precision, device, parameters))

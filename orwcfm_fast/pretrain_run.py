@@ -28,7 +28,8 @@ class PretrainRun:
     def __init__(self, settings: Pretrain, data: Tensor, run: Run) -> None:
         self.settings, self.run = settings, run
         device = resolve_device(settings.device)
-        policy = make_policy(settings.model, settings.data, tuple(data.shape[1:]), device, settings.precision)
+        shape = tuple(data.shape[1:])
+        policy = make_policy(settings.model, settings.data, shape, device, settings.precision, settings.seed)
         self.trainer = Pretrainer(policy, data.to(device), settings)
         self._seconds = 0.0
         self._first = 0

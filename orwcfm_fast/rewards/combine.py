@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from orwcfm_fast.errors import RewardError, UserError
+from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.registry import REWARDS, Score
 from orwcfm_fast.rewards.user import is_user_reward, load_user_reward
@@ -29,10 +29,8 @@ class RewardSum:
         total: Tensor | None = None
         for name, weight, score in self.terms:
             values = torch.as_tensor(score(samples)).to(samples.device, torch.float32)
-            if values.shape != (len(samples),):
-                raise RewardError(
-                    f"reward {name}: returned shape {tuple(values.shape)}, should be ({len(samples)},): one a sample"
-                )
+            if len(self.terms) > 1 and values.shape != (len(samples),):
+                raise ValueError(f"{name} returned shape {tuple(values.shape)}, should be ({len(samples)},)")
             self.parts[name] = values
             total = weight * values if total is None else total + weight * values
         assert total is not None
