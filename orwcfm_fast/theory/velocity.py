@@ -1,0 +1,152 @@
+"""The exact velocity of one round by quadrature, and the density that its flow makes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast.theory.density import FLOOR, Grid
+
+CHUNK = 256  # points at once: the work arrays stay in cache
+
+
+@dataclass(frozen=True)
+class ExactVelocity:
+    """v*(t, x) = (E[w·u | x_t=x] + α·v_ref(t, x)) / (E[w | x_t=x] + α), expectations under `density`.
+
+    x_t = (1−t)·x0 + t·x1 and u = x1 − x0 = (x1 − x)/(1−t), so v* = (D − x)/(1−t) with a mean D of
+    x1 in which each point of the grid counts for its posterior mass times w, plus α times its mass in the
+    reference's posterior. The posterior is N(x; t·x1, (1−t)²)·q(x1), summed over the grid; in 2-D
+    the Gaussian factors by axis. Where its width in x1, s = (1−t)/t, falls below a cell, the score
+    (D − y)/s², y = x/t, is continued linearly in s² from widths of one cell and √2 cells: smooth up to t = 1.
+
+    density, weight, reference: [P] on the grid; alpha ≥ 0, on the scale of the weights.
+    """
+
+    grid: Grid
+    density: Tensor
+    weight: Tensor
+    reference: Tensor
+    alpha: float
+
+    def __call__(self, t: float | Tensor, x: Tensor) -> Tensor:
+        """Velocity at time t in [0, 1] and points x [n, d] → [n, d], float64, per unit time."""
+        return self.with_divergence(float(t), x.double())[0].to(x)
+
+    @property
+    def finest(self) -> float:
+        """The smallest posterior width that the grid resolves: one cell."""
+        return max(self.grid.widths)
+
+    def with_divergence(self, t: float, x: Tensor) -> tuple[Tensor, Tensor]:
+        """v [n, d] and div v [n]."""
+        if t * (1 + self.finest) <= 1 + 1e-12:
+            mean, trace = self._mean(t, x)
+            return (mean - x) / (1 - t), (trace - self.grid.dim) / (1 - t)
+        s, y = (1 - t) / t, x / t
+        near, far = self._score(self.finest, y), self._score(self.finest * math.sqrt(2), y)
+        lean = (s / self.finest) ** 2 - 1
+        score, divergence = (a + lean * (b - a) for a, b in zip(near, far, strict=True))
+        return y + s / t * score, (self.grid.dim + s / t * divergence) / t
+
+    def _score(self, s: float, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(D − y)/s² and its divergence in y, at posterior width s."""
+        t = 1 / (1 + s)
+        mean, trace = self._mean(t, t * y)
+        return (mean - y) / s**2, (t * trace - self.grid.dim) / s**2
+
+    def _mean(self, t: float, x: Tensor) -> tuple[Tensor, Tensor]:
+        """D [n, d] and the trace of ∂D/∂x [n]."""
+        parts = [self._mean_of(t, chunk) for chunk in x.split(CHUNK)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _mean_of(self, t: float, x: Tensor) -> tuple[Tensor, Tensor]:
+        mass, first, second = self._moments(t, x)
+        mass_q, mass_w, mass_ref = mass
+        weight = mass_w / mass_q
+        mean_w, square_w = first[1] / mass_q[:, None], second[1] / mass_q[:, None]
+        mean_q = first[0] / mass_q[:, None]
+        total = (weight + self.alpha)[:, None]
+        # ∂E[f|x] = cov(f, x1)·t/(1−t)²
+        slope_weight, slope_mean = mean_w - weight[:, None] * mean_q, square_w - mean_w * mean_q
+        mean = mean_w
+        if self.alpha:
+            mean_ref = first[2] / mass_ref[:, None]
+            mean = mean_w + self.alpha * mean_ref
+            slope_mean = slope_mean + self.alpha * (second[2] / mass_ref[:, None] - mean_ref**2)
+        mean = mean / total
+        trace = ((slope_mean - mean * slope_weight) / total).sum(1) * t / (1 - t) ** 2
+        return mean, trace
+
+    def _moments(self, t: float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ K·f, Σ K·f·x1 and Σ K·f·x1² for f in (q, w·q, q_ref): [3, n], [3, n, d], [3, n, d]."""
+        weighted = self.weight * self.density
+        if float(self.weight.min()) >= 0:
+            weighted = weighted.clamp_min(FLOOR)
+        fields = torch.stack([self.density, weighted, self.reference], -1)
+        kernels = []
+        for axis, y in enumerate(self.grid.axes):
+            exponent = (x[:, axis, None] - t * y) / (1 - t)
+            exponent = exponent.mul_(exponent).mul_(-0.5)
+            # 1e-70 squared times FLOOR is still no denormal number
+            kernels.append(exponent.sub_(exponent.amax(1, keepdim=True)).clamp_min_(-161).exp_())
+        if self.grid.dim == 1:
+            y = self.grid.axes[0][:, None]
+            sums = kernels[0] @ torch.cat([fields, y * fields, y * y * fields], 1)
+            mass, first, second = sums.T.reshape(3, 3, -1)
+            return mass, first[..., None], second[..., None]
+        (y0, y1), (k0, k1) = self.grid.axes, kernels
+        rows = fields.reshape(len(y0), -1)
+        along = [(k0 @ (y0[:, None] ** p * rows)).reshape(len(x), len(y1), 3) for p in range(3)]
+        across = [k1 * y1**p for p in range(3)]
+
+        def total(p: int, r: int) -> Tensor:
+            return torch.bmm(across[r][:, None], along[p]).squeeze(1).T
+
+        first = torch.stack([total(1, 0), total(0, 1)], -1)
+        return total(0, 0), first, torch.stack([total(2, 0), total(0, 2)], -1)
+
+
+def time_grid(steps: int, finest: float) -> list[float]:
+    """1 = t_0 > … = 0: the first step is the one below the grid's resolution."""
+    last = 1 / (1 + finest)
+    angles = torch.linspace(math.pi / 2, 0, steps + 1, dtype=torch.float64)
+    return [1.0, *(last * torch.sin(angles)).tolist()]
+
+
+def _reachable(velocity: ExactVelocity) -> Tensor:
+    """In 2-D the points where the new density can matter: 1e-16 of the peak, and a rim of two cells."""
+    if velocity.grid.dim == 1:
+        return torch.arange(len(velocity.density))
+    near = torch.maximum(velocity.density, velocity.reference).reshape(1, 1, *velocity.grid.counts)
+    near = torch.nn.functional.max_pool2d(near, 5, stride=1, padding=2).reshape(-1)
+    return (near > 1e-16 * near.max()).nonzero().squeeze(1)
+
+
+def push(velocity: ExactVelocity, steps: int) -> tuple[Tensor, Tensor]:
+    """Carry the grid's points back from t=1 to t=0 (Runge–Kutta 4).
+
+    Returns the noise [P, d] that lands on each point and the density [P] of the flow's law there:
+    q(y) = N(x0(y); 0, I)·exp(−∫ div v dt). In 2-D noise is NaN and density 0 where neither the
+    current density nor the reference comes to 1e-16 of its peak.
+    """
+    reachable = _reachable(velocity)
+    x = velocity.grid.points[reachable]
+    log_jacobian = torch.zeros(len(x), dtype=torch.float64)
+    for t, t_next in pairwise(time_grid(steps, velocity.finest)):
+        dt = t_next - t
+        v1, d1 = velocity.with_divergence(t, x)
+        v2, d2 = velocity.with_divergence(t + dt / 2, x + dt / 2 * v1)
+        v3, d3 = velocity.with_divergence(t + dt / 2, x + dt / 2 * v2)
+        v4, d4 = velocity.with_divergence(t_next, x + dt * v3)
+        x = x + dt / 6 * (v1 + 2 * v2 + 2 * v3 + v4)
+        log_jacobian += dt / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
+    log_noise = -0.5 * (x**2).sum(1) - 0.5 * velocity.grid.dim * math.log(2 * math.pi)
+    noise = torch.full_like(velocity.grid.points, math.nan)
+    density = torch.zeros(len(noise), dtype=torch.float64)
+    noise[reachable], density[reachable] = x, (log_noise + log_jacobian).exp()
+    return noise, density
