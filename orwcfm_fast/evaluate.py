@@ -115,6 +115,8 @@ def evaluate(
 def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk) -> Measures:
     if reference is None:
         x, gap = sample(policy, x0, how, chunk), None
+    elif policy is reference:
+        x, gap = x_ref, 0.0
     else:
         x, gap = sample_with_gap(policy, reference, x0, how, chunk)
     seen = policy.decode(x)
@@ -140,6 +142,8 @@ def exact_w2(x: Tensor, y: Tensor) -> float:
     """W2 of two samples [N, …] and [M, …] as empirical measures (POT's network simplex)."""
     import ot
 
+    if torch.equal(x, y):
+        return 0.0
     cost = ot.dist(x.flatten(1).double().cpu().numpy(), y.flatten(1).double().cpu().numpy())
     return float(max(ot.emd2([], [], cost, numItermax=2_000_000), 0.0)) ** 0.5
 

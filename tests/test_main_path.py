@@ -1,0 +1,77 @@
+"""The main path as a user types it: real processes, an empty directory, an empty cache, no network."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ORWCFM = Path(sys.executable).with_name("orwcfm")
+
+
+def orwcfm(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    blocked = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
+    return subprocess.run(
+        [ORWCFM, *args],
+        cwd=cwd,
+        env=os.environ | blocked | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    """`orwcfm finetune --alpha 1 --tau 0.5`, typed once in an empty directory."""
+    cwd = tmp_path_factory.mktemp("user")
+    shutil.rmtree(cache / "pretrained", ignore_errors=True)
+    result = orwcfm("finetune", "--alpha", "1", "--tau", "0.5", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd, result.stdout
+
+
+@pytest.mark.slow
+def test_default_finetune_raises_the_reward_and_keeps_digits(finished):
+    cwd, out = finished
+    run = cwd / "runs/digits-even-digits-a1-t0.5-001"
+    assert out.splitlines()[0].startswith("run runs/digits-even-digits-a1-t0.5-001")
+    assert out.splitlines()[-1] == "run runs/digits-even-digits-a1-t0.5-001"
+    found = json.loads((run / "summary.json").read_text())
+    before, after = found["before"], found["after"]
+    assert abs(before["reward"]["mean"] - 0.5) <= 0.04
+    assert after["reward"]["mean"] >= 0.58 and after["reward"]["low"] > before["reward"]["high"]
+    assert after["confidence"] >= 0.93
+    assert after["w2_exact"] <= after["w2_coupled"] + 1e-6
+    for word in ("W2 coupled", "diversity", "ESS", "images/s", "next:", "before_after.png"):
+        assert word in out
+
+
+@pytest.mark.slow
+def test_sample_and_evaluate_with_no_argument_speak_of_that_run(finished):
+    cwd, _ = finished
+    sampled = orwcfm("sample", cwd=cwd)
+    assert sampled.returncode == 0 and "model: runs/digits-even-digits-a1-t0.5-001" in sampled.stdout
+    assert (cwd / sampled.stdout.splitlines()[-1]).read_bytes().startswith(b"\x89PNG")
+    measured = json.loads(orwcfm("evaluate", "-n", "512", "--json", cwd=cwd).stdout)
+    reference, tuned = measured["models"]
+    assert tuned["reward"]["mean"] > reference["reward"]["mean"] + 0.03
+
+
+def test_help_comes_within_a_second(tmp_path):
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        result = orwcfm("--help", cwd=tmp_path)
+        seconds.append(time.perf_counter() - began)
+    assert result.returncode == 0 and "finetune" in result.stdout
+    assert min(seconds) < 1
+
+
+def test_help_loads_no_torch():
+    code = "import sys; from orwcfm_fast.cli import load_app; load_app(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
