@@ -63,9 +63,24 @@ def two_gaussians(two_gaussians_weights):
 @pytest.fixture
 def tiny_run(run_cli):
     """A one-round run on two Gaussians from an untrained checkpoint: files of every kind in a second."""
-    made = run_cli("pretrain", "--data", "two-gaussians", "--steps", 30, "--batch", 64, "--out", "base", "--quiet")
+    made = run_cli(
+        "pretrain", "--data", "two-gaussians", "--steps", 30, "--batch", 64, "--out", "base", "--quiet"
+    )
     assert made.code == 0, made.err
-    small = ("--rounds", 2, "--rollout", 64, "--batch", 32, "--steps-per-round", 3, "--eval-n", 64, "--probe", 16)
+    small = (
+        "--rounds",
+        2,
+        "--rollout",
+        64,
+        "--batch",
+        32,
+        "--steps-per-round",
+        3,
+        "--eval-n",
+        64,
+        "--probe",
+        16,
+    )
     made = run_cli("finetune", "--checkpoint", "base", "--out", "run", *small, "--quiet")
     assert made.code == 0, made.err
     return Path("run")

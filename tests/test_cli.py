@@ -88,29 +88,10 @@ def test_same_seed_gives_same_bytes_and_any_chunk_the_same_samples(run_cli, tiny
 
 
 def test_toml_file_gives_settings_and_flags_win(run_cli, tiny_run):
-    small = "rollout = 64
-batch = 32
-steps-per-round = 2
-"
-    Path("c.toml").write_text('alpha = 0.25
-tau = 2
-reward = ["coordinate"]
-' + small)
-    made = run_cli(
-        "finetune",
-        "--config",
-        "c.toml",
-        "--tau",
-        1,
-        "--checkpoint",
-        "base",
-        "--rounds",
-        1,
-        "--eval-n",
-        64,
-        "--out",
-        "o",
-    )
+    small = "rollout = 64\nbatch = 32\nsteps-per-round = 2\n"
+    Path("c.toml").write_text('alpha = 0.25\ntau = 2\nreward = ["coordinate"]\n' + small)
+    more = ("--checkpoint", "base", "--rounds", 1, "--eval-n", 64, "--out", "o")
+    made = run_cli("finetune", "--config", "c.toml", "--tau", 1, *more)
     assert made.code == 0, made.err
     written = Path("o/config.toml").read_text()
     for line in ("alpha = 0.25", "tau = 1.0", 'reward = ["coordinate"]', 'solver = "'):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from orwcfm_fast import noise
 from orwcfm_fast.coupling import couple
 from orwcfm_fast.errors import UserError
@@ -46,4 +47,6 @@ def test_ot_shortens_paths():
 
 def test_ot_refuses_weights_that_are_not_positive():
     with pytest.raises(UserError, match="positive"):
-        couple(torch.randn(4, 2), torch.tensor([1.0, 0.0, 1.0, 1.0]), 1.0, SEED, noise.indices(0, 4, "cpu"), "ot")
+        couple(
+            torch.randn(4, 2), torch.tensor([1.0, 0.0, 1.0, 1.0]), 1.0, SEED, noise.indices(0, 4, "cpu"), "ot"
+        )

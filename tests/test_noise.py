@@ -1,6 +1,7 @@
 """What the library builds on counted noise."""
 
 import torch
+
 from orwcfm_fast import noise
 
 SEED = torch.tensor(11)

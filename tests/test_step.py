@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from orwcfm_fast import noise
 from orwcfm_fast.coupling import couple
 from orwcfm_fast.policy import make_policy

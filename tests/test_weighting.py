@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.weighting import check_bounded, effective_sample_size, weigh
 
