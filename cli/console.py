@@ -46,7 +46,9 @@ class Bar:
         self._bar, self._task, self._shown, self._quiet = bar, task, shown, quiet
 
     def at(self, done: float, note: str | None = None) -> None:
-        self._bar.update(self._task, completed=done, **({} if note is None else {"note": note}))
+        self._bar.update(self._task, completed=done)
+        if note is not None:
+            self._bar.update(self._task, note=note)
 
     def line(self, text: str) -> None:
         """A line that stays, above the bar."""

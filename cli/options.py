@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-HIDDEN_DEFAULT = ("", [], None)
+HIDDEN_DEFAULT: tuple = ("", [], None)
 
 
 def options_of(kind: type[BaseModel], leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:

@@ -184,7 +184,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, where: st
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state.items():
-        if index >= len(parameters) or values["exp_avg"].shape != parameters[index].shape:
-            raise UserError(f"{where}: optimizer state of another architecture (parameter {index})")
+    for i, values in state.items():
+        if i >= len(parameters) or values["exp_avg"].shape != parameters[i].shape:
+            raise UserError(f"{where}: optimizer state of another architecture (parameter {i})")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

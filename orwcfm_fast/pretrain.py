@@ -29,7 +29,7 @@ class Pretrainer:
     def __init__(self, policy: Policy, data: Tensor, settings: Pretrain) -> None:
         self.policy, self.data, self.settings = policy, data, settings
         self.ema = copy.deepcopy(policy.network).requires_grad_(False).eval()
-        self.averages = [*self.ema.parameters()]
+        self.averages: list[Tensor] = [*self.ema.parameters()]
         policy.network.train()
         self.parameters = [*policy.network.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, settings.lr, weight_decay=0.0, fused=True)

@@ -2,9 +2,10 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from orwcfm_fast.errors import UserError
@@ -13,7 +14,7 @@ from orwcfm_fast.settings import RewardOptions
 
 
 @functools.lru_cache(maxsize=2)
-def load_clip(model: str, weights: str, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
+def load_clip(model: str, weights: str, device: torch.device) -> tuple[Any, Tensor, Tensor]:
     """An open_clip model in eval mode, and the mean and deviation [3, 1, 1] that its images are scaled by.
 
     Raises:
