@@ -17,8 +17,9 @@ Output = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @triton.jit
-def _store_sums(loss_ptr, fm_ptr, w2_ptr, at, fm, w2, w, a):
-    tl.store(loss_ptr + at, w * fm + a * w2)
+def _store_sums(loss_ptr, fm_ptr, w2_ptr, at, fm, w2, w_ptr, a_ptr, sample):
+    # w and a are read again: kept over the loop, they spill on sm_100
+    tl.store(loss_ptr + at, tl.load(w_ptr + sample) * fm + tl.load(a_ptr + sample) * w2)
     tl.store(fm_ptr + at, fm)
     tl.store(w2_ptr + at, w2)
 
@@ -56,8 +57,7 @@ def _anchored_residual_kernel(
     base = sample.to(tl.int64) * elements
     # seed and index live on the device: Python integers would freeze under CUDA-graph capture
     seed, index = tl.load(seed_ptr), tl.load(index_ptr + sample)
-    w, a = tl.load(w_ptr + sample), tl.load(a_ptr + sample)
-    w_scale, a_scale = 2 * w / elements, 2 * a / elements
+    w_scale, a_scale = 2 * tl.load(w_ptr + sample) / elements, 2 * tl.load(a_ptr + sample) / elements
     lane = tl.arange(0, BLOCK)
     fm, w2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for block in range(BLOCKS):
@@ -76,7 +76,8 @@ def _anchored_residual_kernel(
         w2 += drift * drift
         dv = (w_scale * residual + a_scale * drift).to(dv_ptr.dtype.element_ty)
         tl.store(pointers(dv_ptr + base, start, lane, channels, pixels, V_STRIDED), dv, mask)
-    _store_sums(loss_ptr, fm_ptr, w2_ptr, program, tl.sum(fm, 0) / elements, tl.sum(w2, 0) / elements, w, a)
+    fm, w2 = tl.sum(fm, 0) / elements, tl.sum(w2, 0) / elements
+    _store_sums(loss_ptr, fm_ptr, w2_ptr, program, fm, w2, w_ptr, a_ptr, sample)
 
 
 @triton.jit
@@ -91,8 +92,7 @@ def _sum_chunks_kernel(
         at, mask = sample.to(tl.int64) * chunks + chunk, chunk < chunks
         fm += tl.load(parts_fm_ptr + at, mask, 0.0)
         w2 += tl.load(parts_w2_ptr + at, mask, 0.0)
-    w, a = tl.load(w_ptr + sample), tl.load(a_ptr + sample)
-    _store_sums(loss_ptr, fm_ptr, w2_ptr, sample, tl.sum(fm, 0), tl.sum(w2, 0), w, a)
+    _store_sums(loss_ptr, fm_ptr, w2_ptr, sample, tl.sum(fm, 0), tl.sum(w2, 0), w_ptr, a_ptr, sample)
 
 
 def anchored_residual_reference(

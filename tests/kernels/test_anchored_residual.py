@@ -1,6 +1,7 @@
 import pytest
 import torch
 from orwcfm_fast.kernels.anchored_residual import (
+    _sum_chunks_kernel,
     anchored_residual,
     anchored_residual_reference,
     launch_anchored_residual,
@@ -61,6 +62,14 @@ def test_kernel_reads_each_tensor_by_its_own_strides(device):
     for args in ((last[0], v_ref, x1), (v, last[1], x1), (v, v_ref, last[2]), (v, last[1], last[2])):
         for one, other in zip(launch_anchored_residual(*args, *rest), plain, strict=True):
             assert torch.equal(one, other)
+
+
+def test_sums_take_in_every_chunk(device):
+    fm, w2 = torch.rand(2, 3, 11, device=device, generator=torch.Generator(device).manual_seed(0))
+    w, a, *sums = (torch.rand(3, device=device) for _ in range(5))
+    _sum_chunks_kernel[(3,)](fm, w2, w, a, *sums, 11, BLOCK=4)
+    for one, exact in zip(sums, (w * fm.sum(1) + a * w2.sum(1), fm.sum(1), w2.sum(1)), strict=True):
+        torch.testing.assert_close(one, exact)
 
 
 def test_kernel_gives_the_same_bits_again(device):
