@@ -21,7 +21,7 @@ from orwcfm_fast.kernels.anchored_residual import plan_anchored_residual
 from orwcfm_fast.kernels.interpolate import plan_interpolate
 
 TARGETS = (80, 90, 100)
-IMAGES, MASKED, ODD = (64, 3, 32, 32), (64, 1, 28, 28), (5, 1023)
+IMAGES, MASKED, ODD, HUGE = (64, 3, 32, 32), (64, 1, 28, 28), (5, 1023), (1, 2**31 + 1024)
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
@@ -66,8 +66,12 @@ def launches() -> Iterator[tuple[str, Launch]]:
         yield from ((name, launch) for launch in plan_anchored_residual(v, v, x1, seed, index, w, w)[0])
         if dtype == x1_dtype:
             yield from ((name, launch) for launch in plan_interpolate(x1, w, seed, index)[0])
-    v, (seed, index, w) = samples((2, 1 << 20), torch.float32), per_sample(2)
-    yield "fp32", plan_anchored_residual(v, v, v, seed, index, w, w)[0][-1]  # sums of chunks
+    for name, which, v in (
+        ("bf16, D > 2^31", 0, samples(HUGE, torch.bfloat16)),  # 64-bit sizes
+        ("fp32", 1, samples((2, 2**20), torch.float32)),  # sums of chunks
+    ):
+        seed, index, w = per_sample(v.shape[0])
+        yield name, plan_anchored_residual(v, v, v, seed, index, w, w)[0][which]
 
 
 def compile_launch(launch: Launch, target: int):
