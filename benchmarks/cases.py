@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from orwcfm_fast.kernels.anchored_residual import anchored_residual, anchored_residual_reference
 from orwcfm_fast.kernels.interpolate import interpolate, interpolate_reference
 from orwcfm_fast.kernels.philox import X0, normal
-from torch import Tensor
 
 Inputs = dict[str, Tensor]
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from orwcfm_fast.benchmarks.cases import CIFAR, OPS, Case, Inputs, cases
 from torch import Tensor
+
+from orwcfm_fast.benchmarks.cases import CIFAR, OPS, Case, Inputs, cases
 
 IMPLEMENTATIONS = ("eager", "compile", "ours")
 
@@ -206,9 +207,8 @@ def run(
 
 
 def _versions() -> dict[str, str]:
-    from orwcfm_fast.kernels._triton import triton
-
     from orwcfm_fast import __version__
+    from orwcfm_fast.kernels._triton import triton
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "orwcfm": __version__}
     return versions | {"triton": getattr(triton, "__version__", "none"), "cuda": torch.version.cuda or "none"}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from orwcfm_fast.benchmarks.cases import OPS, cases
 from orwcfm_fast.benchmarks.kernels import check
 

@@ -3,9 +3,9 @@
 import sys
 
 import typer
-from orwcfm_fast.cli.console import err
 from typer.core import TyperGroup
 
+from orwcfm_fast.cli.console import err
 from orwcfm_fast.errors import UserError, WorkError
 
 

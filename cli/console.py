@@ -1,6 +1,6 @@
 """What users see: one-line errors, progress, and the closing tables."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,16 @@ def interval(value: "Interval") -> str:
 
 def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
+
+
+def plain_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """Texts in columns, without lines."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def measures_table(measures: list["Measures"], reward: str) -> Table:

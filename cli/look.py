@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from orwcfm_fast.cli import console
 from orwcfm_fast.cli.app import app
 from orwcfm_fast.cli.common import Config, Debug, Json, Model, Out, Overwrite, Quiet, settings
 from orwcfm_fast.cli.console import progress, say
 from orwcfm_fast.cli.options import options_of
-
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Evaluation, Sample
 

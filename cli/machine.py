@@ -1,13 +1,15 @@
 """Panel Machine: bench, list, doctor."""
 
+import shutil
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from orwcfm_fast.cli import console
 from orwcfm_fast.cli.app import app
 from orwcfm_fast.cli.common import Debug, Json
 from orwcfm_fast.cli.console import say
-
 from orwcfm_fast.errors import UserError
 
 PANEL = "Machine"
@@ -61,3 +63,52 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         say(title)
         for key, value in lines.items():
             say(f"  {key:<22}{value}")
+
+
+@app.command(rich_help_panel=PANEL)
+def bench(
+    what: Annotated[str, typer.Argument(metavar="[kernels|loop]", help="default: both, short")] = "",
+    full: Annotated[bool, typer.Option("--full", help="all sizes; many minutes")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder for the JSON and the plot of the kernels")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The fused ops and the loop against eager, torch.compile and the plain loop."""
+    import json
+
+    from orwcfm_fast.registry import unknown
+
+    if what not in ("", "kernels", "loop"):
+        raise UserError(str(unknown("bench", what, ("kernels", "loop"))))
+    found = {}
+    if what != "loop":
+        from orwcfm_fast.benchmarks import kernels
+        from orwcfm_fast.device import resolve_device
+
+        with console.progress(1, "kernels", as_json) as bar:
+            found["kernels"] = kernels.run(
+                resolve_device("auto"), short=not full, compiled=shutil.which("c++") is not None,
+                on_case=lambda case: bar.at(0, case),
+            )  # fmt: skip
+        if not as_json:
+            console.out.print(
+                console.plain_table(
+                    list(kernels.COLUMNS.values()), map(kernels.cells, found["kernels"]["rows"])
+                )
+            )
+        if out:
+            say(str(kernels.save(found["kernels"], out)), as_json)
+    if what != "kernels":
+        from orwcfm_fast.benchmarks import loop
+
+        with console.progress(1, "loop", as_json) as bar:
+            found["loop"] = loop.run(full, lambda case: bar.at(0, case))
+        if not as_json:
+            say(f"\nloop on {found['loop']['device']}; {found['loop']['solver']}")
+            cells = [
+                [str(v) if isinstance(v, str) else f"{v:.3g}" for v in row.values()]
+                for row in found["loop"]["rows"]
+            ]
+            console.out.print(console.plain_table(["data", "phase", "way", "images/s", "× plain"], cells))
+    if as_json:
+        print(json.dumps(found, indent=1))

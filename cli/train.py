@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from orwcfm_fast.cli.app import app
 from orwcfm_fast.cli.common import Config, Debug, Out, Overwrite, Quiet, settings
 from orwcfm_fast.cli.console import closing, progress, round_line, say
 from orwcfm_fast.cli.options import options_of
-
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Finetune, Pretrain
 

@@ -4,8 +4,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from orwcfm_fast.kernels._triton import tl, triton
 from torch import Tensor
+
+from orwcfm_fast.kernels._triton import tl, triton
 
 
 class Launch(NamedTuple):

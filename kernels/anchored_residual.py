@@ -7,11 +7,12 @@ u = x1 - x0 with x0 drawn again from its counters, D elements a sample:
 """
 
 import torch
+from torch import Tensor
+
 from orwcfm_fast.kernels._check import check_counters, check_like, check_samples, check_tensor, refuse_grad
 from orwcfm_fast.kernels._launch import Launch, channels_and_pixels, cut, is_strided, pointers
 from orwcfm_fast.kernels._triton import tl, triton
 from orwcfm_fast.kernels.philox import X0, normal, normal_kernel
-from torch import Tensor
 
 Output = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -1,11 +1,12 @@
 """The probability path: x_t = (1 - t) * x0 + t * x1, with x0 ~ N(0, I) drawn inside."""
 
 import torch
+from torch import Tensor
+
 from orwcfm_fast.kernels._check import check_counters, check_samples, check_tensor, refuse_grad
 from orwcfm_fast.kernels._launch import Launch, channels_and_pixels, cut, is_strided, pointers
 from orwcfm_fast.kernels._triton import tl, triton
 from orwcfm_fast.kernels.philox import X0, normal, normal_kernel
-from torch import Tensor
 
 
 @triton.jit

@@ -12,8 +12,9 @@ Words (w0, w1) make elements 4k and 4k+1, (w2, w3) make 4k+2 and 4k+3:
 import math
 
 import torch
-from orwcfm_fast.kernels._triton import tl, triton
 from torch import Tensor
+
+from orwcfm_fast.kernels._triton import tl, triton
 
 X0 = 0
 """Purpose of the training noise x0, which the kernels draw again instead of reading it."""

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
+
 from orwcfm_fast.kernels._launch import Launch
 from orwcfm_fast.kernels._triton import triton
 from orwcfm_fast.kernels.anchored_residual import plan_anchored_residual

@@ -217,23 +217,23 @@ def ab4(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     return _adams_bashforth(velocity, x, times[2:], 4, [(first, v_first), ((first + second) / 2, v_middle)])
 
 
-@solver("abm4", evals=1, order=3)
+@solver("abm4", evals=1, order=3, extra=1)
 def abm4(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    """Adams–Bashforth–Moulton 4 (predict, evaluate, correct) for any grid, one evaluation a step.
+    """Adams–Bashforth–Moulton 4 in predict–evaluate–correct mode, for any grid; steps + 1 evaluations.
 
-    The velocity at the predicted point corrects that point and is then kept, not evaluated again: PEC mode
-    (Lambert, Numerical Methods for ODEs, 4.2), the trick of UniPC (Zhao et al., NeurIPS 2023). The last point
-    stays as predicted. Orders rise from 1 to 4 in the first steps, whose points are all corrected from the
-    very start; the first step's velocity keeps an O(h²) error, so the order is 3.
+    The velocity at a predicted point corrects that point and is then kept, not evaluated again: PEC mode
+    (Lambert, Numerical Methods for ODEs, 4.2), the trick of UniPC (Zhao et al., NeurIPS 2023). Orders rise from
+    1 to 4 in the first steps, whose points are corrected from the very start; the first predicted point's
+    velocity keeps an O(h²) error, so the order is 3. The most accurate at 12 evaluations on 2-D models.
     """
-    start, previous, history = x, x, cast(History, [])
+    history = [(times[0], velocity(times[0], x))]
+    corrected = x
     for i, (t, t_next) in enumerate(pairwise(times)):
-        history = [*history, (t, velocity(t, x))][-4:]
-        corrected = (
-            _advance(start, times[0], t, history) if i < 4 else _advance(previous, times[i - 1], t, history)
-        )
-        previous, x = corrected, _advance(corrected, t, t_next, history)
-    return x
+        predicted = _advance(corrected, t, t_next, history)
+        history = [*history, (t_next, velocity(t_next, predicted))][-4:]
+        origin, start = (x, times[0]) if i < 3 else (corrected, t)  # start-up: from the very beginning
+        corrected = _advance(origin, start, t_next, history)
+    return corrected
 
 
 def dopri5(

@@ -21,8 +21,9 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture
 def run_cli(tmp_path, monkeypatch):
     """orwcfm(*args) in an empty directory → code, out, err; tracebacks of bugs come through."""
-    from orwcfm_fast.cli import load_app
     from typer.testing import CliRunner
+
+    from orwcfm_fast.cli import load_app
 
     monkeypatch.chdir(tmp_path)
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from orwcfm_fast.kernels.interpolate import interpolate
 
 from orwcfm_fast import coupling, noise, trainer
 from orwcfm_fast.coupling import couple
+from orwcfm_fast.kernels.interpolate import interpolate
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.rollout import sample, start_noise
 from orwcfm_fast.settings import Finetune

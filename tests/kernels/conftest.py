@@ -22,18 +22,18 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in set(dropped)]
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=GPU)])
-def device(request):
-    """Where a launcher's tensors live: the CPU for the interpreter, or a GPU."""
-    return request.param
-
-
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def poisoned():
     """torch.empty holds NaN, so that an element nobody wrote is seen."""
     torch.use_deterministic_algorithms(True)  # fills uninitialized memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=GPU)])
+def device(request, poisoned):
+    """Where a launcher's tensors live: the CPU for the interpreter, or a GPU."""
+    return request.param
 
 
 @pytest.fixture

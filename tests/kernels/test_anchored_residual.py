@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from orwcfm_fast.kernels.anchored_residual import (
     _sum_chunks_kernel,
     anchored_residual,

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+
 from orwcfm_fast.benchmarks import cases as listed
 from orwcfm_fast.benchmarks import kernels as bench
 

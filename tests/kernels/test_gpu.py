@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from orwcfm_fast.kernels.anchored_residual import anchored_residual, anchored_residual_reference
 from orwcfm_fast.kernels.interpolate import interpolate, interpolate_reference
 from orwcfm_fast.kernels.philox import normal, uniform

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from orwcfm_fast.kernels.interpolate import interpolate, interpolate_reference, launch_interpolate
 from orwcfm_fast.kernels.philox import X0, normal
 

@@ -5,9 +5,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+
 from orwcfm_fast.kernels._triton import tl, triton
 from orwcfm_fast.kernels.philox import X0, normal, normal_kernel, philox4x32, philox_kernel, uniform
-from scipy import stats
 
 SEEDS = [0, 1, 2**32 + 5, 2**40 + 7, -1, -(2**63), 2**63 - 1]
 INDICES = [0, 3, 2**31, 2**32 + 1, 2**40 + 9, 2**62]
