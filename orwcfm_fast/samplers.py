@@ -16,6 +16,7 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import Registry, unknown
 
 Velocity = Callable[[float, Tensor], Tensor]
+History = list[tuple[float, Tensor]]
 SampleFunction = Callable[[Velocity, Tensor, Sequence[float]], Tensor]
 
 SOLVERS = Registry("solver")
@@ -178,9 +179,6 @@ def adams_weights(nodes: Sequence[float], start: float, end: float) -> list[floa
             weight += w
         weights.append(weight)
     return weights
-
-
-History = list[tuple[float, Tensor]]
 
 
 def _advance(x: Tensor, start: float, end: float, history: History) -> Tensor:
