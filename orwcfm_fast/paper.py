@@ -28,7 +28,7 @@ SAME = {
     "batch_size": "batch",
 }
 OTHERS = ("text_prompts", "use_wandb", "wandb_project", "run_name", "savedir", "ref_path", "reward")
-PAPER = {"lr": 2e-4, "warmup": 5000, "batch": 64, "normalize_weights": False, "precision": "fp32"}
+PAPER = {"lr": 2e-4, "warmup": 5000, "batch": 64, "normalize_weights": False, "cooldown": 0.0}
 
 
 def settings_from(config: dict[str, Any]) -> Finetune:

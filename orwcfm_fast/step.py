@@ -8,8 +8,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from orwcfm_fast.coupling import Batch
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
 from orwcfm_fast.policy import Policy
-from orwcfm_fast.settings import Training
+from orwcfm_fast.settings import Finetune
 from orwcfm_fast.timing import Phases
+
+
+def rate(settings: Finetune, step: int) -> float:
+    """Learning rate of a step as a share of `lr`: linear warm-up, and a linear fall within each round.
+
+    A rollout sees only the policy at a round's end, so that is where the steps' noise must be small.
+    """
+    up = (step + 1) / max(settings.warmup, 1)
+    left = settings.steps_per_round - step % settings.steps_per_round
+    down = left / max(settings.cooldown * settings.steps_per_round, 1)
+    return min(1.0, up, down)
 
 
 class Learner:
@@ -21,14 +32,21 @@ class Learner:
         settings: learning rate, warm-up, gradient clipping.
     """
 
-    def __init__(self, policy: Policy, reference: Policy, settings: Training) -> None:
+    def __init__(self, policy: Policy, reference: Policy, settings: Finetune) -> None:
         self.policy, self.reference, self.grad_clip = policy, reference, settings.grad_clip
         policy.network.eval().requires_grad_(True)
         self.parameters = [p for p in policy.network.parameters() if p.requires_grad]
         self.optimizer = AdamW(self.parameters, settings.lr, weight_decay=0.0, fused=True)
-        warmup = settings.warmup
-        self.schedule = LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / max(warmup, 1)))
+        self.schedule = LambdaLR(self.optimizer, lambda step: rate(settings, step))
         self.phases = Phases(policy.device)
+
+    def go_on_from(self, step: int) -> None:
+        """Set the schedule to where it stands before that step."""
+        self.schedule.last_epoch = step
+        for group, base, share in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * share(step)
 
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
         """One step on a batch; returns (mean fm, mean w2) [2], float32 on the device.

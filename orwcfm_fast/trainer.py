@@ -156,11 +156,7 @@ class Trainer:
         checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
         self.round, self.steps = int(found.state["round"]), int(found.state["step"])
         self.probe = sample(self.policy, self.probe_noise, self.settings, self.settings.chunk)
-        self.learner.schedule.last_epoch = self.steps
-        for group, base in zip(
-            self.learner.optimizer.param_groups, self.learner.schedule.base_lrs, strict=True
-        ):
-            group["lr"] = base * self.learner.schedule.lr_lambdas[0](self.steps)
+        self.learner.go_on_from(self.steps)
 
 
 def describe(policy: Policy) -> dict[str, Any]:

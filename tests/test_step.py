@@ -70,12 +70,16 @@ def test_reference_never_moves_and_dropout_stays_off():
     assert all(torch.equal(a, b) for a, b in zip(before, learner.reference.network.parameters(), strict=True))
 
 
-def test_warmup_is_linear_and_ends():
+def test_rate_warms_up_once_and_falls_within_each_round():
     policy = make_policy("mlp", "moons", (2,), torch.device("cpu"))
-    learner = Learner(policy, policy.frozen_copy(), Finetune(lr=1.0, warmup=4))
+    settings = Finetune(lr=1.0, warmup=4, steps_per_round=6, cooldown=0.5)
+    learner = Learner(policy, policy.frozen_copy(), settings)
     rates = []
-    for step in range(6):
+    for step in range(12):
         rates.append(learner.optimizer.param_groups[0]["lr"])
         batch = couple(torch.randn(8, 2), torch.ones(8), 1.0, SEED, noise.indices(8 * step, 8, "cpu"))
         learner.step(batch, SEED)
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+    fall = [1.0, 2 / 3, 1 / 3]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, *fall, 1.0, 1.0, 1.0, *fall])
+    learner.go_on_from(10)
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(2 / 3)
