@@ -75,3 +75,44 @@ def test_help_comes_within_a_second(tmp_path):
 def test_help_loads_no_torch():
     code = "import sys; from orwcfm_fast.cli import load_app; load_app(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_torchcfms_cifar10_script_serves_every_command(run_cli):
+    """Its keys, its network, its files' form; weights as initialised."""
+    import torch
+    from torchcfm.models.unet.unet import UNetModelWrapper
+
+    network = UNetModelWrapper(
+        dim=(3, 32, 32), num_res_blocks=2, num_channels=128, channel_mult=[1, 2, 2, 2], num_heads=4,
+        num_head_channels=64, attention_resolutions="16", dropout=0.1,
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=lambda step: min(step, 5000) / 5000)
+    weights = network.state_dict()
+    found = {"net_model": weights, "ema_model": weights, "optim": optimizer.state_dict(), "step": 400000}
+    found["sched"] = {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"}
+    file = "otcfm_cifar10_weights_step_400000.pt"
+    torch.save(found, file)
+    cheap = ("--nfe", "4", "--chunk", "4", "--quiet")
+    result = run_cli("sample", file, "-n", "2", "--out", "two.npz", *cheap)
+    assert result.code == 0, result.err
+    result = run_cli("evaluate", file, "-n", "2", "--reward", "jpeg-compressibility", *cheap)
+    assert result.code == 0 and "jpeg-compressibility" in result.out, result.err
+    small = (
+        "--rounds",
+        "1",
+        "--rollout",
+        "2",
+        "--batch",
+        "2",
+        "--steps-per-round",
+        "1",
+        "--eval-n",
+        "2",
+        "--probe",
+        "2",
+    )
+    result = run_cli("finetune", "--checkpoint", file, *small, *cheap)
+    assert result.code == 0, result.err
+    assert (Path("runs") / "cifar10-jpeg-compressibility-a1-t0.5-001" / "summary.json").exists()
