@@ -88,6 +88,14 @@ def test_adams_weights_on_equal_steps_are_the_textbook_ones():
     )
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_abm4_is_exact_where_velocity_is_cubic_in_time(grid):
+    """From four evaluations on: the start-up's points are corrected from the very beginning."""
+    cubic = lambda t, x: torch.full_like(x, 4 * t**3 - 6 * t + 1)  # noqa: E731
+    for nfe in (4, 5, 9):
+        assert (solve(cubic, X0, "abm4", nfe, grid) - (X0 - 1)).abs().max() < 1e-12
+
+
 def test_dopri5_keeps_its_tolerance():
     errors = [(dopri5(velocity, X0, [0, 1], tol, tol) - EXACT).abs().max() for tol in (1e-5, 1e-7, 1e-9)]
     assert errors[0] < 1e-3
