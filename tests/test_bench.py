@@ -31,7 +31,7 @@ def test_plain_loop_follows_the_same_gradient_as_the_learner():
         plain.gradient_step(x1)
     ours = {}
     for name, p in policy.network.named_parameters():
-        p.register_hook(lambda g, name=name: ours.__setitem__(name, g.flatten()))
+        p.register_hook(lambda g, name=name: ours.__setitem__(name, g.flatten().clone()))
     Learner(policy, policy.frozen_copy(), Finetune()).step(batch, seed)
     plains = {name: p.grad.flatten() for name, p in plain.network.named_parameters()}
     both = [torch.cat([found[name] for name in plains]) for found in (plains, ours)]
