@@ -243,6 +243,7 @@ def test_ten_rounds_in_1d_take_seconds():
 
 @pytest.mark.slow
 def test_five_rounds_on_a_96_by_96_grid_take_under_a_minute():
+    torch.set_num_threads(2)
     angle = torch.arange(8) * math.pi / 4
     ring = GaussianMixture([1] * 8, 2 * torch.stack([angle.cos(), angle.sin()], 1), [0.2] * 8)
     start = time.perf_counter()

@@ -1,0 +1,261 @@
+"""The outcome of fine-tuning, forecast before training: the exact recursion on an empirical measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.theory.empirical import Empirical, EmpiricalVelocity
+from orwcfm_fast.theory.recursion import mass_weights
+
+REACH = 100.0  # least effective sample size of the masses at which a forecast is still worth saying
+MASS_FLOOR = 1e-8
+ALPHAS = (0.0, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 4.0, 10.0)
+
+
+@dataclass(frozen=True)
+class ForecastRound:
+    """The forecast after one round; round 0 is the start.
+
+    reward: E[r], reward_error: one standard error of the forecast's own sampling; w2_coupled: √E‖x − x_ref‖²
+    from common noise, no less than W2, and w2_error; w2: exact W2 between the masses (last round only, else
+    NaN); diversity: mean distance of two different samples; ess: effective sample size of the masses.
+    """
+
+    round: int
+    reward: float
+    reward_error: float
+    w2_coupled: float
+    w2_error: float
+    w2: float
+    diversity: float
+    ess: float
+
+    @property
+    def within_reach(self) -> bool:
+        return self.ess >= REACH
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One setting's rounds 0 … N and its last masses [S] over the samples."""
+
+    alpha: float
+    tau: float
+    rounds: list[ForecastRound]
+    masses: Tensor
+
+    @property
+    def final(self) -> ForecastRound:
+        return self.rounds[-1]
+
+    @property
+    def within_reach(self) -> bool:
+        """Every round's masses rest on at least REACH samples; beyond, the support cannot follow."""
+        return all(r.within_reach for r in self.rounds)
+
+
+@dataclass(frozen=True)
+class AlphaInterval:
+    """α between low and high is forecast to reach the wanted figure, to two standard errors."""
+
+    low: float
+    high: float
+    forecasts: list[Forecast]
+
+
+def forecast(
+    samples: Any, rewards: Any, alpha: float, tau: float, rounds: int = 6, **options: Any
+) -> Forecast:
+    """`forecast_many` for one setting."""
+    return forecast_many(samples, rewards, [(alpha, tau)], rounds, **options)[0]
+
+
+def forecast_many(
+    samples: Any,
+    rewards: Any,
+    settings: Sequence[tuple[float, float]],
+    rounds: int = 6,
+    *,
+    weighting: str = "exp",
+    normalize: bool = True,
+    features: Any = None,
+    draws: int = 1024,
+    exact_w2: bool = True,
+    seed: int = 0,
+) -> list[Forecast]:
+    """What the method makes of a model, from samples of it and their rewards: no network, any dimension.
+
+    The recursion of theory.exact_recursion with q_0 = 1/S Σ δ(s_j). Each round follows, for every sample,
+    the current flow back to the noise that makes this sample and v* forward again from there, so that a
+    round which changes nothing changes no mass; where it lands it leaves the sample's mass.
+
+    Args:
+        samples: [S, …] of the reference. rewards: [S].
+        settings: pairs (α, τ); they share noise, so that differences between them are sharper than each.
+        features: [S, F] in which diversity is measured; the samples where None.
+        draws: least number of trajectories (a multiple of S).
+        exact_w2: also the exact W2 (POT) between last and first masses.
+
+    Raises:
+        UserError: fewer than 2 samples, values that are not finite, settings out of range.
+    """
+    samples, rewards = (
+        torch.as_tensor(samples).detach().cpu(),
+        torch.as_tensor(rewards).detach().cpu().double(),
+    )
+    if len(samples) < 2 or rewards.shape != (len(samples),):
+        raise UserError(
+            f"forecast: {len(samples)} samples with rewards of shape {tuple(rewards.shape)}; needs S, S ≥ 2"
+        )
+    flat = samples.reshape(len(samples), -1).float()
+    if not bool(flat.isfinite().all()) or not bool(rewards.isfinite().all()):
+        raise UserError("forecast: samples and rewards must be finite")
+    for alpha, tau in settings:
+        if not (alpha >= 0 and math.isfinite(alpha) and math.isfinite(tau)) or rounds < 1:
+            raise UserError(
+                f"forecast: α = {alpha:g}, τ = {tau:g}, {rounds} rounds: α ≥ 0, τ finite, 1 round or more"
+            )
+    spread = flat if features is None else torch.as_tensor(features).reshape(len(flat), -1).float()
+    distance = torch.cdist(spread, spread).double()
+    measure = Empirical(flat, seed)
+    index = torch.arange(len(flat)).repeat(math.ceil(draws / len(flat)))
+    ends = [measure.noised(measure.end, index) for _ in range(rounds)]
+    start = torch.full((len(flat),), 1 / len(flat), dtype=torch.float64)
+    still = EmpiricalVelocity(measure, start, torch.ones_like(start), start, 0.0)
+    first = still.flow(ends[0], forward=False)
+    found = []
+    for alpha, tau in settings:
+        masses, log = start, [_summary(0, start, rewards, 0.0, (0.0, 0.0), distance)]
+        variance = 0.0
+        for number in range(1, rounds + 1):
+            weights = mass_weights(rewards, masses, tau, weighting, normalize)
+            resting = EmpiricalVelocity(measure, masses, torch.ones_like(start), start, 0.0)
+            noise = first if number == 1 else resting.flow(ends[number - 1], forward=False)
+            policy = EmpiricalVelocity(measure, masses, weights, start, alpha)
+            x = policy.flow(noise, forward=True)
+            carried = masses[index] * (len(flat) / len(index))
+            shares = policy.landing(x)
+            moved = shares @ rewards.float() - rewards[index]
+            variance += float((carried * (moved - (carried * moved).sum())).square().sum())
+            masses = (carried.float() @ shares).double().clamp_min(MASS_FLOOR / len(flat))
+            masses = masses / masses.sum()
+            coupled = _coupled(policy, still, x[:512], noise[:512], carried[:512])
+            log.append(_summary(number, masses, rewards, math.sqrt(variance), coupled, distance))
+        if exact_w2:
+            log[-1] = replace(log[-1], w2=_exact_w2(flat, masses, start))
+        found.append(Forecast(alpha, tau, log, masses))
+    return found
+
+
+def _summary(
+    number: int, masses: Tensor, rewards: Tensor, error: float, coupled: tuple[float, float], distance: Tensor
+) -> ForecastRound:
+    collision = float(masses.square().sum())
+    diversity = float(masses @ distance @ masses) / max(1 - collision, 1e-12)
+    w2 = math.nan if number else 0.0
+    return ForecastRound(number, float(masses @ rewards), error, *coupled, w2, diversity, 1 / collision)
+
+
+def _coupled(
+    policy: EmpiricalVelocity, still: EmpiricalVelocity, x: Tensor, noise: Tensor, mass: Tensor
+) -> tuple[float, float]:
+    """√E‖x_policy − x_ref‖² from common noise, and its standard error."""
+    end = policy.measure.end
+    anchor = still.flow(noise, forward=True)
+    squares = (policy.mean(end, x) - still.mean(end, anchor)).square().sum(1).double()
+    mass = mass / mass.sum()
+    mean = float(mass @ squares)
+    error = float((mass * (squares - mean)).square().sum().sqrt())
+    return math.sqrt(mean), error / (2 * math.sqrt(mean) + 1e-12)
+
+
+def _exact_w2(samples: Tensor, masses: Tensor, start: Tensor) -> float:
+    import ot
+
+    cost = torch.cdist(samples.double(), samples.double()).square().numpy()
+    return math.sqrt(max(0.0, float(ot.emd2(masses.numpy(), start.numpy(), cost, numItermax=1_000_000))))
+
+
+def front(forecasts: Sequence[Forecast]) -> list[Forecast]:
+    """Those that no other beats in both reward and coupled W2 after the last round, by rising W2."""
+    best, kept = -math.inf, []
+    for f in sorted(forecasts, key=lambda f: (f.final.w2_coupled, -f.final.reward)):
+        if f.final.reward > best:
+            best = f.final.reward
+            kept.append(f)
+    return kept
+
+
+def alpha_for(
+    samples: Any,
+    rewards: Any,
+    tau: float,
+    rounds: int = 6,
+    *,
+    want_reward: float | None = None,
+    want_w2: float | None = None,
+    alphas: Sequence[float] = ALPHAS,
+    **options: Any,
+) -> AlphaInterval:
+    """The interval of α that reaches a reward, or a coupled W2, after `rounds` rounds.
+
+    Both fall as α rises. Forecasts over `alphas` are interpolated in log α (linearly next to 0); the interval
+    holds every α at which the wanted figure lies within two standard errors of the forecast.
+
+    Raises:
+        UserError: not exactly one wish; a wish that no α reaches, or only beyond the forecast's reach.
+    """
+    if (want_reward is None) == (want_w2 is None):
+        raise UserError("give one of --want-reward and --want-w2")
+    if tau <= 0:
+        raise UserError(f"τ = {tau:g} does not raise the reward; give τ > 0")
+    name, want = ("reward", want_reward) if want_w2 is None else ("W2", want_w2)
+    assert want is not None
+    alphas = sorted(alphas)
+    found = forecast_many(
+        samples, rewards, [(alpha, tau) for alpha in alphas], rounds, exact_w2=False, **options
+    )
+    last = [f.final for f in found]
+    values = [(r.reward, r.reward_error) if name == "reward" else (r.w2_coupled, r.w2_error) for r in last]
+    start = found[0].rounds[0].reward if name == "reward" else 0.0
+    if want <= start:
+        raise UserError(f"{name} {want:g} is no more than the model has before training, {start:.3g}")
+    upper, lower = [v + 2 * e for v, e in values], [v - 2 * e for v, e in values]
+    if want > upper[0]:
+        raise UserError(
+            f"{name} {want:g} is beyond reach: at α = {alphas[0]:g}, {rounds} rounds come to {values[0][0]:.3g}; "
+            "more rounds or a higher τ reach further"
+        )
+    if want < lower[-1]:
+        raise UserError(
+            f"{name} {want:g}: even α = {alphas[-1]:g} comes to {values[-1][0]:.3g}; use fewer rounds or a lower τ"
+        )
+    low, high = _crossing(alphas, lower, want), _crossing(alphas, upper, want)
+    used = [f for f in found if low <= f.alpha <= high] or [f for f in found if f.alpha <= low][-1:]
+    worst = min(r.ess for f in used for r in f.rounds)
+    if worst < REACH:
+        raise UserError(
+            f"{name} {want:g} is beyond the forecast's reach: its masses rest on {worst:.0f} of {len(samples)} "
+            f"samples (at least {REACH:.0f} are needed); give more samples or fewer rounds"
+        )
+    return AlphaInterval(low, high, found)
+
+
+def _crossing(alphas: Sequence[float], values: Sequence[float], want: float) -> float:
+    """The α at which values, falling in α, come down to `want`."""
+    falling = [min(values[: i + 1]) for i in range(len(values))]
+    for i, value in enumerate(falling):
+        if value <= want:
+            if i == 0:
+                return alphas[0]
+            share = (falling[i - 1] - want) / (falling[i - 1] - value)
+            a, b = alphas[i - 1], alphas[i]
+            return a * (b / a) ** share if a > 0 else b * share
+    return math.inf

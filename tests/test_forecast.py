@@ -1,0 +1,187 @@
+"""The forecast on an empirical measure: against the exact recursion, its reach, and the α it names."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.forecast import REACH, alpha_for, forecast, forecast_many, front
+from orwcfm_fast.theory import GaussianMixture, exact_recursion
+from orwcfm_fast.theory.empirical import Empirical, EmpiricalVelocity
+
+TWO_GAUSSIANS = GaussianMixture([0.5, 0.5], [-1.5, 1.5], [0.3, 0.3])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def right(x):
+    return (x[:, 0] > 0).double()
+
+
+@pytest.fixture(scope="module")
+def two_gaussians():
+    """600 samples, as many left as right: the empirical start is the exact one."""
+    side = torch.arange(600) % 2
+    x = (3.0 * side - 1.5)[:, None] + 0.3 * torch.randn(600, 1, generator=torch.Generator().manual_seed(0))
+    return x, right(x)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """scikit-learn's digits in [−1, 1] and a classifier's probability of an even one."""
+    from sklearn.datasets import load_digits
+    from sklearn.linear_model import LogisticRegression
+
+    found = load_digits()
+    images = found.data / 8 - 1
+    classifier = LogisticRegression(C=10.0, tol=0.01, max_iter=500).fit(images, found.target)
+    even = classifier.predict_proba(images)[:, ::2].sum(1)
+    return torch.as_tensor(images, dtype=torch.float32), torch.as_tensor(even)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_forecast_meets_the_exact_recursion(two_gaussians, alpha):
+    exact = exact_recursion(TWO_GAUSSIANS, right, alpha, 0.5, 4, cells=(128,), check=False)
+    found = forecast(*two_gaussians, alpha, 0.5, 4)
+    for mine, theirs in zip(found.rounds, exact.rounds, strict=True):
+        assert mine.reward == pytest.approx(theirs.reward, abs=0.03)
+        assert abs(mine.reward - theirs.reward) <= 3 * mine.reward_error + 0.005
+    assert found.final.w2 == pytest.approx(exact.rounds[-1].w2, abs=0.08)
+    assert found.final.w2_coupled == pytest.approx(exact.rounds[-1].w2, abs=0.15)
+
+
+def test_no_temperature_changes_no_mass(two_gaussians):
+    for alpha in (0.0, 1.0):
+        final = forecast(*two_gaussians, alpha, 0.0, 3).final
+        assert final.reward == pytest.approx(0.5, abs=0.01)
+        assert final.ess > 300 and final.w2_coupled < 0.05
+
+
+def test_weights_without_anchor_are_a_power_of_the_weight_on_digits(digits):
+    """α = 0: the masses after N rounds are ∝ w^N, in 64 dimensions as in one."""
+    images, even = digits
+    found = forecast(images, even, 0.0, 0.5, 2, exact_w2=False)
+    for r in found.rounds:
+        w = torch.exp(0.5 * r.round * even)
+        assert r.reward == pytest.approx(float((w * even).sum() / w.sum()), abs=0.02)
+
+
+def test_empirical_velocity_is_the_posterior_mean():
+    samples = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.3, -0.7]])
+    measure = Empirical(samples, 0)
+    masses, weights = torch.tensor([0.2, 0.5, 0.3]).double(), torch.tensor([1.0, 2.0, 0.5]).double()
+    start = torch.full((3,), 1 / 3).double()
+    velocity = EmpiricalVelocity(measure, masses, weights, start, 0.7)
+    x, t = torch.tensor([[0.2, 0.1]]), 0.4
+    kernel = torch.exp(-((x - t * measure.samples) ** 2).sum(1) / (2 * (1 - t) ** 2)).double()
+    posterior, anchor = kernel * masses / (kernel @ masses), kernel * start / (kernel @ start)
+    u = ((measure.samples - x) / (1 - t)).double()
+    exact = ((posterior * weights) @ u + 0.7 * anchor @ u) / ((posterior * weights).sum() + 0.7)
+    assert velocity(t, x)[0].tolist() == pytest.approx(exact.tolist(), abs=1e-5)
+    assert float(velocity.landing(x).sum()) == pytest.approx(1, abs=1e-6)
+
+
+def test_support_cannot_extrapolate_and_the_forecast_says_so():
+    """N(0, 1), r = x, α = 0: 3.0 is exact at round 6; no sample lies there."""
+    x = torch.randn(1000, 1, generator=torch.Generator().manual_seed(1))
+    found = forecast(x, x[:, 0], 0.0, 0.5, 6, exact_w2=False)
+    assert found.final.reward < 2.9
+    assert found.final.ess < REACH and not found.within_reach
+    assert found.rounds[1].within_reach
+
+
+def test_same_seed_same_forecast(two_gaussians):
+    a, b = (forecast(*two_gaussians, 1.0, 0.5, 2, seed=3) for _ in range(2))
+    assert a.rounds == b.rounds
+    assert a.rounds != forecast(*two_gaussians, 1.0, 0.5, 2, seed=4).rounds
+
+
+def test_settings_together_equal_settings_alone(two_gaussians):
+    together = forecast_many(*two_gaussians, [(0.3, 0.5), (1.0, 2.0)], 2)
+    assert together[1].rounds == forecast(*two_gaussians, 1.0, 2.0, 2).rounds
+
+
+def test_diversity_falls_as_one_mode_empties(two_gaussians):
+    rounds = forecast(*two_gaussians, 0.0, 1.0, 4, exact_w2=False).rounds
+    spread = torch.cdist(two_gaussians[0], two_gaussians[0])
+    assert rounds[0].diversity == pytest.approx(float(spread.sum()) / (600 * 599), rel=1e-6)
+    assert rounds[-1].diversity < 0.6 * rounds[0].diversity
+
+
+def test_front_holds_what_nothing_beats(two_gaussians):
+    found = forecast_many(
+        *two_gaussians, [(a, t) for a in (0.1, 1.0) for t in (0.25, 0.5)], 2, exact_w2=False
+    )
+    kept = front(found)
+    rewards, drifts = [f.final.reward for f in kept], [f.final.w2_coupled for f in kept]
+    assert rewards == sorted(rewards) and drifts == sorted(drifts)
+    assert max(f.final.reward for f in found) == rewards[-1]
+
+
+def test_wanted_reward_names_an_alpha_that_reaches_it(two_gaussians):
+    found = alpha_for(*two_gaussians, 0.5, 4, want_reward=0.7)
+    assert 0 < found.low < found.high < 1
+    inside = exact_recursion(
+        TWO_GAUSSIANS, right, math.sqrt(found.low * found.high), 0.5, 4, cells=(128,), check=False
+    )
+    assert inside.rewards[-1] == pytest.approx(0.7, abs=0.03)
+
+
+def test_wanted_w2_names_an_alpha_that_keeps_it(two_gaussians):
+    found = alpha_for(*two_gaussians, 0.5, 3, want_w2=0.8, alphas=(0.1, 0.3, 1.0, 3.0))
+    reached = forecast(*two_gaussians, math.sqrt(found.low * found.high), 0.5, 3).final
+    assert reached.w2_coupled == pytest.approx(0.8, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "wish, message",
+    [
+        ({"want_reward": 0.99}, "beyond reach"),
+        ({"want_reward": 0.4}, "before training"),
+        ({"want_reward": 0.7, "want_w2": 1.0}, "give one of"),
+        ({}, "give one of"),
+    ],
+)
+def test_wish_that_cannot_be_met_is_refused(two_gaussians, wish, message):
+    with pytest.raises(UserError, match=message):
+        alpha_for(*two_gaussians, 0.5, 2, alphas=(0.0, 1.0), **wish)
+
+
+def test_wish_on_too_few_samples_is_refused():
+    x = torch.randn(300, 1, generator=torch.Generator().manual_seed(2))
+    with pytest.raises(UserError, match=r"beyond the forecast's reach: its masses rest on \d+ of 300"):
+        alpha_for(x, x[:, 0], 0.8, 3, want_reward=1.7, alphas=(0.0, 0.1, 1.0))
+
+
+@pytest.mark.parametrize(
+    "samples, rewards, alpha",
+    [
+        (torch.zeros(1, 2), torch.zeros(1), 1.0),
+        (torch.zeros(3, 2), torch.zeros(2), 1.0),
+        (torch.tensor([[0.0], [math.nan]]), torch.zeros(2), 1.0),
+        (torch.randn(3, 2), torch.tensor([0.0, 1.0, math.inf]), 1.0),
+        (torch.randn(3, 2), torch.zeros(3), -1.0),
+    ],
+    ids=["one-sample", "shapes", "nan-sample", "infinite-reward", "negative-alpha"],
+)
+def test_bad_input_is_refused(samples, rewards, alpha):
+    with pytest.raises(UserError, match="forecast"):
+        forecast(samples, rewards, alpha, 0.5)
+
+
+@pytest.mark.slow
+def test_twelve_settings_on_digits_take_under_a_minute(digits):
+    torch.set_num_threads(2)
+    settings = [(alpha, tau) for tau in (0.5, 1.0, 2.0) for alpha in (0.0, 0.3, 1.0, 3.0)]
+    start = time.perf_counter()
+    found = forecast_many(*digits, settings, 6)
+    assert time.perf_counter() - start < 60
+    assert len(front(found)) > 3
