@@ -6,7 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 from orwcfm_fast.cli.console import err
-from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.errors import Interrupted, UserError, WorkError
 
 
 class OneLineErrors(TyperGroup):
@@ -23,8 +23,8 @@ class OneLineErrors(TyperGroup):
             if debug:
                 raise
             _fail(str(error), 2 if isinstance(error, UserError) else 1)
-        except (KeyboardInterrupt, typer.Abort):
-            _fail("interrupted", 130)
+        except Interrupted as error:
+            _fail(str(error), 130)
         except Exception as error:
             if hasattr(error, "format_message"):  # click's: a wrong option or argument
                 _fail(" ".join(error.format_message().split()), 2)

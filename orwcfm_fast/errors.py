@@ -11,3 +11,7 @@ class WorkError(RuntimeError):
 
 class RewardError(WorkError):
     """The reward raised, or returned what is no reward."""
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C; says what is saved. Exit code 130."""

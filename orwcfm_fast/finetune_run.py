@@ -13,7 +13,7 @@ import torch
 from orwcfm_fast import checkpoint
 from orwcfm_fast.data import source
 from orwcfm_fast.device import resolve_device
-from orwcfm_fast.errors import RewardError, UserError, WorkError
+from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
 from orwcfm_fast.evaluate import Measures, evaluate, judge_for
 from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
@@ -21,6 +21,7 @@ from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.run import Run, next_run_path, write_text
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune, build, read_toml
+from orwcfm_fast.tracking import tracker
 from orwcfm_fast.trainer import PHASES, Progress, Trainer
 
 PICTURE_SAMPLES = 64
@@ -172,11 +173,13 @@ class Finetuning:
             WorkError: the reward failed, or something became non-finite; says where the run is saved.
         """
         s = self.settings
+        log = tracker(s, self.run.path.name, str(self.run.path))
         if watch:
             self.trainer.watch = watch
         try:
             for record in self.trainer.train(s.rounds):
                 self.run.append(record)
+                log(record)
                 if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
                     self.save()
                 self._picture(self.trainer.round)
@@ -188,6 +191,14 @@ class Finetuning:
                 shutil.rmtree(self.run.path, ignore_errors=True)
                 raise
             raise type(error)(f"{error}; the run is saved at {self.save()}") from error
+        except KeyboardInterrupt:
+            saved = checkpoint.newest(self.run.checkpoints)
+            where = (
+                f"saved at {saved}; orwcfm finetune --resume {self.run.path}"
+                if saved
+                else "no round was whole yet"
+            )
+            raise Interrupted(f"interrupted in round {self.trainer.round + 1}; {where}") from None
 
     def save(self) -> Path:
         """A checkpoint of the last whole round; its path."""

@@ -1,6 +1,5 @@
 """The paper's API: `ORWCFMTrainer` with its dict of settings, over the same trainer that the commands run."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from orwcfm_fast.policy import Policy
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.settings import Finetune, build
+from orwcfm_fast.tracking import tracker
 from orwcfm_fast.trainer import Trainer
 
 SAME = {
@@ -117,7 +117,7 @@ class ORWCFMTrainer:
             self.trainer = Trainer(
                 self.policy, self.reward, self.settings, reward_name=self.reward.name, reference=reference
             )
-        log = _wandb(self.settings, self.config)
+        log = tracker(self.settings, self.config.get("run_name"), self.config.get("savedir"))
         for record in self.trainer.train(self.trainer.round + num_epochs):
             self.history.append(record)
             log(record)
@@ -166,22 +166,3 @@ def _recognise(model: nn.Module) -> tuple[str, tuple[int, ...]]:
         if {k: v.shape for k, v in own.state_dict().items()} == shapes:
             return name, shape
     return "custom", (3, 32, 32)
-
-
-def _wandb(settings: Finetune, config: dict[str, Any]):
-    """A function that logs a record; does nothing where wandb is not wanted or not there."""
-    if not settings.wandb:
-        return lambda record: None
-    try:
-        import wandb
-    except ImportError:
-        print(
-            "warning: wandb is not installed (pip install orwcfm-fast[wandb]); going on without",
-            file=sys.stderr,
-        )
-        return lambda record: None
-    where = config.get("savedir")
-    run = wandb.run or wandb.init(
-        project=settings.wandb, name=config.get("run_name"), dir=where, config=settings.model_dump()
-    )
-    return run.log

@@ -40,8 +40,8 @@ class RewardOptions(Settings):
 class Sampling(Settings):
     """How noise becomes samples."""
 
-    solver: str = Field("ab4", description="ODE solver (orwcfm list solvers)")
-    nfe: int = Field(16, ge=1, description="network evaluations a sample (dopri5 chooses its own)")
+    solver: str = Field("abm4", description="ODE solver (orwcfm list solvers)")
+    nfe: int = Field(14, ge=1, description="network evaluations a sample (dopri5 chooses its own)")
     grid: str = Field("power:1.3", description="uniform, or power:P for t = 1−(1−s)^P: finer near the data")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -116,3 +117,28 @@ def test_a_checkpoint_of_torchcfms_cifar10_script_serves_every_command(run_cli):
     result = run_cli("finetune", "--checkpoint", file, *small, *cheap)
     assert result.code == 0, result.err
     assert (Path("runs") / "cifar10-jpeg-compressibility-a1-t0.5-001" / "summary.json").exists()
+
+
+def test_ctrl_c_ends_with_130_and_says_what_is_saved(tiny_run):
+    """A real process, interrupted after its first round."""
+    command = [
+        ORWCFM,
+        "finetune",
+        "--checkpoint",
+        "base",
+        "--rounds",
+        "100000",
+        "--rollout",
+        "64",
+        "--batch",
+        "32",
+    ]
+    command += ["--steps-per-round", "3", "--probe", "16", "--out", "long"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("round   2"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saved at long/checkpoints/step_" in error and "--resume long" in error and error.count("\n") == 1
