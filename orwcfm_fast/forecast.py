@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.theory.empirical import Empirical, EmpiricalVelocity
+from orwcfm_fast.theory.empirical import Empirical, EmpiricalVelocity, in_parallel
 from orwcfm_fast.theory.recursion import mass_weights
 
 REACH = 100.0  # least effective sample size of the masses at which a forecast is still worth saying
@@ -141,7 +141,7 @@ def forecast_many(
             policy = EmpiricalVelocity(measure, masses, weights, start, alpha)
             x = policy.flow(noise, forward=True)
             carried = masses[index] * (len(flat) / len(index))
-            shares = policy.landing(x)
+            shares = in_parallel(policy.landing, x)
             moved = shares @ rewards.float() - rewards[index]
             variance += float((carried * (moved - (carried * moved).sum())).square().sum())
             masses = (carried.float() @ shares).double().clamp_min(MASS_FLOOR / len(flat))

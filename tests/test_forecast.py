@@ -179,7 +179,6 @@ def test_bad_input_is_refused(samples, rewards, alpha):
 
 @pytest.mark.slow
 def test_twelve_settings_on_digits_take_under_a_minute(digits):
-    torch.set_num_threads(2)
     settings = [(alpha, tau) for tau in (0.5, 1.0, 2.0) for alpha in (0.0, 0.3, 1.0, 3.0)]
     start = time.perf_counter()
     found = forecast_many(*digits, settings, 6)

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-STEP = 0.12  # of the flow; Runge–Kutta 4
+STEP = 0.18  # of the flow, on average; Runge–Kutta 4. 4 steps to t = 0.7 on digits: E[r] to 0.001 a round
+CHUNK = 256  # trajectories at once: the work arrays stay in cache
 RESOLVED = 0.02  # posterior variance, as a share of the data's, at which the flow may stop
+
+
+def in_parallel(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function of x, CHUNK rows at a time, one thread to a chunk: the same bits on any number of cores.
+
+    torch's own threads wait for each other at every operation, which on a busy machine costs tenfold.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(x) <= CHUNK:
+        return torch.cat([function(part) for part in x.split(CHUNK)])
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return torch.cat(list(pool.map(function, x.split(CHUNK))))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Empirical:
@@ -53,29 +71,35 @@ class EmpiricalVelocity:
     ) -> None:
         self.measure, self.alpha, count = measure, alpha, len(masses)
         self.mass = torch.stack([masses, masses * weights, start], 1).float() * count
-        s = measure.samples
-        self.columns = torch.cat([self.mass[:, 1:2] * s, self.mass[:, 1:2], self.mass[:, :1]], 1)
-        if alpha:
-            self.columns = torch.cat([self.columns, self.mass[:, 2:] * s, self.mass[:, 2:]], 1)
+        self.columns = torch.cat([self.mass[:, 1:2] * measure.samples, self.mass[:, 1:2]], 1)
 
     def mean(self, t: float, x: Tensor) -> Tensor:
-        sums, d = self.measure.kernel(t, x) @ self.columns, x.shape[1]
-        mass = sums[:, d + 1, None]
-        mean, total = sums[:, :d] / mass, sums[:, d, None] / mass
-        if self.alpha:
-            mean = mean + self.alpha * sums[:, d + 2 : -1] / sums[:, -1:]
-            total = total + self.alpha
-        return mean / total
+        if self.alpha == 0:
+            sums = self.measure.kernel(t, x) @ self.columns
+            return sums[:, :-1] / sums[:, -1:]
+        return self._shares(self.measure.kernel(t, x)) @ self.measure.samples
+
+    def _shares(self, kernel: Tensor) -> Tensor:
+        """The coefficients [n, S] of the samples in D: (w_j·p_j/Σ + α·p0_j/Σ0), which sum to 1."""
+        mass, weighted, start = (kernel @ self.mass).T[:, :, None]
+        total = weighted / mass + self.alpha
+        mixed = torch.addcmul(
+            self.mass[:, 1] / (mass * total), 1 / (start * total), self.mass[:, 2], value=self.alpha
+        )
+        return kernel.mul_(mixed)
 
     def __call__(self, t: float, x: Tensor) -> Tensor:
         return (self.mean(t, x) - x) / (1 - t)
 
     def flow(self, x: Tensor, forward: bool) -> Tensor:
-        """Carry x from t=0 to the resolved time, or back."""
+        """Carry x from t=0 to the resolved time, or back; steps are longer where the velocity is smooth."""
         end = self.measure.end
         steps = max(4, math.ceil(end / STEP))
-        times = [end * i / steps for i in range(steps + 1)]
-        for t, t_next in pairwise(times if forward else times[::-1]):
+        times = [end * (i / steps) ** 0.7 for i in range(steps + 1)]
+        return in_parallel(lambda part: self._flow(part, times if forward else times[::-1]), x)
+
+    def _flow(self, x: Tensor, times: list[float]) -> Tensor:
+        for t, t_next in pairwise(times):
             dt, half = t_next - t, (t + t_next) / 2
             k1 = self(t, x)
             k2 = self(half, x + dt / 2 * k1)
@@ -84,10 +108,5 @@ class EmpiricalVelocity:
         return x
 
     def landing(self, x: Tensor) -> Tensor:
-        """Shares [n, S] in which points at the resolved time go to the samples: the coefficients of D."""
-        kernel = self.measure.kernel(self.measure.end, x)
-        mass, weighted, start = (kernel @ self.mass).T[:, :, None]
-        shares = kernel * self.mass[:, 1] / mass
-        if self.alpha:
-            shares = shares + self.alpha * kernel * self.mass[:, 2] / start
-        return shares / (weighted / mass + self.alpha)
+        """Shares [n, S] in which points at the resolved time go to the samples."""
+        return self._shares(self.measure.kernel(self.measure.end, x))
