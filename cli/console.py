@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from orwcfm_fast.finetune_run import Result
 
 out = Console(highlight=False, soft_wrap=True)
+if not out.is_terminal:
+    out.width = 160  # tables on a pipe are not cut
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -79,7 +81,7 @@ def plain_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     """Texts in columns, without lines."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
@@ -122,6 +124,8 @@ def closing(result: "Result") -> None:
         f"images/s, training {summary['images_per_s_train']:.0f} images/s; {result.seconds:.0f} s in all"
     )
     say(f"time: {shares}")
+    if forecast := result.forecast():
+        say(forecast)
     say(
         f"look at {result.run.samples / 'before_after.png'} and {result.run.path / 'curves.png'}\n"
         "next: orwcfm sample · orwcfm evaluate · orwcfm finetune --alpha 0.3 (more reward, more drift)"

@@ -44,6 +44,8 @@ def _parameter(name: str, field) -> inspect.Parameter:
         kind: Any = list[get_args(annotation)[0]]  # type: ignore[misc]
     elif annotation in (bool, int, float):
         kind = annotation
+    elif annotation == float | None:
+        kind = float
     else:
         kind = str  # Literals are checked by the settings, whose message names the choices
     shown = field.default

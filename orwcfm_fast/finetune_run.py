@@ -17,6 +17,7 @@ from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
 from orwcfm_fast.evaluate import Measures, evaluate, judge_for
 from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
+from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.run import Run, next_run_path, write_text
 from orwcfm_fast.samplers import times as solver_times
@@ -51,6 +52,12 @@ class Result:
             "settings": self.settings.model_dump(),
             "versions": checkpoint.versions(),
         }
+
+    def forecast(self) -> str | None:
+        """Forecast and reached, where round 1 made a forecast."""
+        if not self.run.forecast.is_file():
+            return None
+        return reached_line(json.loads(self.run.forecast.read_text()), self.after.reward.mean)
 
     def by_phase(self) -> dict[str, float]:
         """Seconds of the loop by phase, over all rounds."""
@@ -166,6 +173,7 @@ class Finetuning:
         self,
         watch: Callable[[Progress], None] | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
+        on_forecast: Callable[[str], None] | None = None,
     ) -> None:
         """All rounds that are left; each is recorded, saved and shown.
 
@@ -185,6 +193,8 @@ class Finetuning:
                 self._picture(self.trainer.round)
                 if on_round:
                     on_round(record)
+                if on_forecast and self.trainer.round == 1:
+                    on_forecast(self._forecast())
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
             if self.trainer.round == 0:
@@ -199,6 +209,13 @@ class Finetuning:
                 else "no round was whole yet"
             )
             raise Interrupted(f"interrupted in round {self.trainer.round + 1}; {where}") from None
+
+    def _forecast(self) -> str:
+        """Forecast this run from its first rollout, at no extra samples; one line."""
+        assert self.trainer.rollout
+        found = forecast_run(self.trainer.rollout, self.settings)
+        write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
+        return forecast_line(found)
 
     def save(self) -> Path:
         """A checkpoint of the last whole round; its path."""

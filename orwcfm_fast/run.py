@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.settings import to_toml
 
-CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+CONFIG, METRICS, SUMMARY, FORECAST = "config.toml", "metrics.jsonl", "summary.json", "forecast.json"
 
 
 class Run:
@@ -22,6 +22,7 @@ class Run:
         self.config = self.path / CONFIG
         self.metrics = self.path / METRICS
         self.summary = self.path / SUMMARY
+        self.forecast = self.path / FORECAST
         self.checkpoints = self.path / "checkpoints"
         self.reference = self.path / "reference"
         self.samples = self.path / "samples"

@@ -52,6 +52,20 @@ class Evaluation(Sampling, RewardOptions):
     chunk: int = Field(512, ge=1, description="samples drawn at once")
 
 
+class Predict(Sampling, RewardOptions):
+    """Settings of `orwcfm predict`."""
+
+    alpha: list[float] = Field([0.0, 0.1, 0.3, 1.0], description="W2 weights α; repeat for several")
+    tau: list[float] = Field([0.5], description="temperatures τ; repeat for several")
+    rounds: int = Field(8, ge=1, description="online rounds")
+    weights: Weights = Field("exp", description="from reward to weight: exp(τ·r); r; exp(τ·standardised r)")
+    normalize_weights: bool = Field(True, description="divide weights by their mean over the round")
+    n: int = Field(1024, ge=2, description="samples of the model that the forecast rests on")
+    chunk: int = Field(512, ge=1, description="samples drawn at once")
+    want_reward: float | None = Field(None, description="answer with the α that reaches this reward")
+    want_w2: float | None = Field(None, description="answer with the α that ends at this coupled W2")
+
+
 class Sample(Sampling):
     """Settings of `orwcfm sample`."""
 
@@ -63,8 +77,8 @@ class Sample(Sampling):
 class Training(Settings):
     """What pretraining and fine-tuning share."""
 
-    batch: int = Field(128, ge=1, description="samples a gradient step")
-    lr: float = Field(5e-4, gt=0, allow_inf_nan=False, description="learning rate (AdamW)")
+    batch: int = Field(64, ge=1, description="samples a gradient step")
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="learning rate (AdamW)")
     warmup: int = Field(50, ge=0, description="steps of linear learning-rate warm-up")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
 
@@ -76,6 +90,7 @@ class Pretrain(Training):
     data_dir: str = Field("", description="where downloaded datasets lie; default under the cache")
     model: str = Field("", description="network preset (orwcfm list models); default: the data's")
     steps: int = Field(1500, ge=1, description="gradient steps")
+    batch: int = Field(128, ge=1, description="samples a gradient step")
     lr: float = Field(2e-3, gt=0, allow_inf_nan=False, description="learning rate (AdamW)")
     ema: float = Field(0.998, ge=0, lt=1, description="decay of the weight average that is sampled from")
     cooldown: float = Field(
@@ -102,11 +117,11 @@ class Finetune(Training, Sampling, RewardOptions):
         "independent", description="of noise and sample; ot: minibatch optimal transport"
     )
     rounds: int = Field(8, ge=1, description="online rounds")
-    steps_per_round: int = Field(32, ge=1, description="gradient steps a round")
+    steps_per_round: int = Field(96, ge=1, description="gradient steps a round")
     cooldown: float = Field(
         0.5, ge=0, le=1, description="share of each round's steps over which the rate falls to zero"
     )
-    rollout: int = Field(1024, ge=1, description="samples drawn a round")
+    rollout: int = Field(512, ge=1, description="samples drawn a round")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     probe: int = Field(
         128, ge=2, description="fixed-noise samples that W2 and pictures follow through the rounds"

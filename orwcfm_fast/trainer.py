@@ -68,6 +68,7 @@ class Trainer:
         self.probe_noise = start_noise(policy, settings.probe, settings.seed)
         self.probe_reference = sample(self.reference, self.probe_noise, settings, settings.chunk)
         self.probe = self.probe_reference
+        self.rollout: Rollout | None = None  # of the last round
 
     def train(self, rounds: int) -> Iterator[dict[str, Any]]:
         """Run up to `rounds` rounds in all; yields each round's metrics (the keys of metrics.jsonl)."""
@@ -77,7 +78,7 @@ class Trainer:
     def one_round(self) -> dict[str, Any]:
         """Draw a rollout, score and weigh it, take its gradient steps; the metrics of the round."""
         s, number = self.settings, self.round
-        rollout = self.draw_and_score(number)
+        self.rollout = rollout = self.draw_and_score(number)
         w = weigh(rollout.reward, s.tau, s.weights, s.normalize_weights)
         check_bounded(w, s.alpha)
         losses = []

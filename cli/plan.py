@@ -1,0 +1,164 @@
+"""Panel Plan: predict."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orwcfm_fast.cli import console
+from orwcfm_fast.cli.app import app
+from orwcfm_fast.cli.common import Config, Debug, Json, Model, Quiet, settings
+from orwcfm_fast.cli.console import number, plain_table, say
+from orwcfm_fast.cli.look import Data, Preset, load
+from orwcfm_fast.cli.options import options_of
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.settings import Predict
+
+if TYPE_CHECKING:
+    from orwcfm_fast.forecast import Forecast
+    from orwcfm_fast.prediction import Verdict
+    from orwcfm_fast.theory import Recursion
+
+PANEL = "Plan"
+Exact = Annotated[
+    bool, typer.Option("--exact", help="1-D and 2-D data: the method's exact recursion by quadrature")
+]
+Versus = Annotated[Path | None, typer.Option(metavar="RUN", help="lay a finished run beside its forecast")]
+Plot = Annotated[Path, typer.Option("--out", help="PNG of the front")]
+
+
+@app.command(rich_help_panel=PANEL)
+@options_of(Predict)
+def predict(
+    given: dict[str, Any],
+    model: Model = "",
+    exact: Exact = False,
+    versus: Versus = None,
+    preset: Preset = "",
+    data: Data = "",
+    config: Config = None,
+    out: Plot = Path("forecast.png"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Forecast reward and W2 of settings before any training; --want-reward answers with an α."""
+    from orwcfm_fast import prediction
+    from orwcfm_fast.data import source
+    from orwcfm_fast.device import resolve_device
+    from orwcfm_fast.load import Loader
+    from orwcfm_fast.rewards import make_reward
+    from orwcfm_fast.samplers import times
+
+    s = settings(Predict, config, given)
+    if not s.alpha or not s.tau or min(s.alpha) < 0:
+        raise UserError("--alpha: should be 0 or more")
+    times(s.nfe, s.solver, s.grid)
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise UserError(f"--out {out}: should be a .png in a folder that is there")
+    loader = Loader(resolve_device(s.device), s.precision, preset, data)
+    if versus:
+        found = prediction.versus(
+            versus, lambda spec: loader.load(spec).policy, lambda f: make_reward(f.reward, f), s
+        )
+        _show_verdict(found, as_json)
+        return
+    if exact and data:
+        name, shown = data, f"the density of {data}"
+    else:
+        loaded = load(loader, model, quiet or as_json)
+        name, shown = loaded.policy.data, loaded.name
+    reward = make_reward(s.reward or [source(name)[0].reward], s)
+    say(f"model: {shown}; reward {reward.name}", quiet or as_json)
+    if exact:
+        _show_exact(prediction.exact_grid(name, reward, s), as_json)
+        return
+    policy = _reference_of(loaded, loader)
+    reference = prediction.draw_reference(policy, reward, s)
+    if s.want_reward is not None or s.want_w2 is not None:
+        interval = prediction.wanted_alpha(reference, s)
+        if as_json:
+            print(json.dumps({"alpha_low": interval.low, "alpha_high": interval.high}))
+        else:
+            say(
+                f"α between {interval.low:.3g} and {interval.high:.3g} at τ={s.tau[0]:g}, after {s.rounds} rounds"
+            )
+        return
+    forecasts = prediction.forecast_grid(reference, s)
+    _show_forecasts(forecasts, as_json)
+    say(f"picture: {prediction.save_front(out, forecasts)}", quiet or as_json)
+
+
+def _reference_of(loaded, loader):
+    """A fine-tuned run is forecast from where it started."""
+    started = loaded.run and loaded.run.reference.is_dir()
+    return loader.load(str(loaded.run.reference)).policy if started else loaded.policy
+
+
+def _show_forecasts(forecasts: list["Forecast"], as_json: bool) -> None:
+    if as_json:
+        rows = [{"alpha": f.alpha, "tau": f.tau, "rounds": [vars(r) for r in f.rounds]} for f in forecasts]
+        print(json.dumps(rows, indent=1, default=float))
+        return
+    rounds = _shown(len(forecasts[0].rounds))
+    columns = ["α", "τ", *(f"r{k}" for k in rounds), "±", "W2 coupled", "W2", "diversity", "ESS"]
+    rows = [
+        [f"{f.alpha:g}", f"{f.tau:g}", *(f"{f.rounds[k].reward:.3f}" for k in rounds),
+         f"{2 * f.final.reward_error:.3f}",
+         number(f.final.w2_coupled), number(f.final.w2), number(f.final.diversity),
+         f"{f.final.ess:.0f}" + ("" if f.within_reach else " beyond the forecast's reach")]
+        for f in forecasts
+    ]  # fmt: skip
+    say(f"reward before training {forecasts[0].rounds[0].reward:.3f}; reward after each round:")
+    console.out.print(plain_table(columns, rows))
+
+
+def _shown(rounds: int) -> list[int]:
+    """At most six rounds, the last among them, so that the table fits."""
+    step = max(1, -(-(rounds - 1) // 6))
+    return sorted({*range(rounds - 1, 0, -step)})
+
+
+def _show_exact(found: list["Recursion"], as_json: bool) -> None:
+    if as_json:
+        keys = ("round", "reward", "w2", "entropy", "drift")
+        rows = [
+            {"alpha": f.alpha, "tau": f.tau, "rounds": [{k: getattr(r, k) for k in keys} for r in f.rounds],
+             "error": f.error}
+            for f in found
+        ]  # fmt: skip
+        print(json.dumps(rows, indent=1))
+        return
+    rounds = _shown(len(found[0].rounds))
+    columns = [
+        "α",
+        "τ",
+        *(f"r{k}" for k in rounds),
+        "± (halving)",
+        "W2",
+        "entropy",
+        "paper's D",
+    ]
+    rows = [
+        [f"{f.alpha:g}", f"{f.tau:g}", *(f"{f.rounds[k].reward:.3f}" for k in rounds), f"{f.error['reward']:.0e}",
+         number(f.rounds[-1].w2), number(f.rounds[-1].entropy), number(f.rounds[-1].drift)]
+        for f in found
+    ]  # fmt: skip
+    console.out.print(plain_table(columns, rows))
+
+
+def _show_verdict(found: "Verdict", as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"reached": found.reached, "forecast": [r.reward for r in found.forecast.rounds],
+                          "exact": found.exact and [r.reward for r in found.exact.rounds],
+                          "verdict": found.line}, indent=1))  # fmt: skip
+        return
+    columns = ["round", *(str(k) for k in range(len(found.reached)))]
+    rows = [["reached", *(f"{r:.3f}" for r in found.reached)]]
+    rows.append(["forecast", *(f"{r.reward:.3f}" for r in found.forecast.rounds)])
+    if found.exact:
+        rows.append(["exact", *(f"{r.reward:.3f}" for r in found.exact.rounds)])
+    say(f"run {found.run.path}: α={found.settings.alpha:g} τ={found.settings.tau:g}")
+    console.out.print(plain_table(columns, rows))
+    say(found.line)

@@ -1,0 +1,235 @@
+"""What settings will do, before or after training: the forecast on samples, the exact answer, a run laid beside."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.evaluate import judge_for
+from orwcfm_fast.forecast import AlphaInterval, Forecast, alpha_for, forecast_many
+from orwcfm_fast.policy import Policy
+from orwcfm_fast.rewards import RewardSum
+from orwcfm_fast.rollout import Rollout, sample, score, start_noise
+from orwcfm_fast.run import Run
+from orwcfm_fast.settings import Finetune, Predict, build, read_toml
+from orwcfm_fast.theory import GaussianMixture, GridDensity, Recursion, exact_recursion
+
+Density = GaussianMixture | GridDensity
+
+
+def known_density(data: str) -> Density:
+    """The density that a 1-D or 2-D dataset was drawn from.
+
+    Raises:
+        UserError: it is not known in closed form.
+    """
+    if data == "two-gaussians":
+        return GaussianMixture([0.5, 0.5], [-1.5, 1.5], 0.3)
+    if data == "8gaussians":
+        angle = torch.arange(8) * (math.pi / 4)
+        return GaussianMixture([1 / 8] * 8, 2 * torch.stack([angle.cos(), angle.sin()], 1), 0.2)
+    if data == "moons":
+        arc = torch.linspace(0, math.pi, 100)
+        outer, inner = (
+            torch.stack([arc.cos(), arc.sin()], 1),
+            torch.stack([1 - arc.cos(), 0.5 - arc.sin()], 1),
+        )
+        return GaussianMixture(
+            [1 / 200] * 200, 2 * (torch.cat([outer, inner]) - torch.tensor([0.5, 0.25])), 0.1
+        )
+    if data == "checkerboard":
+        cell = torch.arange(96) // 16 - 1  # squares −1 … 4 of 16 cells each; 0 … 3 are the board
+        inside = (cell >= 0) & (cell < 4)
+        dark = (cell[:, None] + cell[None, :]) % 2 == 0
+        return GridDensity(((-3.0, 3.0), (-3.0, 3.0)), (dark & inside[:, None] & inside[None, :]).double())
+    raise UserError(
+        f"--exact: the density of '{data}' is not known; it is of two-gaussians, 8gaussians, moons, checkerboard"
+    )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Samples [S, *shape] of the model before training, their rewards [S] and features [S, F]."""
+
+    samples: Tensor
+    rewards: Tensor
+    features: Tensor
+
+
+def draw_reference(policy: Policy, reward: RewardSum, s: Predict) -> Reference:
+    """n samples of the policy, scored."""
+    x = sample(policy, start_noise(policy, s.n, s.seed), s, s.chunk)
+    seen = policy.decode(x)
+    with torch.inference_mode():
+        features = judge_for(policy.data, reward, reward.name).features(seen)
+    return Reference(x, score(reward, seen, reward.name), features)
+
+
+def forecast_grid(reference: Reference, s: Predict) -> list[Forecast]:
+    """One forecast for each pair of α and τ."""
+    pairs = [(a, t) for t in s.tau for a in s.alpha]
+    return forecast_many(
+        reference.samples, reference.rewards, pairs, s.rounds, weighting=s.weights,
+        normalize=s.normalize_weights, features=reference.features, seed=s.seed,
+    )  # fmt: skip
+
+
+def wanted_alpha(reference: Reference, s: Predict) -> AlphaInterval:
+    """The interval of α for --want-reward or --want-w2 at the first τ."""
+    return alpha_for(
+        reference.samples, reference.rewards, s.tau[0], s.rounds, want_reward=s.want_reward, want_w2=s.want_w2,
+        weighting=s.weights, normalize=s.normalize_weights, seed=s.seed,
+    )  # fmt: skip
+
+
+def exact_grid(data: str, reward: Callable[[Tensor], Tensor], s: Predict) -> list[Recursion]:
+    """The exact recursion for each pair of α and τ, from the data's own density."""
+    density = known_density(data)
+    return [
+        exact_recursion(
+            density,
+            lambda x: reward(x),
+            alpha,
+            tau,
+            s.rounds,
+            weighting=s.weights,
+            normalize=s.normalize_weights,
+        )
+        for tau in s.tau
+        for alpha in s.alpha
+    ]
+
+
+FORECAST_SAMPLES, FORECAST_ROUNDS = 512, 12
+
+
+def forecast_run(rollout: Rollout, settings: Finetune) -> dict[str, Any]:
+    """What a run will reach, from its first rollout, beside a third of its α; plain values for forecast.json.
+
+    At most 12 rounds: a run that stays near its reference has settled by then.
+    """
+    rounds = min(settings.rounds, FORECAST_ROUNDS)
+    alphas = [settings.alpha, round(0.3 * settings.alpha, 4)] if settings.alpha else [0.0]
+    found = forecast_many(
+        rollout.x1[:FORECAST_SAMPLES], rollout.reward[:FORECAST_SAMPLES], [(a, settings.tau) for a in alphas], rounds,
+        weighting=settings.weights, normalize=settings.normalize_weights, exact_w2=False, seed=settings.seed,
+    )  # fmt: skip
+    rows = [
+        {"alpha": f.alpha, "within_reach": f.within_reach, "rewards": [r.reward for r in f.rounds],
+         "reward_error": f.final.reward_error, "w2_coupled": f.final.w2_coupled,
+         "ess": min(r.ess for r in f.rounds)}
+        for f in found
+    ]  # fmt: skip
+    return {"rounds": rounds, "own": rows[0], "lower_alpha": rows[1] if len(rows) > 1 else None}
+
+
+def forecast_line(found: dict[str, Any]) -> str:
+    """Before: what the run is forecast to reach."""
+    own = found["own"]
+    if not own["within_reach"]:
+        return f"forecast: beyond reach, its masses rest on {own['ess']:.0f} samples"
+    margin = 2 * own["reward_error"]
+    return (
+        f"forecast from round 1: reward {own['rewards'][-1]:.3f} ± {margin:.3f} after {found['rounds']} rounds, "
+        f"coupled W2 {own['w2_coupled']:.2g}"
+    )
+
+
+def reached_line(found: dict[str, Any], reached: float) -> str:
+    """After: forecast, reached, and what a lower α would do."""
+    own, lower = found["own"], found["lower_alpha"]
+    line = f"forecast {own['rewards'][-1]:.2f}" if own["within_reach"] else "forecast beyond reach"
+    line += f", reached {reached:.2f}"
+    if lower and lower["within_reach"]:
+        line += f"; α={lower['alpha']:g} would reach about {lower['rewards'][-1]:.2f}"
+    return line
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A finished run beside its forecast (and the exact answer where there is one), reward by round."""
+
+    run: Run
+    settings: Finetune
+    reached: list[float]
+    final: float
+    half_width: float
+    forecast: Forecast
+    exact: Recursion | None
+
+    @property
+    def line(self) -> str:
+        """One line: what was forecast, what was reached, whether they agree."""
+        expected = self.forecast.final.reward
+        margin = math.hypot(self.half_width, 2 * self.forecast.final.reward_error) + 0.02
+        gap = self.final - expected
+        if not self.forecast.within_reach:
+            word = f"beyond the forecast's reach (ESS {min(r.ess for r in self.forecast.rounds):.0f})"
+        elif abs(gap) <= margin:
+            word = f"agrees within {margin:.3f}"
+        elif gap < 0:
+            word = f"{-gap:.3f} short: more steps a round, or more rounds, would come nearer"
+        else:
+            word = f"{gap:.3f} above: the loop moved further than the method's own recursion; look at the samples"
+        exact = f", exact {self.exact.rounds[-1].reward:.3f}" if self.exact else ""
+        return f"forecast {expected:.3f}{exact}, reached {self.final:.3f}: {word}"
+
+
+def versus(
+    path: Path, load: Callable[[str], Policy], make: Callable[[Finetune], RewardSum], s: Predict
+) -> Verdict:
+    """Lay a finished run beside the forecast made from its reference.
+
+    Raises:
+        UserError: no finished run there.
+    """
+    run = Run(path)
+    if not run.config.is_file() or not run.summary.is_file():
+        raise UserError(f"--versus {path}: not a finished run (no config.toml and summary.json)")
+    settings = build(Finetune, read_toml(run.config), where=f"{run.config}: ")
+    policy, reward = load(str(run.reference)), make(settings)
+    records = run.read_metrics()
+    own = s.model_copy(
+        update={
+            "alpha": [settings.alpha], "tau": [settings.tau], "rounds": len(records), "weights": settings.weights,
+            "normalize_weights": settings.normalize_weights,
+        }
+    )  # fmt: skip
+    (found,) = forecast_grid(draw_reference(policy, reward, own), own)
+    try:
+        exact = exact_grid(settings.data, reward, own)[0]
+    except UserError:
+        exact = None
+    after = json.loads(run.summary.read_text())["after"]["reward"]
+    reached = [r["reward_mean"] for r in records] + [after["mean"]]
+    return Verdict(run, settings, reached, after["mean"], after["high"] - after["mean"], found, exact)
+
+
+def save_front(path: Path, forecasts: Sequence[Forecast]) -> Path:
+    """Reward against coupled W2 after the last round, and reward by round; one colour a τ."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for tau in dict.fromkeys(f.tau for f in forecasts):
+        own = sorted((f for f in forecasts if f.tau == tau), key=lambda f: f.final.w2_coupled)
+        left.plot(
+            [f.final.w2_coupled for f in own], [f.final.reward for f in own], marker="o", label=f"τ={tau:g}"
+        )
+        for f in own:
+            left.annotate(f"α={f.alpha:g}", (f.final.w2_coupled, f.final.reward), fontsize=8)
+            right.plot(
+                [r.round for r in f.rounds], [r.reward for r in f.rounds], label=f"α={f.alpha:g} τ={tau:g}"
+            )
+    left.set(xlabel="coupled W2 to the reference", ylabel="reward", title="forecast after the last round")
+    right.set(xlabel="round", ylabel="reward", title="forecast by round")
+    left.legend(frameon=False)
+    right.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=120)
+    return path
