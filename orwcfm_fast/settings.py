@@ -89,7 +89,7 @@ class Pretrain(Training):
     data: str = Field("digits", description="dataset (orwcfm list data); folder:PATH for a folder of images")
     data_dir: str = Field("", description="where downloaded datasets lie; default under the cache")
     model: str = Field("", description="network preset (orwcfm list models); default: the data's")
-    steps: int = Field(1500, ge=1, description="gradient steps")
+    steps: int = Field(1000, ge=1, description="gradient steps")
     batch: int = Field(128, ge=1, description="samples a gradient step")
     lr: float = Field(2e-3, gt=0, allow_inf_nan=False, description="learning rate (AdamW)")
     ema: float = Field(0.998, ge=0, lt=1, description="decay of the weight average that is sampled from")
@@ -121,7 +121,7 @@ class Finetune(Training, Sampling, RewardOptions):
     cooldown: float = Field(
         0.5, ge=0, le=1, description="share of each round's steps over which the rate falls to zero"
     )
-    rollout: int = Field(512, ge=1, description="samples drawn a round")
+    rollout: int = Field(1024, ge=1, description="samples drawn a round")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     probe: int = Field(
         128, ge=2, description="fixed-noise samples that W2 and pictures follow through the rounds"
