@@ -174,6 +174,14 @@ def test_paper_drift_is_nothing_before_round_one_and_grows():
     assert drifts[0] == 0 and drifts == sorted(drifts) and drifts[1] > 0.01
 
 
+def test_paper_drift_of_a_shifted_gaussian():
+    """N(m, 1) against N(0, 1): v − v_ref = m(1−t)/(t² + (1−t)²) everywhere."""
+    found = exact_recursion(STANDARD_NORMAL, lambda x: x[:, 0], 0.0, 0.5, 1, bounds=((-8, 9),), check=False)
+    t = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    exact = 0.25 * float(torch.trapezoid(((1 - t) / (t**2 + (1 - t) ** 2)) ** 2, t))
+    assert found.rounds[1].drift == pytest.approx(exact, abs=1e-5)
+
+
 def test_samples_follow_the_density():
     found = exact_recursion(TWO_GAUSSIANS, right, 0.0, 0.5, 2, check=False)
     draws = found.sample(2, 40_000, seed=1)
