@@ -6,7 +6,7 @@ demo: .venv/installed
 	$(BIN)/orwcfm finetune --alpha 1 --tau 0.5
 
 test: .venv/installed-dev
-	$(BIN)/pytest tests --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist loadfile --durations=15
 
 soak: .venv/installed-dev
 	$(BIN)/pytest tests -m soak

@@ -98,8 +98,8 @@ def _reference_of(loaded, loader):
 
 def _show_forecasts(forecasts: list["Forecast"], as_json: bool) -> None:
     if as_json:
-        rows = [{"alpha": f.alpha, "tau": f.tau, "rounds": [vars(r) for r in f.rounds]} for f in forecasts]
-        print(json.dumps(rows, indent=1, default=float))
+        found = [{"alpha": f.alpha, "tau": f.tau, "rounds": [vars(r) for r in f.rounds]} for f in forecasts]
+        print(json.dumps(found, indent=1, default=float))
         return
     rounds = _shown(len(forecasts[0].rounds))
     columns = ["α", "τ", *(f"r{k}" for k in rounds), "±", "W2 coupled", "W2", "diversity", "ESS"]
@@ -123,12 +123,12 @@ def _shown(rounds: int) -> list[int]:
 def _show_exact(found: list["Recursion"], as_json: bool) -> None:
     if as_json:
         keys = ("round", "reward", "w2", "entropy", "drift")
-        rows = [
+        plain = [
             {"alpha": f.alpha, "tau": f.tau, "rounds": [{k: getattr(r, k) for k in keys} for r in f.rounds],
              "error": f.error}
             for f in found
         ]  # fmt: skip
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(plain, indent=1))
         return
     rounds = _shown(len(found[0].rounds))
     columns = [

@@ -149,7 +149,7 @@ def measure(launch: Launch, case: str, target: int) -> Row:
     body = [op for at, op, _ in code if not loops or loops[0][0] <= at <= loops[0][1]]
     accesses = [_width(op) for op in body if op.startswith(("LDG", "STG"))]
     blocks, per_block = launch.meta["BLOCKS"], launch.meta["BLOCK"] / (32 * launch.meta["num_warps"])
-    out = launch.args.get("dv_ptr", launch.args.get("out_ptr"))
+    out = launch.args["dv_ptr" if "dv_ptr" in launch.args else "out_ptr"]
     stored = (
         sum(_width(op) for op in body if op.startswith("STG")) / out.itemsize
     )  # unrolled: of several blocks

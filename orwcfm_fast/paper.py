@@ -44,7 +44,7 @@ def settings_from(config: dict[str, Any]) -> Finetune:
     for key in config:
         if key not in known:
             raise UserError(str(unknown("key", key, known)))
-    values = dict(PAPER)
+    values: dict[str, Any] = dict(PAPER)
     values |= {SAME.get(key, key): value for key, value in config.items() if key in SAME or key not in OTHERS}
     if config.get("reward") is not None:
         if not callable(config["reward"]):

@@ -20,10 +20,8 @@ from orwcfm_fast.run import Run
 from orwcfm_fast.settings import Finetune, Predict, build, read_toml
 from orwcfm_fast.theory import GaussianMixture, GridDensity, Recursion, exact_recursion
 
-Density = GaussianMixture | GridDensity
 
-
-def known_density(data: str) -> Density:
+def known_density(data: str) -> GaussianMixture | GridDensity:
     """The density that a 1-D or 2-D dataset was drawn from.
 
     Raises:
