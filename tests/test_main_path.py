@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -45,11 +46,28 @@ def test_default_finetune_raises_the_reward_and_keeps_digits(finished):
     found = json.loads((run / "summary.json").read_text())
     before, after = found["before"], found["after"]
     assert abs(before["reward"]["mean"] - 0.5) <= 0.04
-    assert after["reward"]["mean"] >= 0.58 and after["reward"]["low"] > before["reward"]["high"]
+    assert after["reward"]["low"] > before["reward"]["high"]
     assert after["confidence"] >= 0.93
     assert after["w2_exact"] <= after["w2_coupled"] + 1e-6
     for word in ("W2 coupled", "diversity", "ESS", "images/s", "next:", "before_after.png"):
         assert word in out
+
+
+@pytest.mark.soak
+def test_median_of_three_seeds_reaches_058_at_alpha_1_and_080_at_alpha_0(cache, tmp_path):
+    """The bars of the default run; a quarter of an hour."""
+    for alpha, bar in (("1", 0.58), ("0", 0.80)):
+        rewards = []
+        for seed in ("0", "1", "2"):
+            out = f"a{alpha}s{seed}"
+            result = orwcfm(
+                "finetune", "--alpha", alpha, "--seed", seed, "--out", out, "--quiet", cwd=tmp_path
+            )
+            assert result.returncode == 0, result.stderr
+            rewards.append(
+                json.loads((tmp_path / out / "summary.json").read_text())["after"]["reward"]["mean"]
+            )
+        assert statistics.median(rewards) >= bar, f"α={alpha}: {rewards}"
 
 
 @pytest.mark.slow
