@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.theory.empirical import Empirical, EmpiricalVelocity, in_parallel
+from orwcfm_fast.theory.empirical import Empirical, EmpiricalVelocity
+from orwcfm_fast.theory.parallel import in_parallel, single_threaded
 from orwcfm_fast.theory.recursion import mass_weights
 
 REACH = 100.0  # least effective sample size of the masses at which a forecast is still worth saying
 MASS_FLOOR = 1e-8
+PROBE = 512  # trajectories on which coupled W2 is measured
 ALPHAS = (0.0, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 4.0, 10.0)
 
 
@@ -123,57 +125,69 @@ def forecast_many(
                 f"forecast: α = {alpha:g}, τ = {tau:g}, {rounds} rounds: α ≥ 0, τ finite, 1 round or more"
             )
     spread = flat if features is None else torch.as_tensor(features).reshape(len(flat), -1).float()
-    distance = torch.cdist(spread, spread).double()
-    measure = Empirical(flat, seed)
-    index = torch.arange(len(flat)).repeat(math.ceil(draws / len(flat)))
-    ends = [measure.noised(measure.end, index) for _ in range(rounds)]
-    start = torch.full((len(flat),), 1 / len(flat), dtype=torch.float64)
-    still = EmpiricalVelocity(measure, start, torch.ones_like(start), start, 0.0)
-    first = still.flow(ends[0], forward=False)
-    found = []
-    for alpha, tau in settings:
-        masses, log = start, [_summary(0, start, rewards, 0.0, (0.0, 0.0), distance)]
-        variance = 0.0
-        for number in range(1, rounds + 1):
-            weights = mass_weights(rewards, masses, tau, weighting, normalize)
-            resting = EmpiricalVelocity(measure, masses, torch.ones_like(start), start, 0.0)
-            noise = first if number == 1 else resting.flow(ends[number - 1], forward=False)
-            policy = EmpiricalVelocity(measure, masses, weights, start, alpha)
-            x = policy.flow(noise, forward=True)
-            carried = masses[index] * (len(flat) / len(index))
-            shares = in_parallel(policy.landing, x)
-            moved = shares @ rewards.float() - rewards[index]
+    with single_threaded() as threads:
+        engine = _Engine(flat, rewards, torch.cdist(spread, spread).double(), rounds, draws, seed, threads)
+        return [engine.run(a, t, weighting, normalize, exact_w2) for a, t in settings]
+
+
+class _Engine:
+    """What all settings share: samples, noise, and the first round's way back to it."""
+
+    def __init__(self, flat, rewards, distance, rounds: int, draws: int, seed: int, threads: int) -> None:
+        self.flat, self.rewards, self.distance, self.threads = flat, rewards, distance, threads
+        self.measure = Empirical(flat, seed)
+        self.index = torch.arange(len(flat)).repeat(math.ceil(draws / len(flat)))
+        self.ends = [self.measure.noised(self.measure.end, self.index) for _ in range(rounds)]
+        self.probe = torch.randperm(len(self.index), generator=self.measure.generator)[:PROBE]
+        self.start = torch.full((len(flat),), 1 / len(flat), dtype=torch.float64)
+        self.still = self.velocity(self.start, torch.ones_like(self.start), 0.0)
+        self.first = self.still.flow(self.ends[0], forward=False, threads=threads)
+
+    def velocity(self, masses: Tensor, weights: Tensor, alpha: float) -> EmpiricalVelocity:
+        return EmpiricalVelocity(self.measure, masses, weights, self.start, alpha)
+
+    def run(self, alpha: float, tau: float, weighting: str, normalize: bool, exact_w2: bool) -> Forecast:
+        masses, variance, count = self.start, 0.0, len(self.flat)
+        log = [self.summary(0, masses, 0.0, (0.0, 0.0))]
+        for number, end in enumerate(self.ends, 1):
+            weights = mass_weights(self.rewards, masses, tau, weighting, normalize)
+            resting = self.velocity(masses, torch.ones_like(masses), 0.0)
+            noise = self.first if number == 1 else resting.flow(end, forward=False, threads=self.threads)
+            policy = self.velocity(masses, weights, alpha)
+            x = policy.flow(noise, forward=True, threads=self.threads)
+            carried = masses[self.index] * (count / len(self.index))
+            shares = in_parallel(policy.landing, x, self.threads)
+            moved = shares @ self.rewards.float() - self.rewards[self.index]
             variance += float((carried * (moved - (carried * moved).sum())).square().sum())
-            masses = (carried.float() @ shares).double().clamp_min(MASS_FLOOR / len(flat))
+            masses = (carried.float() @ shares).double().clamp_min(MASS_FLOOR / count)
             masses = masses / masses.sum()
-            coupled = _coupled(policy, still, x[:512], noise[:512], carried[:512])
-            log.append(_summary(number, masses, rewards, math.sqrt(variance), coupled, distance))
+            coupled = self.coupled(policy, x[self.probe], noise[self.probe], carried[self.probe])
+            log.append(self.summary(number, masses, math.sqrt(variance), coupled))
         if exact_w2:
-            log[-1] = replace(log[-1], w2=_exact_w2(flat, masses, start))
-        found.append(Forecast(alpha, tau, log, masses))
-    return found
+            log[-1] = replace(log[-1], w2=_exact_w2(self.flat, masses, self.start))
+        return Forecast(alpha, tau, log, masses)
 
+    def summary(
+        self, number: int, masses: Tensor, error: float, coupled: tuple[float, float]
+    ) -> ForecastRound:
+        collision = float(masses.square().sum())
+        diversity = float(masses @ self.distance @ masses) / max(1 - collision, 1e-12)
+        w2 = math.nan if number else 0.0
+        return ForecastRound(
+            number, float(masses @ self.rewards), error, *coupled, w2, diversity, 1 / collision
+        )
 
-def _summary(
-    number: int, masses: Tensor, rewards: Tensor, error: float, coupled: tuple[float, float], distance: Tensor
-) -> ForecastRound:
-    collision = float(masses.square().sum())
-    diversity = float(masses @ distance @ masses) / max(1 - collision, 1e-12)
-    w2 = math.nan if number else 0.0
-    return ForecastRound(number, float(masses @ rewards), error, *coupled, w2, diversity, 1 / collision)
-
-
-def _coupled(
-    policy: EmpiricalVelocity, still: EmpiricalVelocity, x: Tensor, noise: Tensor, mass: Tensor
-) -> tuple[float, float]:
-    """√E‖x_policy − x_ref‖² from common noise, and its standard error."""
-    end = policy.measure.end
-    anchor = still.flow(noise, forward=True)
-    squares = (policy.mean(end, x) - still.mean(end, anchor)).square().sum(1).double()
-    mass = mass / mass.sum()
-    mean = float(mass @ squares)
-    error = float((mass * (squares - mean)).square().sum().sqrt())
-    return math.sqrt(mean), error / (2 * math.sqrt(mean) + 1e-12)
+    def coupled(
+        self, policy: EmpiricalVelocity, x: Tensor, noise: Tensor, mass: Tensor
+    ) -> tuple[float, float]:
+        """√E‖x_policy − x_ref‖² from common noise, and its standard error."""
+        anchor = self.still.flow(noise, forward=True, threads=self.threads)
+        ends = (v.mean(self.measure.end, at) for v, at in ((policy, x), (self.still, anchor)))
+        squares = torch.sub(*ends).square().sum(1).double()
+        mass = mass / mass.sum()
+        mean = float(mass @ squares)
+        error = float((mass * (squares - mean)).square().sum().sqrt())
+        return math.sqrt(mean), error / (2 * math.sqrt(mean) + 1e-12)
 
 
 def _exact_w2(samples: Tensor, masses: Tensor, start: Tensor) -> float:

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from orwcfm_fast.theory.parallel import in_parallel
+
 STEP = 0.18  # of the flow, on average; Runge–Kutta 4. 4 steps to t = 0.7 on digits: E[r] to 0.001 a round
-CHUNK = 256  # trajectories at once: the work arrays stay in cache
 RESOLVED = 0.02  # posterior variance, as a share of the data's, at which the flow may stop
-
-
-def in_parallel(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function of x, CHUNK rows at a time, one thread to a chunk: the same bits on any number of cores.
-
-    torch's own threads wait for each other at every operation, which on a busy machine costs tenfold.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1 or len(x) <= CHUNK:
-        return torch.cat([function(part) for part in x.split(CHUNK)])
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return torch.cat(list(pool.map(function, x.split(CHUNK))))
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Empirical:
@@ -91,12 +75,12 @@ class EmpiricalVelocity:
     def __call__(self, t: float, x: Tensor) -> Tensor:
         return (self.mean(t, x) - x) / (1 - t)
 
-    def flow(self, x: Tensor, forward: bool) -> Tensor:
+    def flow(self, x: Tensor, forward: bool, threads: int = 1) -> Tensor:
         """Carry x from t=0 to the resolved time, or back; steps are longer where the velocity is smooth."""
         end = self.measure.end
         steps = max(4, math.ceil(end / STEP))
         times = [end * (i / steps) ** 0.7 for i in range(steps + 1)]
-        return in_parallel(lambda part: self._flow(part, times if forward else times[::-1]), x)
+        return in_parallel(lambda part: self._flow(part, times if forward else times[::-1]), x, threads)
 
     def _flow(self, x: Tensor, times: list[float]) -> Tensor:
         for t, t_next in pairwise(times):

@@ -13,6 +13,7 @@ from torch import Tensor
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.theory.density import FLOOR, Density, Grid, as_double, check_edges, on_grid
 from orwcfm_fast.theory.drift import paper_drift
+from orwcfm_fast.theory.parallel import single_threaded
 from orwcfm_fast.theory.transport import w2_line, w2_plane
 from orwcfm_fast.theory.velocity import ExactVelocity, push
 
@@ -130,6 +131,7 @@ def _solve(
     rounds: int,
     steps: int,
     settle: float | None,
+    threads: int,
 ) -> tuple[list[Round], int | None]:
     still = ExactVelocity(grid, start, torch.ones_like(start), start, 0.0)
     noise_start = push(still, steps)[0] if grid.dim == 1 else None
@@ -159,7 +161,7 @@ def _solve(
                 f"the least weight is {float(weight.min()):.4g}: use α > {-float(weight.min()):.4g}"
             )
         velocity = ExactVelocity(grid, q, weight, start, alpha)
-        noise, q = push(velocity, steps)
+        noise, q = push(velocity, steps, threads)
         mass = float(q.sum()) * grid.cell
         if not math.isfinite(mass) or abs(mass - 1) > 0.05:
             raise UserError(
@@ -230,13 +232,16 @@ def exact_recursion(
     fine, start = on_grid(density, bounds, cells, halved=False)
     steps = steps or DEFAULT_STEPS[fine.dim]
     values = _rewards_on(fine, reward, fine)
-    found, settled = _solve(fine, start, values, alpha, weigh, rounds, steps, settle)
+    with single_threaded() as threads:
+        found, settled = _solve(fine, start, values, alpha, weigh, rounds, steps, settle, threads)
     if check or tolerance is not None:
         coarse, start = on_grid(density, bounds, cells, halved=True)
         rough = _rewards_on(coarse, reward, fine)
-        halves, _ = _solve(coarse, start, rough, alpha, weigh, len(found) - 1, max(4, steps // 2), None)
-        for mine, half in zip(found, halves, strict=True):
-            mine.error = {name: abs(getattr(mine, name) - getattr(half, name)) for name in FIGURES}
+        half = max(4, steps // 2)
+        with single_threaded() as threads:
+            halves, _ = _solve(coarse, start, rough, alpha, weigh, len(found) - 1, half, None, threads)
+        for mine, rougher in zip(found, halves, strict=True):
+            mine.error = {name: abs(getattr(mine, name) - getattr(rougher, name)) for name in FIGURES}
     result = Recursion(alpha, tau, fine, values, found, settled)
     worst = max(result.error, key=lambda name: result.error[name])
     if tolerance is not None and result.error[worst] > tolerance:
