@@ -12,10 +12,11 @@ from orwcfm_fast.cli.common import Config, Debug, Json, Model, Out, Overwrite, Q
 from orwcfm_fast.cli.console import progress, say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.settings import Evaluation, Sample
+from orwcfm_fast.settings import Evaluation, RewardOptions, Sample
 
 if TYPE_CHECKING:
     from orwcfm_fast.load import Loaded, Loader
+    from orwcfm_fast.rewards import RewardSum
 
 PANEL = "Look"
 Preset = Annotated[str, typer.Option("--model", help="network preset of a foreign .pt")]
@@ -88,7 +89,6 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Reward, W2 three ways, diversity and confidence on held-out noise, models side by side."""
-    from orwcfm_fast.data import source
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.evaluate import evaluate as measure
     from orwcfm_fast.evaluate import judge_for
@@ -114,8 +114,7 @@ def evaluate(
     with_run = first.run if first.run and first.run.reference.is_dir() else None
     named = reference or (str(with_run.reference) if with_run else "")
     anchor = loader.load(named).policy if named else None
-    wanted = s.reward or _reward_of(with_run) or [source(first.policy.data)[0].reward]
-    reward = make_reward(wanted, s)
+    reward = reward_for(s, first)
     policies = {item.name: item.policy for item in found}
     if anchor and not reference:
         policies = {"reference": anchor, **policies}
@@ -127,7 +126,14 @@ def evaluate(
         console.out.print(console.measures_table(measures, reward.name))
 
 
-def _reward_of(run) -> list[str]:
+def reward_for(s: RewardOptions, found: "Loaded") -> "RewardSum":
+    """The reward that was asked for, else that of the model's run, with its prompts; else the data's."""
+    from orwcfm_fast.data import source
+    from orwcfm_fast.rewards import make_reward
     from orwcfm_fast.settings import read_toml
 
-    return read_toml(run.config).get("reward", []) if run else []
+    if not s.reward and found.run:
+        written = read_toml(found.run.config)
+        names = ("reward", "prompt", "negative", "clip_model", "clip_weights")
+        s = s.model_copy(update={name: written[name] for name in names if name in written})
+    return make_reward(s.reward or [source(found.policy.data)[0].reward], s)

@@ -10,7 +10,7 @@ from orwcfm_fast.cli import console
 from orwcfm_fast.cli.app import app
 from orwcfm_fast.cli.common import Config, Debug, Json, Model, Quiet, settings
 from orwcfm_fast.cli.console import number, plain_table, say
-from orwcfm_fast.cli.look import Data, Preset, load
+from orwcfm_fast.cli.look import Data, Preset, load, reward_for
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Predict
@@ -66,10 +66,11 @@ def predict(
         return
     if exact and data:
         name, shown = data, f"the density of {data}"
+        reward = make_reward(s.reward or [source(name)[0].reward], s)
     else:
         loaded = load(loader, model, quiet or as_json)
         name, shown = loaded.policy.data, loaded.name
-    reward = make_reward(s.reward or [source(name)[0].reward], s)
+        reward = reward_for(s, loaded)
     say(f"model: {shown}; reward {reward.name}", quiet or as_json)
     if exact:
         _show_exact(prediction.exact_grid(name, reward, s), as_json)

@@ -187,4 +187,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, where: st
     for i, values in state.items():
         if i >= len(parameters) or values["exp_avg"].shape != parameters[i].shape:
             raise UserError(f"{where}: optimizer state of another architecture (parameter {i})")
+        for name, value in values.items():
+            if (
+                value.shape == parameters[i].shape
+            ):  # in the parameter's own layout: fused steps pair them flat
+                values[name] = torch.empty_like(parameters[i], dtype=value.dtype).copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

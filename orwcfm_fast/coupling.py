@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast import noise
-from orwcfm_fast.errors import UserError
 from orwcfm_fast.kernels.interpolate import interpolate
+from orwcfm_fast.weighting import check_positive
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def couple(
 
 def _weighted_plan_draw(x1: Tensor, w: Tensor, seed: Tensor, index: Tensor) -> Tensor:
     """For each x0 one x1 drawn from the optimal plan with target marginal ∝ w, int64 [B]."""
-    if bool((w <= 0).any()):
-        raise UserError("coupling 'ot': every weight must be positive; use --coupling independent")
+    check_positive(w)
     import ot
 
     x0 = noise.normal(tuple(x1.shape[1:]), seed, index, noise.X0)

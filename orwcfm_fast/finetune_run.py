@@ -1,7 +1,6 @@
 """A whole fine-tuning run: load, train, record, save, evaluate. What `orwcfm finetune` calls."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
 from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
 from orwcfm_fast.rewards import make_reward
-from orwcfm_fast.run import Run, next_run_path, write_text
+from orwcfm_fast.run import Run, is_run, next_run_path, write_text
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune, build, read_toml
 from orwcfm_fast.tracking import tracker
@@ -78,7 +77,7 @@ class Finetuning:
     """
 
     def __init__(self, settings: Finetune, loaded: Loaded, run: Run) -> None:
-        self.settings, self.loaded, self.run = settings, loaded, run
+        self.settings, self.loaded, self.run, self.resumed = settings, loaded, run, False
         reward = make_reward(settings.reward, settings)
         self.judge = judge_for(loaded.policy.data, reward, reward.name)
         self.reference = loaded.policy.frozen_copy()
@@ -127,12 +126,13 @@ class Finetuning:
             return task
         loaded = loader.load(settings.checkpoint) if settings.checkpoint else loader.default()
         settings = _resolved(settings, loaded)
-        run = Run.create(out or next_run_path(_name(settings)), overwrite)
+        run = Run(out or next_run_path(_name(settings)))
+        task = cls(settings, loaded, run)
+        task.run = Run.create(run.path, overwrite)
         try:
-            task = cls(settings, loaded, run)
             task._begin()
         except BaseException:
-            shutil.rmtree(run.path, ignore_errors=True)
+            task.run.undo()
             raise
         return task
 
@@ -161,11 +161,13 @@ class Finetuning:
 
     def _go_on(self) -> None:
         """Go on from the newest checkpoint; rounds after it are forgotten."""
+        self.resumed = True
         newest = checkpoint.newest(self.run.checkpoints)
         if newest is None:
             self.run.truncate_metrics(0)
             self._begin()
             return
+        self.run.write_config("finetune", self.settings)
         self.trainer.restore(checkpoint.load(newest))
         self.run.truncate_metrics(self.trainer.round)
 
@@ -190,6 +192,7 @@ class Finetuning:
                 log(record)
                 if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
                     self.save()
+                self.run.settle()
                 self._picture(self.trainer.round)
                 if on_round:
                     on_round(record)
@@ -198,7 +201,8 @@ class Finetuning:
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
             if self.trainer.round == 0:
-                shutil.rmtree(self.run.path, ignore_errors=True)
+                if not self.resumed:
+                    self.run.undo()
                 raise
             raise type(error)(f"{error}; the run is saved at {self.save()}") from error
         except KeyboardInterrupt:
@@ -206,14 +210,17 @@ class Finetuning:
             where = (
                 f"saved at {saved}; orwcfm finetune --resume {self.run.path}"
                 if saved
-                else "no round was whole yet"
+                else "no checkpoint was written yet"
             )
             raise Interrupted(f"interrupted in round {self.trainer.round + 1}; {where}") from None
 
     def _forecast(self) -> str:
         """Forecast this run from its first rollout, at no extra samples; one line."""
         assert self.trainer.rollout
-        found = forecast_run(self.trainer.rollout, self.settings)
+        try:
+            found = forecast_run(self.trainer.rollout, self.settings)
+        except UserError as error:  # a forecast is a comment on the run, never its end
+            return f"no forecast: {error}"
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
         return forecast_line(found)
 
@@ -268,7 +275,7 @@ def resumed_settings(run: Run, given: dict[str, Any]) -> Finetune:
     Raises:
         UserError: no run there; a setting given that a resumed run may not change.
     """
-    if not run.config.is_file():
+    if not is_run(run.path):
         raise UserError(f"--resume {run.path}: not a run (no config.toml)")
     refused = [key for key in given if key not in RESUME_MAY_CHANGE]
     if refused:

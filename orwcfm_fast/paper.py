@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from orwcfm_fast import checkpoint
-from orwcfm_fast.device import resolve_device
+from orwcfm_fast.device import resolve_device, resolve_precision
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.foreign import foreign_weights, read_pt
 from orwcfm_fast.load import FOREIGN_DATA
@@ -28,7 +28,16 @@ SAME = {
     "batch_size": "batch",
 }
 OTHERS = ("text_prompts", "use_wandb", "wandb_project", "run_name", "savedir", "ref_path", "reward")
-PAPER = {"lr": 2e-4, "warmup": 5000, "batch": 64, "normalize_weights": False, "cooldown": 0.0}
+PAPER = {
+    "lr": 2e-4,
+    "warmup": 5000,
+    "batch": 64,
+    "normalize_weights": False,
+    "cooldown": 0.0,
+    "precision": "fp32",
+}
+WITHOUT_EFFECT = {"device", "checkpoint", "model", "data", "rounds", "steps_per_round", "rollout"}
+WITHOUT_EFFECT |= {"save_every", "keep", "eval_n"}
 
 
 def settings_from(config: dict[str, Any]) -> Finetune:
@@ -40,7 +49,7 @@ def settings_from(config: dict[str, Any]) -> Finetune:
     Raises:
         UserError: an unknown key (names the nearest), or a value out of bounds.
     """
-    known = [*SAME, *OTHERS, *Finetune.model_fields]
+    known = [*SAME, *OTHERS, *(k for k in Finetune.model_fields if k not in WITHOUT_EFFECT)]
     for key in config:
         if key not in known:
             raise UserError(str(unknown("key", key, known)))
@@ -89,7 +98,10 @@ class ORWCFMTrainer:
         self.model = model.to(self.device).eval()
         name, self.shape = _recognise(model)
         self.shape = shape or self.shape
-        self.policy = Policy(self.model, self.shape, name, FOREIGN_DATA.get(name, ""))
+        self.policy = Policy(
+            self.model, self.shape, name, FOREIGN_DATA.get(name, ""),
+            resolve_precision(self.settings.precision, self.device, sum(p.numel() for p in model.parameters())),
+        )  # fmt: skip
         self.trainer: Trainer | None = None
         self.history: list[dict[str, Any]] = []
 
@@ -109,14 +121,15 @@ class ORWCFMTrainer:
         Returns:
             the metrics of each round, as in metrics.jsonl.
         """
-        if self.trainer is None or self.settings.steps_per_round != steps_per_epoch:
+        if self.trainer is not None and self.settings.steps_per_round != steps_per_epoch:
+            raise UserError(
+                f"steps_per_epoch: began with {self.settings.steps_per_round}; a new trainer may change it"
+            )
+        if self.trainer is None:
             rollout = self.settings.batch * steps_per_epoch
             update = {"steps_per_round": steps_per_epoch, "rollout": rollout, "rounds": num_epochs}
             self.settings = build(Finetune, self.settings.model_dump() | update)
-            reference = self.trainer.reference if self.trainer else None
-            self.trainer = Trainer(
-                self.policy, self.reward, self.settings, reward_name=self.reward.name, reference=reference
-            )
+            self.trainer = Trainer(self.policy, self.reward, self.settings, reward_name=self.reward.name)
         log = tracker(self.settings, self.config.get("run_name"), self.config.get("savedir"))
         for record in self.trainer.train(self.trainer.round + num_epochs):
             self.history.append(record)

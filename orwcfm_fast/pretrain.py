@@ -63,7 +63,7 @@ class Pretrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(s.seed * 1_000_003 + self.steps)  # dropout
+            torch.manual_seed((s.seed * 1_000_003 + self.steps) % 2**63)  # dropout
             v = self.policy.velocity(t, x_t)
         loss = (v.float() - (x1 - x0)).square().mean()
         loss.backward()

@@ -1,5 +1,6 @@
 """A whole pretraining run: data, model, directory, checkpoints, a picture. What `orwcfm pretrain` calls."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from orwcfm_fast.pictures import save_samples
 from orwcfm_fast.policy import make_policy
 from orwcfm_fast.pretrain import Pretrainer
 from orwcfm_fast.rollout import sample, start_noise
-from orwcfm_fast.run import Run, next_run_path
+from orwcfm_fast.run import Run, is_run, next_run_path
 from orwcfm_fast.settings import Pretrain, Sampling, build, read_toml
 
 RESUME_MAY_CHANGE = ("save_every", "device")
@@ -60,7 +61,7 @@ class PretrainRun:
         Raises:
             UserError: no run there, or a setting that may not change.
         """
-        if not run.config.is_file():
+        if not is_run(run.path):
             raise UserError(f"--resume {run.path}: not a run (no config.toml)")
         refused = [key for key in given if key not in RESUME_MAY_CHANGE]
         if refused:
@@ -74,7 +75,9 @@ class PretrainRun:
         newest = checkpoint.newest(run.checkpoints)
         if newest is not None:
             task.trainer.restore(checkpoint.load(newest))
-            run.truncate_metrics(task.trainer.steps, "step")
+        run.truncate_metrics(task.trainer.steps, "step")
+        if task.trainer.steps >= settings.steps:
+            raise UserError(f"--resume {run.path}: already finished, at step {task.trainer.steps}")
         task._first = task.trainer.steps
         return task
 
@@ -82,10 +85,13 @@ class PretrainRun:
         """To the last step, with checkpoints on the way; the last loss reported."""
         began, loss = time.perf_counter(), float("nan")
         for step, loss in self.trainer.train():
+            if not math.isfinite(loss):
+                raise WorkError(f"step {step}: the loss is not finite; lower --lr")
             self.run.append({"step": step, "loss": loss})
             watch(step, loss)
             if step % self.settings.save_every == 0 or step == self.settings.steps:
                 self._save()
+                self.run.settle()
         self._seconds = time.perf_counter() - began
         return loss
 

@@ -12,6 +12,7 @@ from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.settings import to_toml
 
 CONFIG, METRICS, SUMMARY, FORECAST = "config.toml", "metrics.jsonl", "summary.json", "forecast.json"
+HEADER = "# orwcfm "
 
 
 class Run:
@@ -26,35 +27,50 @@ class Run:
         self.checkpoints = self.path / "checkpoints"
         self.reference = self.path / "reference"
         self.samples = self.path / "samples"
+        self._replaced: Path | None = None
 
     @classmethod
     def create(cls, path: Path, overwrite: bool = False) -> "Run":
-        """Make the directory.
+        """Make the directory; a run that is replaced stays beside it until `settle` or `undo`.
 
         Raises:
-            UserError: it exists and is not empty (unless `overwrite`), or cannot be written.
+            UserError: it exists and is not empty (unless it is a run and `overwrite`), or cannot be written.
         """
+        run = cls(path)
         try:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 if not overwrite:
                     raise UserError(
                         f"--out {path}: exists and is not empty; use --overwrite, or --resume {path}"
                     )
-                if path.is_dir() and not (path / CONFIG).is_file():
+                if not is_run(path):
                     raise UserError(
                         f"--out {path}: not a run, so --overwrite leaves it alone; choose another"
                     )
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                run._replaced = path.rename(path.with_name(f".{path.name}.{os.getpid()}.replaced"))
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {path}: {error.strerror or error}") from None
         if not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"--out {path}: not writable")
-        return cls(path)
+        return run
+
+    def settle(self) -> None:
+        """The run has something to show: what it replaced goes."""
+        if self._replaced:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._replaced = None
+
+    def undo(self) -> None:
+        """The run came to nothing: remove it, and put back what it replaced."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._replaced:
+            self._replaced.rename(self.path)
+            self._replaced = None
 
     def write_config(self, command: str, settings: BaseModel) -> None:
         """All settings, resolved, as TOML that --config reads again."""
-        write_text(self.config, f"# orwcfm {command}\n" + to_toml(settings.model_dump()))
+        write_text(self.config, f"{HEADER}{command}\n" + to_toml(settings.model_dump()))
 
     def append(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl, on disk when this returns."""
@@ -98,7 +114,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def is_run(path: Path) -> bool:
-    return (path / CONFIG).is_file()
+    """Whether a folder is a run: its config.toml begins as ours do."""
+    try:
+        with (path / CONFIG).open("rb") as file:
+            return file.read(len(HEADER)) == HEADER.encode()
+    except OSError:
+        return False
 
 
 def next_run_path(stem: str, root: Path = Path("runs")) -> Path:

@@ -11,12 +11,12 @@ from torch import Tensor
 from orwcfm_fast import checkpoint, noise
 from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
-from orwcfm_fast.errors import UserError
+from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.rollout import Reward, Rollout, draw, sample, score, start_noise
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
-from orwcfm_fast.weighting import check_bounded, effective_sample_size, weigh
+from orwcfm_fast.weighting import check_bounded, check_positive, effective_sample_size, weigh
 
 PHASES = ("rollout", "reward", "reference", "policy", "optimizer")
 
@@ -81,6 +81,8 @@ class Trainer:
         self.rollout = rollout = self.draw_and_score(number)
         w = weigh(rollout.reward, s.tau, s.weights, s.normalize_weights)
         check_bounded(w, s.alpha)
+        if s.coupling == "ot":
+            check_positive(w)
         losses = []
         for step, batch in enumerate(self.minibatches(rollout, w, number)):
             self.watch(Progress(number, step, "step"))
@@ -125,6 +127,8 @@ class Trainer:
         seconds = self.phases.read()
         training = sum(seconds[p] for p in PHASES[2:])
         loss_fm, loss_w2 = losses.tolist()
+        if not (math.isfinite(loss_fm) and math.isfinite(loss_w2)):
+            raise WorkError(f"round {self.round}: the loss is not finite; lower --lr or raise --alpha")
         return {
             "round": self.round,
             "reward_mean": float(rollout.reward.mean()),

@@ -42,11 +42,21 @@ def effective_sample_size(w: Tensor) -> float:
 
 
 def check_bounded(w: Tensor, alpha: float) -> None:
-    """w + α > 0 for every sample, or the loss has no lower bound.
+    """w + α > 0 wherever w < 0, or the loss has no lower bound.
 
     Raises:
         UserError: names the α that would be enough.
     """
     least = float(w.min())
-    if least + alpha <= 0:
+    if least < 0 and least + alpha <= 0:
         raise UserError(f"the least weight is {least:.4g}: the loss has no lower bound; use α > {-least:.4g}")
+
+
+def check_positive(w: Tensor) -> None:
+    """Every w > 0, as the transport plan of `--coupling ot` needs.
+
+    Raises:
+        UserError: a weight that is not.
+    """
+    if bool((w <= 0).any()):
+        raise UserError("coupling 'ot': every weight must be positive; use --coupling independent")

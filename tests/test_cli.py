@@ -109,16 +109,21 @@ def test_resume_goes_on_and_ends_as_if_never_stopped(run_cli, tiny_run):
         assert a.read_bytes() == b.read_bytes(), name
     rounds = [json.loads(line)["round"] for line in Path("halves/metrics.jsonl").read_text().splitlines()]
     assert rounds == [1, 2, 3, 4]
+    assert "rounds = 4" in Path("halves/config.toml").read_text()
     refused = run_cli("finetune", "--resume", "halves", "--alpha", 3)
     assert refused.code == 2 and "--alpha cannot change" in refused.err
 
 
-def test_pretraining_resumes_bit_for_bit(run_cli):
-    args = ("pretrain", "--data", "moons", "--batch", 32, "--steps", 40, "--save-every", 20, "--quiet")
+@pytest.mark.parametrize("data", ["moons", "digits"])
+def test_pretraining_resumes_bit_for_bit(run_cli, data):
+    """digits too: a U-Net's channels_last optimiser state must come back in its own layout."""
+    args = ("pretrain", "--data", data, "--batch", 8, "--steps", 40, "--save-every", 20, "--quiet")
     assert run_cli(*args, "--out", "whole").code == 0
     assert run_cli(*args, "--out", "cut").code == 0
     shutil.rmtree("cut/checkpoints/step_40")
     assert run_cli("pretrain", "--resume", "cut", "--quiet").code == 0
+    finished = run_cli("pretrain", "--resume", "cut")
+    assert finished.code == 2 and "already finished" in finished.err
     for name in ("model", "ema", "optimizer"):
         a, b = (Path(run, "checkpoints/step_40", f"{name}.safetensors") for run in ("whole", "cut"))
         assert a.read_bytes() == b.read_bytes(), name
@@ -128,6 +133,8 @@ BAD = [
     (("finetune", "--alpha", "-1"), "alpha = -1.0: input should be greater than or equal to 0"),
     (("finetune", "--tau", "inf"), "tau"),
     (("finetune", "--nfe", "0"), "nfe"),
+    (("pretrain", "--seed", str(2**64)), "seed"),
+    (("finetune", "--config", "text.toml"), "rounds = '4'"),
     (("finetune", "--batch", "0"), "batch"),
     (("sample", "-n", "0"), "n = 0"),
     (("finetune", "--solver", "eulr"), "did you mean 'euler'"),
@@ -162,6 +169,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run_cli, tmp_path, args, me
     (tmp_path / "folder").mkdir()
     (tmp_path / "unknown.toml").write_text("alhpa = 1")
     (tmp_path / "type.toml").write_text('rounds = "many"')
+    (tmp_path / "text.toml").write_text('rounds = "4"')
     (tmp_path / "broken.toml").write_text("alpha = = 1")
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 cut off")
     before = sorted(p.name for p in tmp_path.rglob("*"))
@@ -182,7 +190,14 @@ def test_an_out_that_is_not_empty_needs_overwrite(run_cli, tiny_run):
     refused = run_cli(*args, "run")
     assert refused.code == 2 and "--overwrite" in refused.err and "--resume run" in refused.err
     assert run_cli(*args, "run", "--overwrite").code == 0
+    kept = Path("run/metrics.jsonl").read_text()
+    failed = run_cli(*args, "run", "--overwrite", "--coupling", "ot", "--reward", "gone.py:f")
+    assert failed.code == 2 and Path("run/metrics.jsonl").read_text() == kept
+    Path("zero.py").write_text("def f(x):\n    return 1 / 0\n")
+    failed = run_cli(*args, "run", "--overwrite", "--reward", "zero.py:f")
+    assert failed.code == 1 and Path("run/metrics.jsonl").read_text() == kept, "the old run is back"
     os.mkdir("notes")
+    Path("notes/config.toml").write_text('title = "not ours"')
     Path("notes/thesis.txt").touch()
     refused = run_cli(*args, "notes", "--overwrite")
     assert refused.code == 2 and "not a run" in refused.err and os.path.exists("notes/thesis.txt")

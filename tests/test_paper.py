@@ -50,7 +50,7 @@ def test_the_dict_means_the_papers_raw_weights_and_names():
     assert (s.lr, s.alpha, s.tau, s.batch, s.warmup) == (2e-4, 1.0, 0.5, 4, 2)
     assert not s.normalize_weights and s.reward == ["clip"]
     assert s.prompt == ["An image of dog"] and s.negative == ["Not an image of dog"]
-    assert settings_from({"reward": "brightness", "rounds": 3}).rounds == 3
+    assert settings_from({"reward": "brightness", "nfe": 20}).nfe == 20
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 from orwcfm_fast import coupling, noise, trainer
 from orwcfm_fast.coupling import couple
+from orwcfm_fast.errors import WorkError
 from orwcfm_fast.kernels.interpolate import interpolate
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.rollout import sample, start_noise
@@ -83,3 +84,9 @@ def test_same_seed_same_run_other_seed_other_run(two_gaussians):
 
     assert metrics(1) == metrics(1)
     assert metrics(1) != metrics(2)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(two_gaussians):
+    s = Finetune(rollout=64, batch=32, steps_per_round=3, probe=4, lr=1e30, warmup=0)
+    with pytest.raises(WorkError, match="round 1: the loss is not finite"):
+        Trainer(two_gaussians, make_reward("right"), s).one_round()
