@@ -119,7 +119,7 @@ class Finetune(Training, Sampling, RewardOptions):
     rounds: int = Field(8, ge=1, description="online rounds")
     steps_per_round: int = Field(128, ge=1, description="gradient steps a round")
     cooldown: float = Field(
-        0.25, ge=0, le=1, description="share of each round's steps over which the rate falls to zero"
+        0.5, ge=0, le=1, description="share of each round's steps over which the rate falls to zero"
     )
     rollout: int = Field(768, ge=2, description="samples drawn a round")
     chunk: int = Field(512, ge=1, description="samples drawn at once")

@@ -22,7 +22,7 @@ from orwcfm_fast.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-LOOP = dict(rollout=8192, batch=512, steps_per_round=200, lr=2e-3, warmup=10, probe=16, tau=0.5)
+LOOP = dict(rollout=8192, batch=512, steps_per_round=200, lr=2e-3, warmup=10, cooldown=0.5, probe=16, tau=0.5)
 CLOSE = 0.02
 BOUNDS, CELLS = (-4.0, 4.0), 256
 

@@ -10,12 +10,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "interpreter: runs only where TRITON_INTERPRET=1 was set before import"
-    )
-
-
 def pytest_collection_modifyitems(config, items):
     dropped = [item for item in items if item.get_closest_marker("interpreter") and not INTERPRETED]
     config.hook.pytest_deselected(items=dropped)
