@@ -1,6 +1,7 @@
 """Shared by all tests: a cache of their own, a small pretrained model, the command line in process."""
 
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,13 @@ def cache(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("cache")
     os.environ["ORWCFM_CACHE"] = str(path)
     return path
+
+
+@pytest.fixture
+def stopwatch():
+    """Seconds since the test began: wall clock, or on a busy machine what two cores of its own would take."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    return lambda: min(time.perf_counter() - wall, (time.process_time() - cpu) / 2)
 
 
 @pytest.fixture
