@@ -48,7 +48,9 @@ def test_commands_in_the_order_of_the_readme(run_cli, cache):
             arguments = shlex.split(command)[1:]
             result = run_cli(*arguments, *CHEAP.get(arguments[0], ()))
             # this untrained stand-in may be out of reach of what the README wants
-            assert result.code == 0 or ("--want" in command and "reach" in result.err), f"{command}: {result.err}"
+            assert result.code == 0 or ("--want" in command and "reach" in result.err), (
+                f"{command}: {result.err}"
+            )
     finally:
         Loader(cpu).load(str(path))
         import shutil
