@@ -12,7 +12,7 @@ from pydantic import BaseModel
 HIDDEN_DEFAULT: tuple = ("", [], None)
 
 
-def options_of(kind: type[BaseModel], leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+def options_of(kind: type[BaseModel]) -> Callable[[Callable], Callable]:
     """Decorator: the command gets one option for each field of `kind`, and `given`: what the user set.
 
     A field's value reaches the command only if it was given, so that TOML files come between default and flag.
@@ -27,8 +27,7 @@ def options_of(kind: type[BaseModel], leave_out: tuple[str, ...] = ()) -> Callab
             given = {k: v for k, v in arguments.items() if k not in mine and v is not None and v != []}
             return command(**mine, given=given)
 
-        fields = {k: f for k, f in kind.model_fields.items() if k not in leave_out}
-        extra = [_parameter(name, field) for name, field in fields.items()]
+        extra = [_parameter(name, field) for name, field in kind.model_fields.items()]
         wrapped.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
         wrapped.__annotations__ = {p.name: p.annotation for p in (*own, *extra)}
         return wrapped

@@ -18,9 +18,9 @@ from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
 from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
 from orwcfm_fast.rewards import make_reward
-from orwcfm_fast.run import Run, is_run, next_run_path, write_text
+from orwcfm_fast.run import Run, next_run_path, resumed_settings, write_text
 from orwcfm_fast.samplers import times as solver_times
-from orwcfm_fast.settings import Finetune, build, read_toml
+from orwcfm_fast.settings import Finetune
 from orwcfm_fast.tracking import tracker
 from orwcfm_fast.trainer import PHASES, Progress, Trainer
 
@@ -113,7 +113,7 @@ class Finetuning:
         """
         if resume:
             run = Run(resume)
-            settings = resumed_settings(run, given)
+            settings = resumed_settings(run, Finetune, given, RESUME_MAY_CHANGE)
         assert settings is not None
         solver_times(settings.nfe, settings.solver, settings.grid)
         device = resolve_device(settings.device)
@@ -267,23 +267,6 @@ class Finetuning:
 
 
 RESUME_MAY_CHANGE = ("rounds", "device", "wandb")
-
-
-def resumed_settings(run: Run, given: dict[str, Any]) -> Finetune:
-    """Settings of a run that goes on.
-
-    Raises:
-        UserError: no run there; a setting given that a resumed run may not change.
-    """
-    if not is_run(run.path):
-        raise UserError(f"--resume {run.path}: not a run (no config.toml)")
-    refused = [key for key in given if key not in RESUME_MAY_CHANGE]
-    if refused:
-        flags = ", ".join(f"--{key.replace('_', '-')}" for key in refused)
-        raise UserError(
-            f"--resume takes its settings from the run; {flags} cannot change (only rounds, device, wandb)"
-        )
-    return build(Finetune, read_toml(run.config), given, where=f"{run.config}: ")
 
 
 def _name(settings: Finetune) -> str:

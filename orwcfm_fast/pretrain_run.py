@@ -17,8 +17,8 @@ from orwcfm_fast.pictures import save_samples
 from orwcfm_fast.policy import make_policy
 from orwcfm_fast.pretrain import Pretrainer
 from orwcfm_fast.rollout import sample, start_noise
-from orwcfm_fast.run import Run, is_run, next_run_path
-from orwcfm_fast.settings import Pretrain, Sampling, build, read_toml
+from orwcfm_fast.run import Run, next_run_path, resumed_settings
+from orwcfm_fast.settings import Pretrain, Sampling
 
 RESUME_MAY_CHANGE = ("save_every", "device")
 
@@ -61,15 +61,7 @@ class PretrainRun:
         Raises:
             UserError: no run there, or a setting that may not change.
         """
-        if not is_run(run.path):
-            raise UserError(f"--resume {run.path}: not a run (no config.toml)")
-        refused = [key for key in given if key not in RESUME_MAY_CHANGE]
-        if refused:
-            flags = ", ".join(f"--{key.replace('_', '-')}" for key in refused)
-            raise UserError(
-                f"--resume takes its settings from the run; {flags} cannot change (only save-every, device)"
-            )
-        settings = build(Pretrain, read_toml(run.config), given, where=f"{run.config}: ")
+        settings = resumed_settings(run, Pretrain, given, RESUME_MAY_CHANGE)
         data, _ = load_data(settings.data, settings.data_dir)
         task = cls(settings, data, run)
         newest = checkpoint.newest(run.checkpoints)

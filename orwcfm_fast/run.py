@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from orwcfm_fast.errors import UserError, WorkError
-from orwcfm_fast.settings import to_toml
+from orwcfm_fast.settings import S, build, read_toml, to_toml
 
 CONFIG, METRICS, SUMMARY, FORECAST = "config.toml", "metrics.jsonl", "summary.json", "forecast.json"
 HEADER = "# orwcfm "
@@ -120,6 +120,21 @@ def is_run(path: Path) -> bool:
             return file.read(len(HEADER)) == HEADER.encode()
     except OSError:
         return False
+
+
+def resumed_settings(run: Run, kind: type[S], given: dict[str, Any], may_change: tuple[str, ...]) -> S:
+    """Settings of a run that goes on.
+
+    Raises:
+        UserError: no run there; a setting given that a resumed run may not change.
+    """
+    if not is_run(run.path):
+        raise UserError(f"--resume {run.path}: not a run (no config.toml)")
+    flags = ", ".join(f"--{key.replace('_', '-')}" for key in given if key not in may_change)
+    if flags:
+        only = ", ".join(key.replace("_", "-") for key in may_change)
+        raise UserError(f"--resume takes its settings from the run; {flags} cannot change (only {only})")
+    return build(kind, read_toml(run.config), given, where=f"{run.config}: ")
 
 
 def next_run_path(stem: str, root: Path = Path("runs")) -> Path:
