@@ -129,11 +129,13 @@ def evaluate(
 def reward_for(s: RewardOptions, found: "Loaded") -> "RewardSum":
     """The reward that was asked for, else that of the model's run, with its prompts; else the data's."""
     from orwcfm_fast.data import source
-    from orwcfm_fast.rewards import make_reward
-    from orwcfm_fast.settings import read_toml
+    from orwcfm_fast.rewards import check_code_named, make_reward
+    from orwcfm_fast.settings import build, read_toml
 
     if not s.reward and found.run:
         written = read_toml(found.run.config)
         names = ("reward", "prompt", "negative", "clip_model", "clip_weights")
-        s = s.model_copy(update={name: written[name] for name in names if name in written})
+        found_there = {name: written[name] for name in names if name in written}
+        s = build(RewardOptions, found_there, where=f"{found.run.config}: ")
+        check_code_named(s.reward, (), found.run.config)
     return make_reward(s.reward or [source(found.policy.data)[0].reward], s)

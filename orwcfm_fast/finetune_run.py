@@ -1,6 +1,7 @@
 """A whole fine-tuning run: load, train, record, save, evaluate. What `orwcfm finetune` calls."""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +10,18 @@ from typing import Any
 
 import torch
 
-from orwcfm_fast import checkpoint
+from orwcfm_fast import checkpoint, history
 from orwcfm_fast.data import source
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
 from orwcfm_fast.evaluate import Measures, evaluate, judge_for
+from orwcfm_fast.files import write_text
+from orwcfm_fast.interrupt import Interruption, Stop
 from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
 from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
-from orwcfm_fast.rewards import make_reward
-from orwcfm_fast.run import Run, next_run_path, resumed_settings, write_text
+from orwcfm_fast.rewards import check_code_named, make_reward, user_code
+from orwcfm_fast.run import Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.tracking import tracker
@@ -114,6 +117,7 @@ class Finetuning:
         if resume:
             run = Run(resume)
             settings = resumed_settings(run, Finetune, given, RESUME_MAY_CHANGE)
+            check_code_named(settings.reward, given.get("reward", []), run.config)
         assert settings is not None
         solver_times(settings.nfe, settings.solver, settings.grid)
         device = resolve_device(settings.device)
@@ -121,8 +125,14 @@ class Finetuning:
             make_reward(settings.reward, settings)
         loader = Loader(device, settings.precision, settings.model, settings.data, watch_pretraining)
         if resume:
-            task = cls(settings, loader.load(str(run.reference)), run)
-            task._go_on()
+            run.lock()
+            try:
+                begun = checkpoint.is_checkpoint(run.reference)  # else it was killed before its first round
+                task = cls(settings, loader.load(str(run.reference) if begun else settings.checkpoint), run)
+                task._go_on()
+            except BaseException:
+                run.unlock()
+                raise
             return task
         loaded = loader.load(settings.checkpoint) if settings.checkpoint else loader.default()
         settings = _resolved(settings, loaded)
@@ -146,8 +156,9 @@ class Finetuning:
         ]
         if self.judge.accuracy is not None:
             lines.append(f"digits classifier: {self.judge.accuracy:.1%} on 360 held-out real digits")
-        if self.trainer.round:
-            lines.append(f"resumed after round {self.trainer.round}")
+        if self.resumed:
+            where = f" and {len(self.trainer.begun.losses)} steps" if self.trainer.begun else ""
+            lines.append(f"resumed after round {self.trainer.round}{where}")
         return lines
 
     def _begin(self) -> None:
@@ -160,15 +171,16 @@ class Finetuning:
         self._picture(0)
 
     def _go_on(self) -> None:
-        """Go on from the newest checkpoint; rounds after it are forgotten."""
+        """Go on from the newest whole checkpoint; rounds after it are forgotten."""
         self.resumed = True
-        newest = checkpoint.newest(self.run.checkpoints)
+        history.sweep(self.run.checkpoints)
+        newest = history.load_newest(self.run.checkpoints, set_aside=True)
         if newest is None:
             self.run.truncate_metrics(0)
             self._begin()
             return
         self.run.write_config("finetune", self.settings)
-        self.trainer.restore(checkpoint.load(newest))
+        self.trainer.restore(newest)
         self.run.truncate_metrics(self.trainer.round)
 
     def train(
@@ -180,24 +192,21 @@ class Finetuning:
         """All rounds that are left; each is recorded, saved and shown.
 
         Raises:
-            WorkError: the reward failed, or something became non-finite; says where the run is saved.
+            WorkError: the reward failed, something became non-finite, or no room is left; says where the run
+                is saved.
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         """
-        s = self.settings
-        log = tracker(s, self.run.path.name, str(self.run.path))
         if watch:
             self.trainer.watch = watch
+        resume = self._resume_command()
         try:
-            for record in self.trainer.train(s.rounds):
-                self.run.append(record)
-                log(record)
-                if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
-                    self.save()
-                self.run.settle()
-                self._picture(self.trainer.round)
-                if on_round:
-                    on_round(record)
-                if on_forecast and self.trainer.round == 1:
-                    on_forecast(self._forecast())
+            with Interruption(f"left at once; {resume}") as interruption:
+                try:
+                    self.trainer.pause = interruption.pause
+                    self._train(on_round, on_forecast)
+                except Stop:
+                    where = f"interrupted in round {self.trainer.round + 1}, saved at {self.save()}"
+                    raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
             if self.trainer.round == 0:
@@ -205,14 +214,35 @@ class Finetuning:
                     self.run.undo()
                 raise
             raise type(error)(f"{error}; the run is saved at {self.save()}") from error
-        except KeyboardInterrupt:
-            saved = checkpoint.newest(self.run.checkpoints)
-            where = (
-                f"saved at {saved}; orwcfm finetune --resume {self.run.path}"
-                if saved
-                else "no checkpoint was written yet"
-            )
-            raise Interrupted(f"interrupted in round {self.trainer.round + 1}; {where}") from None
+        except OSError as error:
+            raise WorkError(
+                f"{error.filename or self.run.path}: {error.strerror or error}; {resume}"
+            ) from error
+        finally:
+            if sys.exc_info()[0]:
+                self.run.unlock()
+
+    def _resume_command(self) -> str:
+        reward = self.settings.reward
+        return resume_command(self.run, "finetune", reward if user_code(reward) else ())
+
+    def _train(self, on_round, on_forecast) -> None:
+        s = self.settings
+        log = tracker(s, self.run.path.name, str(self.run.path))
+        for record in self.trainer.train(s.rounds):
+            self.run.append(record)
+            log(record)
+            # all that a round leaves is there before its checkpoint, or a kill between the two would lose it
+            self._picture(self.trainer.round)
+            forecast = self._forecast() if on_forecast and self.trainer.round == 1 else ""
+            if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
+                self.save()
+            self.run.settle()
+            if on_round:
+                on_round(record)
+            if on_forecast and forecast:
+                on_forecast(forecast)
+            self.trainer.pause()
 
     def _forecast(self) -> str:
         """Forecast this run from its first rollout, at no extra samples; one line."""
@@ -225,17 +255,27 @@ class Finetuning:
         return forecast_line(found)
 
     def save(self) -> Path:
-        """A checkpoint of the last whole round; its path."""
-        path = self.run.checkpoints / f"step_{self.trainer.steps}"
+        """A checkpoint of what is trained so far; its path."""
+        path = self.run.checkpoints / f"step_{self.trainer.steps_taken}"
         if not checkpoint.is_checkpoint(path):
             try:
+                self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
                 self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
+                history.prune(self.run.checkpoints, self.settings.keep, self.best())
             except OSError as error:
+                newest = next(iter(history.steps(self.run.checkpoints)), "nowhere")
                 raise WorkError(
-                    f"checkpoint {path}: {error.strerror or error}; nothing is saved there"
+                    f"checkpoint {path}: {error.strerror or error}; the run is saved at {newest}"
                 ) from None
-            checkpoint.prune(self.run.checkpoints, self.settings.keep)
         return path
+
+    def best(self) -> Path | None:
+        """The checkpoint that the chosen metric speaks best of."""
+        s = self.settings
+        if s.best == "none":
+            return None
+        records = self.run.read_metrics()
+        return history.best_step(self.run.checkpoints, records, s.best, lambda n: n * s.steps_per_round)
 
     def _picture(self, number: int) -> None:
         policy = self.trainer.policy
@@ -244,6 +284,17 @@ class Finetuning:
 
     def finish(self, began: float) -> Result:
         """Held-out evaluation before and after, the pictures and summary.json."""
+        try:
+            return self._finish(began)
+        except KeyboardInterrupt:
+            left = f"interrupted; training is done and saved; to measure it: {self._resume_command()}"
+            raise Interrupted(left) from None
+        except OSError as error:
+            raise WorkError(f"{error.filename or self.run.path}: {error.strerror or error}") from error
+        finally:
+            self.run.unlock()
+
+    def _finish(self, began: float) -> Result:
         s, trainer = self.settings, self.trainer
         before, after = evaluate(
             {"before": self.reference, "after": trainer.policy},

@@ -1,9 +1,9 @@
 """Metrics to Weights & Biases as well, where the user asks for it and it is installed."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from orwcfm_fast.errors import warn
 from orwcfm_fast.settings import Finetune
 
 Log = Callable[[dict[str, Any]], Any]
@@ -16,10 +16,7 @@ def tracker(settings: Finetune, name: str | None = None, folder: str | None = No
     try:
         import wandb
     except ImportError:
-        print(
-            "warning: wandb is not installed (pip install orwcfm-fast[wandb]); going on without",
-            file=sys.stderr,
-        )
+        warn("wandb is not installed (pip install orwcfm-fast[wandb]); going on without")
         return lambda record: None
     run = wandb.run or wandb.init(project=settings.wandb, name=name, dir=folder, config=settings.model_dump())
     return lambda record: run.log(record, step=record["round"])

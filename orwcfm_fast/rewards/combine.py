@@ -1,8 +1,10 @@
 """From what the user asked for, NAME[:ARG][=WEIGHT] once or more, to one reward."""
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -55,6 +57,26 @@ def make_reward(specs: Sequence[str] | str | Callable, options: RewardOptions | 
         raise UserError("no reward named (orwcfm list rewards)")
     options = options or RewardOptions()
     return RewardSum([_term(spec, options) for spec in specs])
+
+
+def user_code(specs: Sequence[str]) -> list[str]:
+    """Those of `specs` that would run a user's code: file.py:function, package.module:function."""
+    return [s for s in specs if s.partition(":")[0] not in REWARDS.names() and is_user_reward(s)]
+
+
+def check_code_named(specs: Sequence[str], named: Sequence[str], where: Path | str) -> None:
+    """Code that a run's own files name may come from anyone: it runs only if the user names it too.
+
+    Args:
+        specs: the rewards that the file `where` asks for.
+        named: those that the user gave on the command line.
+
+    Raises:
+        UserError: one of `specs` is code, and the user has not named them.
+    """
+    if user_code(specs) and list(named) != list(specs):
+        again = " ".join(f"--reward {shlex.quote(s)}" for s in specs)
+        raise UserError(f"{where}: its reward is code, which runs only if you name it too: add {again}")
 
 
 def _term(spec: str, options: RewardOptions) -> tuple[str, float, Score]:
