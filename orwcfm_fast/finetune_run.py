@@ -40,12 +40,14 @@ class Result:
     after: Measures
     records: list[dict[str, Any]]
     seconds: float
+    best: Path | None
 
     def summary(self) -> dict[str, Any]:
         return {
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "rounds": len(self.records),
+            "best": str(self.best.relative_to(self.run.path)) if self.best else None,
             "ess": self.records[-1]["ess"],
             "images_per_s_rollout": _mean(self.records, "images_per_s_rollout"),
             "images_per_s_train": _mean(self.records, "images_per_s_train"),
@@ -312,7 +314,7 @@ class Finetuning:
         }
         save_samples(self.run.samples / "before_after.png", pictures)
         save_curves(self.run.path / "curves.png", records)
-        result = Result(self.run, s, before, after, records, time.perf_counter() - began)
+        result = Result(self.run, s, before, after, records, time.perf_counter() - began, self.best())
         write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
         return result
 

@@ -57,15 +57,19 @@ def draw(
     return Rollout(x1, noise.indices(round * n, n, policy.device), torch.empty(0))
 
 
-def score(reward: Reward, samples: Tensor, name: str, where: str = "") -> Tensor:
+def score(reward: Reward, samples: Tensor, name: str, where: str = "", seed: int = 0) -> Tensor:
     """Rewards [N] of decoded samples, float32 on their device.
+
+    A reward that draws random numbers of torch draws those of `seed`: a resumed run asks it as the first did.
 
     Raises:
         RewardError: the reward raised, or returned another shape or values that are not finite.
     """
     at = f"reward {name}{', ' + where if where else ''}"
     try:
-        with torch.no_grad():
+        devices = [samples.device] if samples.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed % 2**63)
             values = torch.as_tensor(reward(samples))
     except Exception as error:
         text = str(error).split("\n")[0]

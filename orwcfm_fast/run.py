@@ -130,7 +130,7 @@ class Run:
 
     def truncate_metrics(self, last: int, key: str = "round") -> None:
         """Keep the lines up to round (or step) `last`: what a checkpoint of that round knew."""
-        kept = {r[key]: r for r in self.read_metrics(key) if r[key] <= last}
+        kept = {r[key]: r for r in reversed(self.read_metrics(key)) if r[key] <= last}
         if key == "round" and len(kept) < last:
             warn(f"{self.metrics}: damaged, {last - len(kept)} of its first {last} rounds are lost")
         write_text(self.metrics, "".join(json.dumps(r) + "\n" for _, r in sorted(kept.items())))

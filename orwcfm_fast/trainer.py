@@ -125,12 +125,9 @@ class Trainer:
         with self.phases("rollout"):
             rollout = draw(self.policy, s.rollout, number, s.seed, s, s.chunk, self.pause)
         self.watch(Progress(number, 0, "reward"))
-        # a reward that draws random numbers of torch draws the same ones after a resume
-        device = self.policy.device
-        with self.phases("reward"), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed((s.seed * 1_000_003 + number) % 2**63)
-            samples = self.policy.decode(rollout.x1)
-            rollout.reward = score(self.reward, samples, self.reward_name, f"round {number + 1}")
+        with self.phases("reward"):
+            samples, seed = self.policy.decode(rollout.x1), s.seed * 1_000_003 + number
+            rollout.reward = score(self.reward, samples, self.reward_name, f"round {number + 1}", seed)
         return rollout
 
     def minibatches(self, rollout: Rollout, w: Tensor, number: int, skip: int = 0) -> Iterator[Batch]:

@@ -15,15 +15,12 @@ from orwcfm_fast.interrupt import Interruption, Stop
 from orwcfm_fast.trainer import Learner
 
 ORWCFM = Path(sys.executable).with_name("orwcfm")
-SMALL = ("--rollout", 48, "--chunk", 16, "--batch", 16, "--steps-per-round", 4, "--eval-n", 64, "--probe", 16)
+SMALL = ("--rollout", 48, "--chunk", 16, "--batch", 16, "--steps-per-round", 4, "--eval-n", 16, "--probe", 16)
 LOOP = ("finetune", "--checkpoint", "base", *SMALL, "--rounds", 3, "--quiet", "--out")
 
 
-@pytest.fixture(params=["two-gaussians", "digits"])
-def base(run_cli, request):
-    made = run_cli(
-        "pretrain", "--data", request.param, "--steps", 3, "--batch", 16, "--out", "base", "--quiet"
-    )
+def base(run_cli, data: str) -> None:
+    made = run_cli("pretrain", "--data", data, "--steps", 3, "--batch", 16, "--out", "base", "--quiet")
     assert made.code == 0, made.err
 
 
@@ -74,9 +71,11 @@ def signal_at(monkeypatch, place: str, count: int, number: int = signal.SIGINT) 
 PLACES = [("chunk", 2), ("chunk", 6), ("reward", 2), ("step", 1), ("step", 6), ("step", 8), ("measure", 1)]
 
 
-def test_a_run_resumed_after_a_signal_ends_as_if_it_never_came(run_cli, base, monkeypatch):
+@pytest.mark.parametrize(("data", "places"), [("moons", PLACES), ("digits", PLACES[4:5])])
+def test_a_run_resumed_after_a_signal_ends_as_if_it_never_came(run_cli, data, places, monkeypatch):
+    base(run_cli, data)
     assert run_cli(*LOOP, "whole").code == 0
-    for place, count in PLACES:
+    for place, count in places:
         out = f"{place}{count}"
         with monkeypatch.context() as patch:
             signal_at(patch, place, count)
@@ -89,7 +88,7 @@ def test_a_run_resumed_after_a_signal_ends_as_if_it_never_came(run_cli, base, mo
         same_end("whole", out)
 
 
-def test_a_signal_between_steps_keeps_the_scored_rollout(run_cli, base, monkeypatch):
+def test_a_signal_between_steps_keeps_the_scored_rollout(run_cli, tiny_run, monkeypatch):
     with monkeypatch.context() as patch:
         signal_at(patch, "step", 6, signal.SIGTERM)
         assert run_cli(*LOOP, "cut").code == 143
@@ -183,15 +182,17 @@ def test_ctrl_c_outside_training_is_one_line_too(run_cli, monkeypatch):
     assert result.code == 130 and result.err == "error: interrupted\n"
 
 
-def test_begun_rounds_keep_the_samples_own_layout(two_gaussians):
-    """1×8×8 samples of either layout are 'contiguous'; strides are what is kept."""
+def test_strides_that_do_not_fit_the_samples_are_refused():
+    """1×8×8 samples of either layout are 'contiguous', so a checkpoint keeps strides; they may lie."""
     from orwcfm_fast import checkpoint
+    from orwcfm_fast.policy import make_policy
     from orwcfm_fast.rewards import make_reward
     from orwcfm_fast.settings import Finetune
     from orwcfm_fast.trainer import Trainer
 
     s = Finetune(rollout=8, batch=4, steps_per_round=3, probe=4)
-    loop = Trainer(two_gaussians, make_reward("right"), s)
+    policy = make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))
+    loop = Trainer(policy, make_reward("right"), s)
     for stride, fits in ((1, True), (0, True), (10**12, False), (-1, False)):
         begun = {"x1": torch.zeros(8, 1), "reward": torch.zeros(8), "losses": torch.zeros(1, 2)}
         state = {"x1_stride": [stride, 1], "seconds": {}}
