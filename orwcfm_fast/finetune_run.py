@@ -13,7 +13,7 @@ import torch
 from orwcfm_fast import checkpoint, history
 from orwcfm_fast.data import source
 from orwcfm_fast.device import resolve_device
-from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
+from orwcfm_fast.errors import Interrupted, RewardError, UserError
 from orwcfm_fast.evaluate import Measures, evaluate, judge_for
 from orwcfm_fast.files import write_text
 from orwcfm_fast.interrupt import Interruption, Stop
@@ -217,9 +217,7 @@ class Finetuning:
                 raise
             raise type(error)(f"{error}; the run is saved at {self.save()}") from error
         except OSError as error:
-            raise WorkError(
-                f"{error.filename or self.run.path}: {error.strerror or error}; {resume}"
-            ) from error
+            raise self.run.write_failed(error, resume) from error
         finally:
             if sys.exc_info()[0]:
                 self.run.unlock()
@@ -265,10 +263,7 @@ class Finetuning:
                 self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
                 history.prune(self.run.checkpoints, self.settings.keep, self.best())
             except OSError as error:
-                newest = next(iter(history.steps(self.run.checkpoints)), "nowhere")
-                raise WorkError(
-                    f"checkpoint {path}: {error.strerror or error}; the run is saved at {newest}"
-                ) from None
+                raise self.run.write_failed(error, self._resume_command()) from error
         return path
 
     def best(self) -> Path | None:
@@ -292,7 +287,7 @@ class Finetuning:
             left = f"interrupted; training is done and saved; to measure it: {self._resume_command()}"
             raise Interrupted(left) from None
         except OSError as error:
-            raise WorkError(f"{error.filename or self.run.path}: {error.strerror or error}") from error
+            raise self.run.write_failed(error, self._resume_command()) from error
         finally:
             self.run.unlock()
 

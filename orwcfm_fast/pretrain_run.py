@@ -97,6 +97,8 @@ class PretrainRun:
                 except Stop:
                     where = f"interrupted, saved at {self._save()}"
                     raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
+        except OSError as error:
+            raise self.run.write_failed(error, resume) from error
         finally:
             self._seconds = time.perf_counter() - began
             self.run.unlock()
@@ -116,15 +118,9 @@ class PretrainRun:
     def _save(self) -> Path:
         path = self.run.checkpoints / f"step_{self.trainer.steps}"
         if not checkpoint.is_checkpoint(path):
-            try:
-                self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
-                self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
-                history.prune(self.run.checkpoints, 2)
-            except OSError as error:
-                newest = next(iter(history.steps(self.run.checkpoints)), "nowhere")
-                raise WorkError(
-                    f"checkpoint {path}: {error.strerror or error}; the run is saved at {newest}"
-                ) from None
+            self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
+            self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
+            history.prune(self.run.checkpoints, 2)
         return path
 
     def images_per_s(self) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from orwcfm_fast import history
 from orwcfm_fast.errors import UserError, WorkError, warn
 from orwcfm_fast.files import read_small, write_text
 from orwcfm_fast.lock import LOCK, Lock
@@ -100,14 +101,17 @@ class Run:
         write_text(self.config, f"{HEADER}{command}\n" + to_toml(settings.model_dump()))
 
     def append(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, on disk when this returns."""
-        try:
-            with self.metrics.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise WorkError(f"{self.metrics}: {error.strerror or error}") from None
+        """One line of metrics.jsonl, on disk when this returns; OSError where that fails."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_failed(self, error: OSError, resume: str) -> WorkError:
+        """One line: which write failed, what is saved, how to go on."""
+        newest = next(iter(history.steps(self.checkpoints)), None)
+        saved = f"saved at {newest}; once that is mended: {resume}" if newest else "no checkpoint is left"
+        return WorkError(f"{error.filename or self.path}: {error.strerror or error}; {saved}")
 
     def read_metrics(self, key: str = "round") -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl, by its round (or step)."""
