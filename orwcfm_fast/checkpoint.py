@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.files import read_small
+from orwcfm_fast.headers import check_safetensors
 
 Tensors = dict[str, Tensor]
 STATE, OWN_DIGEST = "state.json", "sha256_of_this"
@@ -105,14 +106,17 @@ def load(path: str | Path, only: tuple[str, ...] | None = None) -> Checkpoint:
     tensors = {}
     for name, digest in state["sha256"].items():
         stem = name.removesuffix(".safetensors")
-        if "/" in name or "\\" in name or stem == name:
-            raise UserError(f"checkpoint {path}: {STATE} names a strange file {name!r}")
+        if stem == name or not stem.isidentifier():
+            raise UserError(f"checkpoint {path}: {STATE} names a strange file {name[:80]!r}")
         if only is not None and stem not in only:
             continue
         try:
+            check_safetensors(path / name)
             data = (path / name).read_bytes()
         except OSError as error:
             raise UserError(f"checkpoint {path}: {name}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise UserError(f"checkpoint {path}: {name} is damaged: {error}") from None
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(f"checkpoint {path}: {name} is damaged (its sha256 is not the one in {STATE})")
         try:

@@ -4,24 +4,26 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from orwcfm_fast.errors import WorkError
 
 
-def read_small(path: Path, most: int) -> bytes:
-    """The bytes of a regular file.
-
-    Raises:
-        OSError: not there; a folder, device or pipe (which might never end); more than `most` bytes.
-    """
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file for reading; a folder, device or pipe (which might never end) is an OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "not a file")
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"over {most >> 20} MiB")
-    return data
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a file")
+    return os.fdopen(handle, "rb")
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """The bytes of a regular file; an OSError where they are more than `most`."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"over {most >> 20} MiB")
+        return file.read(most)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -59,9 +59,16 @@ class Result:
 
     def forecast(self) -> str | None:
         """Forecast and reached, where round 1 made a forecast."""
-        if not self.run.forecast.is_file():
+        try:
+            return reached_line(json.loads(self.run.forecast.read_bytes()), self.after.reward.mean)
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            RecursionError,
+        ):  # none was made, or it is damaged
             return None
-        return reached_line(json.loads(self.run.forecast.read_text()), self.after.reward.mean)
 
     def by_phase(self) -> dict[str, float]:
         """Seconds of the loop by phase, over all rounds."""

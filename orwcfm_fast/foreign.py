@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.headers import check_pt
 
 KEYS = ("ema_model", "net_model")
 
@@ -19,8 +20,12 @@ def read_pt(path: str | Path) -> dict[str, Any]:
         UserError: missing, truncated, not a torch file, or a pickle that would run code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file")
+    try:
+        check_pt(path)
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"checkpoint {path}: {error}") from None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -52,9 +57,9 @@ def foreign_weights(
         raise UserError(
             f"checkpoint {where}: no weights found; expected {' or '.join(keys)} (has: {_short(found)})"
         )
-    return {k.removeprefix("module."): v for k, v in weights.items()}
+    return {str(k).removeprefix("module."): v for k, v in weights.items()}
 
 
 def _short(found: dict[str, Any]) -> str:
-    names = [str(k) for k in list(found)[:6]]
+    names = [k[:40] if isinstance(k, str) else type(k).__name__ for k in list(found)[:6]]
     return ", ".join(names) + (" …" if len(found) > 6 else "")

@@ -204,7 +204,10 @@ def versus(
         exact = exact_grid(settings.data, reward, own)[0]
     except UserError:
         exact = None
-    after = json.loads(run.summary.read_text())["after"]["reward"]
+    try:
+        after = {k: float(v) for k, v in json.loads(run.summary.read_bytes())["after"]["reward"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"--versus {path}: its summary.json is damaged") from None
     reached = [r["reward_mean"] for r in records] + [after["mean"]]
     return Verdict(run, settings, reached, after["mean"], after["high"] - after["mean"], found, exact)
 

@@ -105,6 +105,8 @@ class Pretrainer:
             checkpoint.load_weights(self.ema, found.tensors["ema"], str(found.path))
             checkpoint.load_optimizer(self.optimizer, found.tensors["optimizer"], str(found.path))
             self.steps = int(found.state["step"])
+            if not 0 <= self.steps <= self.settings.steps:
+                raise ValueError(f"at step {self.steps} of {self.settings.steps}")
             losses = found.tensors.get("losses", {"losses": torch.empty(0)})["losses"]
             self.losses = [*losses.to(self.policy.device)]
 

@@ -204,7 +204,9 @@ class Trainer:
             checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
             self.round, step = int(found.state["round"]), int(found.state["step"])
             self.begun = self._begun(found) if "begun" in found.tensors else None
-            self.steps = step - (len(self.begun.losses) if self.begun else 0)
+            self.steps = self.round * self.settings.steps_per_round
+            if self.steps_taken != step or not 0 <= step < 2**62:
+                raise ValueError("its round and its step do not agree")
         self.probe = sample(self.policy, self.probe_noise, self.settings, self.settings.chunk)
         self.learner.go_on_from(step)
 

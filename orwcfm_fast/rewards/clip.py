@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.headers import check_pt, check_safetensors
 from orwcfm_fast.rewards.registry import Score, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
@@ -24,6 +25,7 @@ def load_clip(model: str, weights: str, device: torch.device) -> tuple[Any, Tens
 
     if model not in open_clip.list_models():
         raise UserError(f"clip model '{model}': not one of open_clip's (e.g. ViT-B-32, ViT-L-14)")
+    _check_file(Path(weights))
     try:
         network = (
             open_clip.create_model(model, pretrained=weights, device=device).eval().requires_grad_(False)
@@ -40,6 +42,16 @@ def load_clip(model: str, weights: str, device: torch.device) -> tuple[Any, Tens
         for name, default in (("image_mean", "OPENAI_DATASET_MEAN"), ("image_std", "OPENAI_DATASET_STD"))
     )
     return network, mean, std
+
+
+def _check_file(path: Path) -> None:
+    """A weights file of the user's; open_clip itself loads with weights_only=True."""
+    if not path.is_file() or path.suffix in (".npz", ".npy"):
+        return
+    try:
+        (check_safetensors if path.suffix == ".safetensors" else check_pt)(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"clip weights '{path}': {error}") from None
 
 
 def _tags(model: str) -> str:
