@@ -21,9 +21,10 @@ def open_regular(path: Path) -> BinaryIO:
 def read_small(path: Path, most: int) -> bytes:
     """The bytes of a regular file; an OSError where they are more than `most`."""
     with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > most:
-            raise OSError(errno.EFBIG, f"over {most >> 20} MiB")
-        return file.read(most)
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"over {most:,} bytes")
+        return file.read(size)
 
 
 def write_text(path: Path, text: str) -> None:

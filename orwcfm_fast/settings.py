@@ -11,7 +11,7 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.files import read_small
 from orwcfm_fast.registry import unknown
 
-MAX_TOML_BYTES = 1 << 20
+MAX_TOML_BYTES = 24 << 10  # tomllib takes time quadratic in a dotted key: seconds, at most
 Weights = Literal["exp", "linear", "advantage"]
 Coupling = Literal["independent", "ot"]
 Best = Literal["reward_mean", "reward_max", "ess", "diversity", "w2_coupled", "none"]

