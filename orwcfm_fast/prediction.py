@@ -53,7 +53,7 @@ def known_density(data: str) -> GaussianMixture | GridDensity:
 
 @dataclass(frozen=True)
 class Reference:
-    """Samples [S, *shape] of the model before training, their rewards [S] and features [S, F]."""
+    """Samples [S, *shape] of the model before training, their features [S, F], rewards [M] of these and more."""
 
     samples: Tensor
     rewards: Tensor
@@ -61,28 +61,28 @@ class Reference:
 
 
 def draw_reference(policy: Policy, reward: RewardSum, s: Predict) -> Reference:
-    """n samples of the policy, scored."""
-    x = sample(policy, start_noise(policy, s.n, s.seed), s, s.chunk)
+    """Samples of the policy: `scored` of them for the mean reward, the first `n` to carry the forecast."""
+    x = sample(policy, start_noise(policy, max(s.n, s.scored), s.seed), s, s.chunk)
     seen = policy.decode(x)
     with torch.inference_mode():
-        features = judge_for(policy.data, reward, reward.name).features(seen)
-    return Reference(x, score(reward, seen, reward.name), features)
+        features = judge_for(policy.data, reward, reward.name).features(seen[: s.n])
+    return Reference(x[: s.n], score(reward, seen, reward.name), features)
 
 
 def forecast_grid(reference: Reference, s: Predict) -> list[Forecast]:
     """One forecast for each pair of α and τ."""
     pairs = [(a, t) for t in s.tau for a in s.alpha]
     return forecast_many(
-        reference.samples, reference.rewards, pairs, s.rounds, weighting=s.weights,
-        normalize=s.normalize_weights, features=reference.features, seed=s.seed,
+        reference.samples, reference.rewards[: s.n], pairs, s.rounds, weighting=s.weights,
+        normalize=s.normalize_weights, features=reference.features, scored=reference.rewards, seed=s.seed,
     )  # fmt: skip
 
 
 def wanted_alpha(reference: Reference, s: Predict) -> AlphaInterval:
     """The interval of α for --want-reward or --want-w2 at the first τ."""
     return alpha_for(
-        reference.samples, reference.rewards, s.tau[0], s.rounds, want_reward=s.want_reward, want_w2=s.want_w2,
-        weighting=s.weights, normalize=s.normalize_weights, seed=s.seed,
+        reference.samples, reference.rewards[: s.n], s.tau[0], s.rounds, want_reward=s.want_reward,
+        want_w2=s.want_w2, weighting=s.weights, normalize=s.normalize_weights, scored=reference.rewards, seed=s.seed,
     )  # fmt: skip
 
 
@@ -125,7 +125,8 @@ def forecast_run(rollout: Rollout, settings: Finetune) -> dict[str, Any]:
     alphas = [settings.alpha, round(0.3 * settings.alpha, 4)] if settings.alpha else [0.0]
     found = forecast_many(
         rollout.x1[:FORECAST_SAMPLES], rollout.reward[:FORECAST_SAMPLES], [(a, settings.tau) for a in alphas], rounds,
-        weighting=settings.weights, normalize=settings.normalize_weights, exact_w2=False, seed=settings.seed,
+        weighting=settings.weights, normalize=settings.normalize_weights, scored=rollout.reward,
+        exact_w2=False, seed=settings.seed,
     )  # fmt: skip
     rows = [
         {"alpha": f.alpha, "within_reach": f.within_reach, "rewards": [r.reward for r in f.rounds],

@@ -61,6 +61,7 @@ class Predict(Sampling, RewardOptions):
     weights: Weights = Field("exp", description="from reward to weight: exp(τ·r); r; exp(τ·standardised r)")
     normalize_weights: bool = Field(True, description="divide weights by their mean over the round")
     n: int = Field(1024, ge=2, description="samples of the model that the forecast rests on")
+    scored: int = Field(4096, ge=2, description="samples for the mean reward that the forecast starts from")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     want_reward: float | None = Field(None, description="answer with the α that reaches this reward")
     want_w2: float | None = Field(None, description="answer with the α that ends at this coupled W2")
