@@ -122,7 +122,7 @@ class Finetune(Training, Sampling, RewardOptions):
     cooldown: float = Field(
         0.5, ge=0, le=1, description="share of each round's steps over which the rate falls to zero"
     )
-    rollout: int = Field(1280, ge=2, description="samples drawn a round")
+    rollout: int = Field(1536, ge=2, description="samples drawn a round")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     probe: int = Field(
         128, ge=2, description="fixed-noise samples that W2 and pictures follow through the rounds"
