@@ -81,15 +81,14 @@ class Finetuning:
         self.settings, self.loaded, self.run, self.resumed = settings, loaded, run, False
         reward = make_reward(settings.reward, settings)
         self.judge = judge_for(loaded.policy.data, reward, reward.name)
-        self.reference = loaded.policy.frozen_copy()
         self.trainer = Trainer(
             loaded.policy,
             reward,
             settings,
             reward_name=reward.name,
-            reference=self.reference,
             features=self.judge.features,
         )
+        self.reference = self.trainer.reference
 
     @classmethod
     def prepare(
@@ -157,7 +156,7 @@ class Finetuning:
         self.run.samples.mkdir(exist_ok=True)
         policy = self.reference
         state = {"kind": "reference", "model": policy.model, "data": policy.data, "shape": list(policy.shape)}
-        checkpoint.save(self.run.reference, state, model=policy.network.state_dict())
+        checkpoint.save(self.run.reference, state, model=policy.weights())
         self._picture(0)
 
     def _go_on(self) -> None:

@@ -7,6 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from orwcfm_fast.coupling import Batch
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
+from orwcfm_fast.lora import trained_parameters
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.timing import Phases
@@ -34,8 +35,8 @@ class Learner:
 
     def __init__(self, policy: Policy, reference: Policy, settings: Finetune) -> None:
         self.policy, self.reference, self.grad_clip = policy, reference, settings.grad_clip
-        policy.network.eval().requires_grad_(True)
-        self.parameters = [p for p in policy.network.parameters() if p.requires_grad]
+        policy.network.eval()
+        self.parameters = trained_parameters(policy.network)
         self.optimizer = AdamW(self.parameters, settings.lr, weight_decay=0.0, fused=True)
         self.schedule = LambdaLR(self.optimizer, lambda step: rate(settings, step))
         self.phases = Phases(policy.device)
