@@ -53,6 +53,10 @@ class Policy:
             return replace(self, base_only=True)
         return replace(self, network=copy.deepcopy(self.network).requires_grad_(False).eval())
 
+    def trainable_copy(self) -> "Policy":
+        """The same policy with weights of its own, to be trained."""
+        return replace(self, network=copy.deepcopy(self.network))
+
     def weights(self) -> dict[str, Tensor]:
         """State dict of a network without adapters that has this velocity."""
         return lora.plain_state(self.network, merged=not self.base_only)
