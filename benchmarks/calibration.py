@@ -56,14 +56,10 @@ class Case:
         )
 
 
-DIGITS = [
-    Case("digits", reward, alpha, tau, weights, bar)
-    for reward, tau, weights, bar in (
-        ("even-digits", 0.5, "exp", 0.05),
-        ("brightness", 0.25, "advantage", None),
-        ("jpeg-compressibility", 0.25, "advantage", None),
-    )
-    for alpha in (1.0, 0.3)
+DIGITS = [Case("digits", "even-digits", alpha, 0.5, bar=0.05) for alpha in SETTLED] + [
+    Case("digits", reward, alpha, 0.25, "advantage")
+    for reward in ("brightness", "jpeg-compressibility")
+    for alpha in SETTLED
 ]
 POINT_CASES = [
     Case(data, "right", alpha, 0.5, bar=0.03)

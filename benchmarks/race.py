@@ -29,7 +29,7 @@ from orwcfm_fast.trainer import Progress, Trainer
 
 ALPHA, TAU, GOAL, HELD_OUT, IN_A_ROW = 1.0, 2.0, 0.65, 256, 3
 EPOCH = 24  # plain steps between hard copies: as many samples as our rollout
-OURS: dict[str, Any] = dict(rollout=768, steps_per_round=48, batch=64, warmup=10, probe=2)
+OURS: dict[str, Any] = dict(rollout=384, steps_per_round=48, batch=64, warmup=4, cooldown=0.9, probe=2)
 
 
 @dataclass
@@ -53,7 +53,8 @@ class Looks:
         self.reward, self.classifier = make_reward("even-digits"), digit_classifier()
         self.x0 = start_noise(policy, HELD_OUT, seed + 1000)
         self.x_ref = sample(reference, self.x0, Sampling(), HELD_OUT)
-        self.running, self.seen = 0.0, []
+        self.running = 0.0
+        self.seen: list[tuple[float, float]] = []
         self.began = time.perf_counter()
 
     def look(self) -> bool:

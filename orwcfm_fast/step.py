@@ -49,14 +49,18 @@ class Learner:
         ):
             group["lr"] = base * share(step)
 
+    def anchor(self, batch: Batch) -> Tensor:
+        """The reference's velocity at the batch's points, [B, *shape]."""
+        with self.phases("reference"), torch.no_grad():
+            return self.reference.velocity(batch.t, batch.x_t)
+
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
         """One step on a batch; returns (mean fm, mean w2) [2], float32 on the device.
 
         Gradient of L = 1/B Σ [w_i·1/D‖v − u‖² + a_i·1/D‖v − v_ref‖²], by hand, in the op's one pass.
         """
         size = len(batch.w)
-        with self.phases("reference"), torch.no_grad():
-            v_ref = self.reference.velocity(batch.t, batch.x_t)
+        v_ref = self.anchor(batch) if batch.v_ref is None else batch.v_ref
         with self.phases("policy"):
             v = self.policy.velocity(batch.t, batch.x_t)
             _, fm, w2, dv = anchored_residual(
