@@ -31,6 +31,9 @@ class RewardOptions(Settings):
     """Which reward, and what some rewards need besides their name."""
 
     reward: list[str] = Field([], description="NAME[:ARG][=WEIGHT], file.py:f or module:f; repeat to add up")
+    holdout_reward: list[str] = Field(
+        [], description="measured each round, never trained on: shows reward hacking; repeat for several"
+    )
     prompt: list[str] = Field([], description="clip: what the image should show; repeat for several")
     negative: list[str] = Field([], description="clip: what it should not show; repeat for several")
     clip_model: str = Field("ViT-B-32", description="clip: open_clip architecture")
@@ -113,6 +116,9 @@ class Finetune(Training, Sampling, RewardOptions):
     )
     weights: Weights = Field("exp", description="from reward to weight: exp(τ·r); r; exp(τ·standardised r)")
     normalize_weights: bool = Field(True, description="divide weights by their mean over the round")
+    standardize_rewards: bool = Field(
+        False, description="several rewards: each to mean 0, deviation 1 over the round before they add up"
+    )
     coupling: Coupling = Field(
         "independent", description="of noise and sample; ot: minibatch optimal transport"
     )

@@ -34,7 +34,7 @@ def test_weights_after_equals_add_up():
     assert torch.allclose(
         total(x), 2 * make_reward("brightness")(x) - 0.5 * make_reward("jpeg-compressibility")(x)
     )
-    assert set(total.parts) == {"brightness", "jpeg-compressibility"}
+    assert list(total.scores(x).values) == ["brightness", "jpeg-compressibility"]
 
 
 def test_2d_rewards():
@@ -102,7 +102,7 @@ def test_a_users_file_and_module(tmp_path, monkeypatch):
 )
 def test_a_reward_that_fails_is_named_with_its_round_and_count(function, message):
     with pytest.raises(RewardError, match=message) as error:
-        score(make_reward(function), images(), "mine", "round 3")
+        make_reward(function, name="mine").scores(images(), "round 3")
     assert "mine, round 3" in str(error.value)
 
 
