@@ -260,6 +260,9 @@ class Finetuning:
             s.eval_n,
             s.chunk,
         )
+        for rewards in (trainer.reward, trainer.holdout):
+            if rewards:
+                rewards.close()
         records = self.run.read_metrics()
         decode = trainer.policy.decode
         pictures = {

@@ -34,6 +34,9 @@ class RewardOptions(Settings):
     holdout_reward: list[str] = Field(
         [], description="measured each round, never trained on: shows reward hacking; repeat for several"
     )
+    reward_timeout: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="process: seconds to wait for its worker's answer"
+    )
     prompt: list[str] = Field([], description="clip: what the image should show; repeat for several")
     negative: list[str] = Field([], description="clip: what it should not show; repeat for several")
     clip_model: str = Field("ViT-B-32", description="clip: open_clip architecture")
