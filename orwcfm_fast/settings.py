@@ -39,8 +39,14 @@ class RewardOptions(Settings):
     )
     prompt: list[str] = Field([], description="clip: what the image should show; repeat for several")
     negative: list[str] = Field([], description="clip: what it should not show; repeat for several")
-    clip_model: str = Field("ViT-B-32", description="clip: open_clip architecture")
+    clip_score: Literal["probability", "cosine"] = Field(
+        "probability", description="clip: probability of the prompts minus the negatives; or mean cosines"
+    )
+    clip_model: str = Field("ViT-B-32", description="clip: open_clip architecture, or local-dir:FOLDER")
     clip_weights: str = Field("openai", description="clip: open_clip pretrained tag, or a weights file")
+    clip_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="clip: bf16 is faster on a GPU; features move by about 0.5 %"
+    )
 
 
 class Sampling(Settings):

@@ -71,7 +71,6 @@ def test_digit_classifier_judges_held_out_digits_and_is_cached(cache):
         ("jpeg-compressibility:200", "1 to 95"),
         ("nothere.py:f", "no file"),
         ("not_a_module:f", "No module named"),
-        ("clip", "--prompt"),
     ],
 )
 def test_a_wrong_name_or_argument_is_one_clear_line(spec, message):
@@ -110,52 +109,3 @@ def test_rewards_may_answer_lists_and_numpy_of_any_dtype():
     for answer in ([1, 2, 3, 4], torch.arange(1, 5, dtype=torch.float64).numpy()):
         values = score(make_reward(lambda x, answer=answer: answer), images(), "mine")
         assert values.dtype == torch.float32 and values.tolist() == [1, 2, 3, 4]
-
-
-@pytest.fixture(scope="module")
-def clip_weights(tmp_path_factory):
-    """A random open_clip model of the smallest architecture that open_clip names, saved as its weights file."""
-    import open_clip
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("clip") / "weights.pt"
-    torch.save(open_clip.create_model("ViT-S-32-alt").state_dict(), path)
-    return path
-
-
-@pytest.mark.slow
-def test_clip_reward_is_open_clips_own_probability(clip_weights):
-    import open_clip
-    from PIL import Image
-
-    from orwcfm_fast.settings import RewardOptions
-
-    options = RewardOptions(
-        prompt=["an image of dog"], negative=["not an image of dog"],
-        clip_model="ViT-S-32-alt", clip_weights=str(clip_weights),
-    )  # fmt: skip
-    x = images(6, 3, 32)
-    model, _, transform = open_clip.create_model_and_transforms("ViT-S-32-alt", pretrained=str(clip_weights))
-    model.eval()
-    pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    with torch.no_grad():
-        batch = torch.stack([transform(Image.fromarray(p)) for p in pixels])
-        text = open_clip.get_tokenizer("ViT-S-32-alt")([*options.prompt, *options.negative])
-        a, b = (
-            torch.nn.functional.normalize(f, dim=-1)
-            for f in (model.encode_image(batch), model.encode_text(text))
-        )
-        p = (model.logit_scale.exp() * a @ b.T).softmax(-1)
-    assert torch.allclose(make_reward("clip", options)(x), p[:, 0] - p[:, 1], atol=2e-3)
-
-
-@pytest.mark.slow
-def test_clip_weights_that_cannot_be_had_are_one_line():
-    from orwcfm_fast.settings import RewardOptions
-
-    options = RewardOptions(prompt=["a"], negative=["b"], clip_model="ViT-B-32", clip_weights="openai")
-    with pytest.raises(UserError, match="could not be loaded") as error:
-        make_reward("clip", options)
-    assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="not one of open_clip's"):
-        make_reward("clip", options.model_copy(update={"clip_model": "ViT-Z"}))
