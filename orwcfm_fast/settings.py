@@ -47,6 +47,12 @@ class RewardOptions(Settings):
     clip_precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="clip: bf16 is faster on a GPU; features move by about 0.5 %"
     )
+    classifier_size: int = Field(
+        0, ge=0, description="classifier: side that images are resized to; 0: the architecture's own"
+    )
+    classifier_pixels: Literal["own", "half", "unit"] = Field(
+        "own", description="classifier: the architecture's own mean and deviation, or [-1, 1], or [0, 1]"
+    )
 
 
 class Sampling(Settings):

@@ -30,7 +30,7 @@ class Clip:
     def image_features(self, images: Tensor) -> Tensor:
         """Images [B, 1 or 3, H, W] in [-1, 1] → unit features [B, F], float32."""
         network = self.network.to(images.device)
-        with torch.inference_mode():
+        with torch.no_grad():
             parts = [
                 network.encode_image(self.transform(part).to(self.dtype)).float()
                 for part in images.split(CHUNK)
@@ -39,7 +39,7 @@ class Clip:
 
     def text_features(self, texts: tuple[str, ...], device: torch.device) -> Tensor:
         """Unit features [len(texts), F], float32."""
-        with torch.inference_mode():
+        with torch.no_grad():
             found = self.network.to(device).encode_text(self.tokenizer(list(texts)).to(device))
             return F.normalize(found.float(), dim=-1)
 
@@ -114,11 +114,11 @@ def clip(argument: str, options: RewardOptions) -> Score:
     text_features = functools.cache(lambda device: model.text_features(texts, device))
 
     def score(images: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with torch.no_grad():
             cosine = model.image_features(images) @ text_features(images.device).T
             if options.clip_score == "cosine":
-                return (cosine @ shares.to(images.device)).clone()
+                return cosine @ shares.to(images.device)
             logits = model.network.logit_scale.float().exp() * cosine
-            return (logits.softmax(-1) @ shares.to(images.device)).clone()
+            return logits.softmax(-1) @ shares.to(images.device)
 
     return score
