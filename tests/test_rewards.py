@@ -28,6 +28,20 @@ def test_jpeg_reward_is_the_size_of_the_file_pillow_writes(channels):
     assert torch.equal(make_reward("jpeg-compressibility:80")(x), -values)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_nvjpeg_files_are_those_of_pillow_at_full_colour_resolution():
+    from PIL import Image
+
+    x = images(8, 3, 128)
+    values = make_reward("jpeg-incompressibility:80")(x.cuda())
+    for image, value in zip(x, values, strict=True):
+        pixels = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=80, subsampling=0)
+        assert float(value) == pytest.approx(len(file.getvalue()) / 1000, rel=0.1)
+
+
 def test_weights_after_equals_add_up():
     x = images()
     total = make_reward(["brightness=2", "jpeg-compressibility=-0.5"])
