@@ -13,6 +13,7 @@ from orwcfm_fast.registry import unknown
 Weights = Literal["exp", "linear", "advantage"]
 Coupling = Literal["independent", "ot"]
 Precision = Literal["auto", "fp32", "bf16"]
+DATA_DIR = "where downloaded datasets lie; default under the cache"
 
 
 class Settings(BaseModel):
@@ -47,6 +48,7 @@ class RewardOptions(Settings):
     clip_precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="clip: bf16 is faster on a GPU; features move by about 0.5 %"
     )
+    data_dir: str = Field("", description=DATA_DIR)
     classifier_size: int = Field(
         0, ge=0, description="classifier: side that images are resized to; 0: the architecture's own"
     )
@@ -105,7 +107,7 @@ class Pretrain(Training):
     """Settings of `orwcfm pretrain`."""
 
     data: str = Field("digits", description="dataset (orwcfm list data); folder:PATH for a folder of images")
-    data_dir: str = Field("", description="where downloaded datasets lie; default under the cache")
+    data_dir: str = Field("", description=DATA_DIR)
     model: str = Field("", description="network preset (orwcfm list models); default: the data's")
     steps: int = Field(1000, ge=1, description="gradient steps")
     batch: int = Field(128, ge=1, description="samples a gradient step")
@@ -114,6 +116,7 @@ class Pretrain(Training):
     cooldown: float = Field(
         0.4, ge=0, le=1, description="share of the steps over which the rate falls to zero"
     )
+    flip: bool = Field(False, description="mirror images left to right, each other time by chance")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
 
 
