@@ -1,6 +1,7 @@
 """A whole fine-tuning run: load, train, record, save, evaluate. What `orwcfm finetune` calls."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -281,7 +282,8 @@ RESUME_MAY_CHANGE = ("rounds", "device", "wandb")
 
 def _name(settings: Finetune) -> str:
     """<data>-<reward>-a1-t0.5, for a run's directory."""
-    name = f"{settings.data}-{'+'.join(settings.reward)}-a{settings.alpha:g}-t{settings.tau:g}"
+    rewards = re.sub(r"[^:+]*/", "", "+".join(settings.reward))[:100]  # without the folders of files
+    name = f"{settings.data}-{rewards}-a{settings.alpha:g}-t{settings.tau:g}"
     return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
 
 

@@ -43,7 +43,7 @@ def small_cifar_network():
     MODELS.register("unet-cifar10-tiny")(
         lambda shape: _unet(
             "unet-cifar10-tiny", (3, 32, 32), shape,
-            num_channels=32, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions="16",
+            num_channels=32, num_res_blocks=1, channel_mult=(1, 1, 1), attention_resolutions="4",
         )
     )  # fmt: skip
     yield "unet-cifar10-tiny"
@@ -117,6 +117,7 @@ def test_every_recipe_is_tested_listed_and_made_of_known_settings(run_cli):
     assert torchcfm.items() <= clip.pretrain.items() and clip.pretrain["flip"]
 
 
+@pytest.mark.slow
 def test_mnist_even(run_cli, mnist, cache):
     made = run_cli("pretrain", "--recipe", "mnist-even", "--data-dir", mnist, *FEW)
     assert made.code == 0, made.err
@@ -129,6 +130,7 @@ def test_mnist_even(run_cli, mnist, cache):
     assert (cache / "mnist-classifier" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_cifar10_compress_and_clip(run_cli, cifar, clip_folder, small_cifar_network):
     pretrain = (
         "pretrain",

@@ -21,6 +21,7 @@ def load(where, name):
     sys.path[0] = os.path.dirname(os.path.abspath(where)) if where.endswith(".py") else os.getcwd()
     if where.endswith(".py"):
         spec = importlib.util.spec_from_file_location("orwcfm_worker_reward", where)
+        assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
@@ -62,11 +63,12 @@ def score(function, memory, shape):
 def main():
     where, name, connection, descriptor = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     line = Connection(connection)
+    answer, function = {}, None
     try:
         function = load(where, name)
-        answer = {"ready": True}
+        answer["ready"] = True
     except BaseException as error:
-        answer, function = {"error": f"{type(error).__name__}: {error}"}, None
+        answer["error"] = f"{type(error).__name__}: {error}"
     line.send_bytes(json.dumps(answer).encode())
     while function is not None:
         try:
