@@ -18,16 +18,17 @@ PANEL = "Machine"
 def _registries():
     from orwcfm_fast.data import DATA
     from orwcfm_fast.models import MODELS
+    from orwcfm_fast.recipe import RECIPES
     from orwcfm_fast.rewards import REWARDS
     from orwcfm_fast.samplers import SOLVERS
 
-    return {r.plural: r for r in (REWARDS, MODELS, DATA, SOLVERS)}
+    return {r.plural: r for r in (REWARDS, MODELS, DATA, SOLVERS, RECIPES)}
 
 
 @app.command("list", rich_help_panel=PANEL)
 def list_(
     kind: Annotated[
-        str, typer.Argument(metavar="[rewards|models|data|solvers]", help="one kind; default: all")
+        str, typer.Argument(metavar="[rewards|models|data|solvers|recipes]", help="one kind; default: all")
     ] = "",
     debug: Debug = False,
 ) -> None:
