@@ -17,6 +17,7 @@ from orwcfm_fast.evaluate import Measures, evaluate, judge_for
 from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
 from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
+from orwcfm_fast.report import run_report
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.run import Run, next_run_path, resumed_settings, write_text
 from orwcfm_fast.samplers import times as solver_times
@@ -138,6 +139,11 @@ class Finetuning:
 
     def notes(self) -> list[str]:
         """What the user should know before the first round."""
+        resumed = [f"resumed after round {self.trainer.round}"] if self.trainer.round else []
+        return self.about() + resumed
+
+    def about(self) -> list[str]:
+        """What is run, in words."""
         s = self.settings
         lines = [
             f"α={s.alpha:g} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {s.rounds} rounds of {s.rollout} "
@@ -146,8 +152,6 @@ class Finetuning:
         ]
         if self.judge.accuracy is not None:
             lines.append(f"digits classifier: {self.judge.accuracy:.1%} on 360 held-out real digits")
-        if self.trainer.round:
-            lines.append(f"resumed after round {self.trainer.round}")
         return lines
 
     def _begin(self) -> None:
@@ -218,7 +222,12 @@ class Finetuning:
         """Forecast this run from its first rollout, at no extra samples; one line."""
         assert self.trainer.rollout
         try:
-            found = forecast_run(self.trainer.rollout, self.settings)
+            with torch.inference_mode():
+                found = forecast_run(
+                    self.trainer.rollout,
+                    self.settings,
+                    lambda x: self.judge.features(self.reference.decode(x)),
+                )
         except UserError as error:  # a forecast is a comment on the run, never its end
             return f"no forecast: {error}"
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
@@ -238,9 +247,12 @@ class Finetuning:
         return path
 
     def _picture(self, number: int) -> None:
-        policy = self.trainer.policy
-        probe = policy.decode(self.trainer.probe[:PICTURE_SAMPLES])
+        probe = self._shown(self.trainer.probe)
         save_samples(self.run.samples / f"round_{number:03d}.png", {f"round {number}": probe})
+
+    def _shown(self, x: torch.Tensor) -> torch.Tensor:
+        """What of the probe fits a picture: the first images, all vectors."""
+        return self.reference.decode(x[:PICTURE_SAMPLES] if x.dim() == 4 else x)
 
     def finish(self, began: float) -> Result:
         """Held-out evaluation before and after, the pictures and summary.json."""
@@ -254,15 +266,12 @@ class Finetuning:
             s.chunk,
         )
         records = self.run.read_metrics()
-        decode = trainer.policy.decode
-        pictures = {
-            "before": decode(trainer.probe_reference[:PICTURE_SAMPLES]),
-            "after": decode(trainer.probe[:PICTURE_SAMPLES]),
-        }
+        pictures = {"before": self._shown(trainer.probe_reference), "after": self._shown(trainer.probe)}
         save_samples(self.run.samples / "before_after.png", pictures)
         save_curves(self.run.path / "curves.png", records)
         result = Result(self.run, s, before, after, records, time.perf_counter() - began)
         write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
+        run_report(result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()])
         return result
 
 

@@ -1,0 +1,38 @@
+"""Figures as text: the evaluation table's rows, the same on the terminal and on a page."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orwcfm_fast.evaluate import Interval, Measures
+
+
+def interval(value: "Interval | None") -> str:
+    """'estimate ± half width', as many digits as the half width deserves; – for None."""
+    if value is None:
+        return "–"
+    half = value.high - value.mean
+    digits = 4 if half < 0.001 else 3
+    return f"{value.mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; – for None."""
+    return "–" if value is None else f"{value:.3g}"
+
+
+def measure_rows(measures: Sequence["Measures"], reward: str) -> list[list[str]]:
+    """A row a figure: its name, then each model's value. Figures that no model has are left out."""
+    n = measures[0].n
+    rows = [
+        [f"reward {reward} (95 %, n={n})", *(interval(m.reward) for m in measures)],
+        ["W2 coupled, ≥ W2", *(number(m.w2_coupled) for m in measures)],
+        ["W2 exact on samples", *(number(m.w2_exact) for m in measures)],
+        ["  floor: two reference samples", *(number(m.w2_floor) for m in measures)],
+        ["velocity gap ∫E‖v−v_ref‖²dt", *(number(m.velocity_gap) for m in measures)],
+        ["  times e^2L bounds W2²; L", *(number(m.lipschitz) for m in measures)],
+        ["diversity (pairwise distance)", *(number(m.diversity) for m in measures)],
+        ["standard deviation a coordinate", *(number(m.pixel_std) for m in measures)],
+        ["classifier confidence", *(number(m.confidence) for m in measures)],
+    ]
+    return [row for row in rows if any(cell != "–" for cell in row[1:])]
