@@ -1,6 +1,5 @@
 """Evaluation on held-out samples: reward, W2 three ways, diversity, confidence; models side by side."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,28 +8,14 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast import noise
-from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
+from orwcfm_fast.drift import sample_with_gap
+from orwcfm_fast.intervals import Interval, mean_pairwise_distance
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.rollout import Reward, sample, score, start_noise
 from orwcfm_fast.settings import Sampling
 
 EXACT_W2_MAX = 2048
 SPREAD_MAX = 2048
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % confidence interval, 1.96 standard errors each side."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Tensor) -> "Interval":
-        """Of independent values [N]."""
-        mean, half = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
-        return cls(mean, mean - half, mean + half)
 
 
 @dataclass(frozen=True)
@@ -48,17 +33,22 @@ class Measures:
     name: str
     n: int
     reward: Interval
-    w2_coupled: float | None
+    w2_coupled: Interval | None
     w2_exact: float | None
     w2_floor: float | None
     velocity_gap: float | None
     lipschitz: float | None
-    diversity: float
+    diversity: Interval
     pixel_std: float
     confidence: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Measures":
+        """What `to_dict` gave."""
+        return cls(**{k: Interval(**v) if isinstance(v, dict) else v for k, v in values.items()})
 
 
 @dataclass(frozen=True)
@@ -121,13 +111,13 @@ def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk
         x, gap = sample_with_gap(policy, reference, x0, how, chunk)
     seen = policy.decode(x)
     with torch.inference_mode():
-        spread = pairwise_distance(judge.features(seen[:SPREAD_MAX]))
+        spread = mean_pairwise_distance(judge.features(seen[:SPREAD_MAX]))
         confidence = float(judge.confidence(seen).mean()) if judge.confidence else None
     return Measures(
         name=name,
         n=len(x),
         reward=Interval.of(score(judge.reward, seen, judge.reward_name, name)),
-        w2_coupled=None if x_ref is None else coupled_w2(x, x_ref),
+        w2_coupled=None if x_ref is None else Interval.of((x - x_ref).square().flatten(1).sum(1)).root(),
         w2_exact=None if x_ref is None else exact_w2(x[:EXACT_W2_MAX], x_ref[:EXACT_W2_MAX]),
         w2_floor=floor,
         velocity_gap=gap,

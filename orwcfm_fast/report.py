@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orwcfm_fast.charts import Series, chart
 from orwcfm_fast.run import write_text
-from orwcfm_fast.table import measure_rows
+from orwcfm_fast.table import interval, measure_rows
 
 if TYPE_CHECKING:
     from orwcfm_fast.finetune_run import Result
@@ -123,14 +123,14 @@ def _tiles(result: "Result") -> list[tuple[str, str]]:
     before, after, summary = result.before, result.after, result.summary()
     tiles = [
         ("reward", f"{before.reward.mean:.3f} → {after.reward.mean:.3f}"),
-        ("diversity", f"{before.diversity:.3g} → {after.diversity:.3g}"),
+        ("diversity", f"{before.diversity.mean:.3g} → {after.diversity.mean:.3g}"),
         ("effective sample size", f"{summary['ess']:.0f} of {result.settings.rollout}"),
         ("rollout", f"{summary['images_per_s_rollout']:.0f} samples/s"),
         ("training", f"{summary['images_per_s_train']:.0f} samples/s"),
         ("time", f"{result.seconds:.0f} s"),
     ]
     if after.w2_coupled is not None:
-        tiles.insert(1, ("coupled W2 to the reference", f"{after.w2_coupled:.3g}"))
+        tiles.insert(1, ("coupled W2 to the reference", interval(after.w2_coupled)))
     if line := result.forecast():
         tiles.append(("forecast from round 1", line.split(",")[0].removeprefix("forecast ")))
     return tiles
@@ -156,7 +156,7 @@ def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
         chart("Coupled W2 to the reference", [w2, _expected(expected, "w2_coupled", "w2_error")],
               "rounds trained", whole_x=True),
         chart("Diversity, mean pairwise distance",
-              [Series("measured", [*begun, n], [*get("diversity"), after.diversity]),
+              [Series("measured", [*begun, n], [*get("diversity"), after.diversity.mean]),
                _expected(expected, "diversity")], "rounds trained", whole_x=True),
         chart(f"Effective sample size of {result.settings.rollout}",
               [Series("", done, get("ess"))], "round", whole_x=True),

@@ -48,7 +48,7 @@ class Sampling(Settings):
 class Evaluation(Sampling, RewardOptions):
     """Held-out samples and what is measured on them."""
 
-    n: int = Field(2048, ge=2, description="held-out samples; exact W2 uses at most 2,048")
+    n: int = Field(2048, ge=4, description="held-out samples; exact W2 uses at most 2,048")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
 
 
@@ -126,7 +126,7 @@ class Finetune(Training, Sampling, RewardOptions):
     probe: int = Field(
         128, ge=2, description="fixed-noise samples that W2 and pictures follow through the rounds"
     )
-    eval_n: int = Field(2048, ge=2, description="held-out samples of the closing table")
+    eval_n: int = Field(2048, ge=4, description="held-out samples of the closing table")
     save_every: int = Field(1, ge=1, description="rounds between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     wandb: str = Field("", description="log to this Weights & Biases project as well")

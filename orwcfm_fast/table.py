@@ -1,18 +1,22 @@
 """Figures as text: the evaluation table's rows, the same on the terminal and on a page."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orwcfm_fast.evaluate import Interval, Measures
+    from orwcfm_fast.evaluate import Measures
+    from orwcfm_fast.intervals import Interval
 
 
 def interval(value: "Interval | None") -> str:
-    """'estimate ± half width', as many digits as the half width deserves; – for None."""
+    """'estimate ± half width', two digits of the half width; – for None."""
     if value is None:
         return "–"
-    half = value.high - value.mean
-    digits = 4 if half < 0.001 else 3
+    half = (value.high - value.low) / 2
+    if half == 0:
+        return f"{value.mean:.3g}"
+    digits = max(0, 1 - math.floor(math.log10(half)))
     return f"{value.mean:.{digits}f} ± {half:.{digits}f}"
 
 
@@ -26,12 +30,12 @@ def measure_rows(measures: Sequence["Measures"], reward: str) -> list[list[str]]
     n = measures[0].n
     rows = [
         [f"reward {reward} (95 %, n={n})", *(interval(m.reward) for m in measures)],
-        ["W2 coupled, ≥ W2", *(number(m.w2_coupled) for m in measures)],
+        ["W2 coupled, ≥ W2", *(interval(m.w2_coupled) for m in measures)],
         ["W2 exact on samples", *(number(m.w2_exact) for m in measures)],
         ["  floor: two reference samples", *(number(m.w2_floor) for m in measures)],
         ["velocity gap ∫E‖v−v_ref‖²dt", *(number(m.velocity_gap) for m in measures)],
         ["  times e^2L bounds W2²; L", *(number(m.lipschitz) for m in measures)],
-        ["diversity (pairwise distance)", *(number(m.diversity) for m in measures)],
+        ["diversity (pairwise distance)", *(interval(m.diversity) for m in measures)],
         ["standard deviation a coordinate", *(number(m.pixel_std) for m in measures)],
         ["classifier confidence", *(number(m.confidence) for m in measures)],
     ]
