@@ -40,10 +40,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(title: str, series: Sequence[Series], x_label: str, *, whole_x: bool = False) -> Markup:
-    """One figure: title, legend, and an SVG with axes; `whole_x` keeps the ticks of x at whole numbers.
+def chart(
+    title: str, series: Sequence[Series], x_label: str, *, whole_x: bool = False, x_names: Sequence[str] = ()
+) -> Markup:
+    """One figure: title, legend, and an SVG with axes.
 
-    Values that are not finite are left out; a chart without any point says so.
+    `whole_x` keeps the ticks of x at whole numbers; `x_names` are the ticks at 0, 1, 2 and so on. Values that
+    are not finite are left out; a chart without any point says so.
     """
     xs = _finite([v for s in series for part in (s.x, s.x_low, s.x_high) for v in part])
     ys = _finite([v for s in series for part in (s.y, s.y_low, s.y_high) for v in part])
@@ -51,7 +54,8 @@ def chart(title: str, series: Sequence[Series], x_label: str, *, whole_x: bool =
     if not xs or not ys:
         return Markup('<figure class="chart">{}<p class="empty">nothing recorded</p></figure>').format(head)
     frame = _Frame(*_range(xs, whole_x), *_range(ys, False))
-    body = [_grid(frame, x_label, whole_x)] + [_draw(s, frame) for s in series]
+    across = [(v, _number(v)) for v in ticks(frame.x0, frame.x1, 6) if not whole_x or v == round(v)]
+    body = [_grid(frame, x_label, [*enumerate(x_names)] or across)] + [_draw(s, frame) for s in series]
     svg = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, title, Markup("").join(body)
     )
@@ -99,7 +103,7 @@ def _number(value: float) -> str:
     return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}").replace("-", "−")
 
 
-def _grid(frame: _Frame, x_label: str, whole_x: bool) -> Markup:
+def _grid(frame: _Frame, x_label: str, across: Sequence[tuple[float, str]]) -> Markup:
     """Grid lines, tick labels and the label of x."""
     parts = []
     for value in ticks(frame.y0, frame.y1):
@@ -108,12 +112,10 @@ def _grid(frame: _Frame, x_label: str, whole_x: bool) -> Markup:
         parts.append(
             f'<text class="tick" x="{left - 6}" y="{y + 3.5}" text-anchor="end">{_number(value)}</text>'
         )
-    for value in ticks(frame.x0, frame.x1, 6):
-        if whole_x and abs(value - round(value)) > 1e-9:
-            continue
+    for value, name in across:
         x, bottom = frame.at(value, frame.y0)
         parts.append(
-            f'<text class="tick" x="{x}" y="{bottom + 15}" text-anchor="middle">{_number(value)}</text>'
+            f'<text class="tick" x="{x}" y="{bottom + 15}" text-anchor="middle">{escape(name)}</text>'
         )
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(

@@ -122,12 +122,17 @@ class Finetuning:
             make_reward(settings.reward, settings)
         loader = Loader(device, settings.precision, settings.model, settings.data, watch_pretraining)
         if resume:
-            task = cls(settings, loader.load(str(run.reference)), run)
-            task._go_on()
-            return task
+            return cls.go_on(settings, loader.load(str(run.reference)), run)
         loaded = loader.load(settings.checkpoint) if settings.checkpoint else loader.default()
-        settings = _resolved(settings, loaded)
-        run = Run(out or next_run_path(_name(settings)))
+        return cls.begin(settings, loaded, out, overwrite)
+
+    @classmethod
+    def begin(
+        cls, settings: Finetune, loaded: Loaded, out: Path | None = None, overwrite: bool = False
+    ) -> "Finetuning":
+        """A new run of a model that is loaded."""
+        settings = resolved(settings, loaded)
+        run = Run(out or next_run_path(run_name(settings)))
         task = cls(settings, loaded, run)
         task.run = Run.create(run.path, overwrite)
         try:
@@ -135,6 +140,13 @@ class Finetuning:
         except BaseException:
             task.run.undo()
             raise
+        return task
+
+    @classmethod
+    def go_on(cls, settings: Finetune, loaded: Loaded, run: Run) -> "Finetuning":
+        """A run that was begun, from its newest checkpoint; `loaded` is its reference."""
+        task = cls(settings, loaded, run)
+        task._go_on()
         return task
 
     def notes(self) -> list[str]:
@@ -270,21 +282,21 @@ class Finetuning:
         save_samples(self.run.samples / "before_after.png", pictures)
         save_curves(self.run.path / "curves.png", records)
         result = Result(self.run, s, before, after, records, time.perf_counter() - began)
-        write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
         run_report(result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()])
+        write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
         return result
 
 
 RESUME_MAY_CHANGE = ("rounds", "device", "wandb")
 
 
-def _name(settings: Finetune) -> str:
+def run_name(settings: Finetune) -> str:
     """<data>-<reward>-a1-t0.5, for a run's directory."""
     name = f"{settings.data}-{'+'.join(settings.reward)}-a{settings.alpha:g}-t{settings.tau:g}"
     return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
 
 
-def _resolved(settings: Finetune, loaded: Loaded) -> Finetune:
+def resolved(settings: Finetune, loaded: Loaded) -> Finetune:
     """The settings with everything filled in that the loaded model decides."""
     policy = loaded.policy
     filled = {

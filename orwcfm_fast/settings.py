@@ -132,6 +132,14 @@ class Finetune(Training, Sampling, RewardOptions):
     wandb: str = Field("", description="log to this Weights & Biases project as well")
 
 
+class Sweep(Finetune):
+    """Settings of `orwcfm sweep`: those of each run, with lists where the grid has several values."""
+
+    alpha: list[float] = Field([0.0, 0.1, 0.3, 1.0], description="W2 weights α; repeat for several")  # type: ignore[assignment]
+    tau: list[float] = Field([0.5], description="temperatures τ; repeat for several")  # type: ignore[assignment]
+    set: list[str] = Field([], description="values of any other setting, KEY=V1,V2; repeat for several")
+
+
 S = TypeVar("S", bound=BaseModel)
 
 
