@@ -1,7 +1,7 @@
 """95 % intervals: of means by their standard error, of any other statistic by halves of the samples."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +50,15 @@ def from_halves(estimate: float, values: Tensor, n: int) -> Interval:
 
 
 def half_sampled(
-    statistic: Callable[..., float], *samples: Tensor, repeats: int = REPEATS, seed: int = 0
-) -> Interval:
-    """`statistic` of all samples [N, …], with an interval from its values on random halves of each."""
+    statistics: Callable[..., Sequence[float]], *samples: Tensor, repeats: int = REPEATS, seed: int = 0
+) -> list[Interval]:
+    """Each of the `statistics` of all samples [N, …], with intervals from their values on random halves."""
     rows = [halves(len(x), repeats, seed + i).to(x.device) for i, x in enumerate(samples)]
-    values = [statistic(*(x[row[r]] for x, row in zip(samples, rows, strict=True))) for r in range(repeats)]
-    return from_halves(statistic(*samples), torch.tensor(values), min(map(len, samples)))
+    values = torch.tensor(
+        [[*statistics(*(x[row[r]] for x, row in zip(samples, rows, strict=True)))] for r in range(repeats)]
+    )
+    least = min(map(len, samples))
+    return [from_halves(v, values[:, k], least) for k, v in enumerate(statistics(*samples))]
 
 
 def mean_pairwise_distance(x: Tensor, repeats: int = REPEATS) -> Interval:

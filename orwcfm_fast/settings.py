@@ -13,6 +13,8 @@ from orwcfm_fast.registry import unknown
 Weights = Literal["exp", "linear", "advantage"]
 Coupling = Literal["independent", "ot"]
 Precision = Literal["auto", "fp32", "bf16"]
+FeatureChoice = Literal["auto", "classifier", "clip", "inception", "pixels"]
+Against = Literal["auto", "data", "reference", "none"]
 
 
 class Settings(BaseModel):
@@ -50,6 +52,12 @@ class Evaluation(Sampling, RewardOptions):
 
     n: int = Field(2048, ge=4, description="held-out samples; exact W2 uses at most 2,048")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
+    features: FeatureChoice = Field(
+        "auto", description="of diversity and fidelity: classifier (digits), clip, inception, pixels"
+    )
+    against: Against = Field(
+        "auto", description="fidelity against data, reference or none; auto: data that needs no download"
+    )
 
 
 class Predict(Sampling, RewardOptions):

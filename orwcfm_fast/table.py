@@ -27,7 +27,8 @@ def number(value: float | None) -> str:
 
 def measure_rows(measures: Sequence["Measures"], reward: str) -> list[list[str]]:
     """A row a figure: its name, then each model's value. Figures that no model has are left out."""
-    n = measures[0].n
+    first, n = measures[0], measures[0].n
+    where = f", {first.features}" if first.features else ""
     rows = [
         [f"reward {reward} (95 %, n={n})", *(interval(m.reward) for m in measures)],
         ["W2 coupled, ≥ W2", *(interval(m.w2_coupled) for m in measures)],
@@ -35,7 +36,14 @@ def measure_rows(measures: Sequence["Measures"], reward: str) -> list[list[str]]
         ["  floor: two reference samples", *(number(m.w2_floor) for m in measures)],
         ["velocity gap ∫E‖v−v_ref‖²dt", *(number(m.velocity_gap) for m in measures)],
         ["  times e^2L bounds W2²; L", *(number(m.lipschitz) for m in measures)],
-        ["diversity (pairwise distance)", *(interval(m.diversity) for m in measures)],
+        [f"diversity (pairwise distance{where})", *(interval(m.diversity) for m in measures)],
+        [f"Vendi score{where}", *(interval(m.vendi) for m in measures)],
+        [f"FID against {first.against}", *(interval(m.fid) for m in measures)],
+        ["  KID", *(interval(m.kid) for m in measures)],
+        ["  precision", *(interval(m.precision) for m in measures)],
+        ["  recall", *(interval(m.recall) for m in measures)],
+        ["modes covered", *(interval(m.modes) for m in measures)],
+        ["  share of samples on the data", *(interval(m.on_data) for m in measures)],
         ["standard deviation a coordinate", *(number(m.pixel_std) for m in measures)],
         ["classifier confidence", *(number(m.confidence) for m in measures)],
     ]
