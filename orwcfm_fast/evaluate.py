@@ -20,6 +20,7 @@ from orwcfm_fast.settings import RewardOptions, Sampling
 
 EXACT_W2_MAX = 2048
 SPREAD_MAX = 2048
+GAP_MAX = 512
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk
     elif policy is reference:
         x, gap = x_ref, 0.0
     else:
-        x, gap = sample_with_gap(policy, reference, x0, how, chunk)
+        x, gap = sample_with_gap(policy, reference, x0[:GAP_MAX], how, chunk)
+        x = torch.cat([x, sample(policy, x0[GAP_MAX:], how, chunk)]) if len(x0) > GAP_MAX else x
     seen = policy.decode(x)
     features = judge.features(seen)
     with torch.inference_mode():

@@ -57,7 +57,8 @@ class Result:
         """Forecast and reached, where round 1 made a forecast."""
         if not self.run.forecast.is_file():
             return None
-        return reached_line(json.loads(self.run.forecast.read_text()), self.after.reward.mean)
+        found = json.loads(self.run.forecast.read_text())
+        return reached_line(found, self.after.reward.mean, len(self.records))
 
     def by_phase(self) -> dict[str, float]:
         """Seconds of the loop by phase, over all rounds."""

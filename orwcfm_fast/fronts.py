@@ -209,7 +209,9 @@ def _series(groups: dict[str, list[Outcome]], key: str) -> list[Series]:
         ))  # fmt: skip
         if any(o.forecast for o in runs):
             expected = [o.expected("reward") for o in runs]
-            found.append(Series(f"{name}, forecast", [o.expected(key) for o in runs], expected, "forecast"))
+            found.append(
+                Series(f"{name}, forecast", [o.expected(key) for o in runs], expected, f"{look} forecast")
+            )
     return found
 
 
@@ -223,5 +225,5 @@ def _by_alpha(groups: dict[str, list[Outcome]], key: str, title: str) -> str:
         bars = [v.low for v in y], [v.high for v in y]
         found.append(Series(name, x, [v.mean for v in y], look, *bars))
         if any(o.forecast for o in runs):
-            found.append(Series(f"{name}, forecast", x, [o.expected(key) for o in runs], "forecast"))
+            found.append(Series(f"{name}, forecast", x, [o.expected(key) for o in runs], f"{look} forecast"))
     return chart(title, found, "α", x_names=[f"{a:g}" for a in alphas])

@@ -159,15 +159,16 @@ class Sweeping:
             once = [*dict.fromkeys(pairs)]
             try:
                 forecasts = forecast_many(
-                    reference.samples, reference.rewards, once, min(rounds, FORECAST_ROUNDS), weighting=weights,
-                    normalize=normalize, features=reference.features, exact_w2=False, seed=s.seed,
+                    reference.samples, reference.rewards[: how.n], once, min(rounds, FORECAST_ROUNDS),
+                    weighting=weights, normalize=normalize, features=reference.features,
+                    scored=reference.rewards, exact_w2=False, seed=s.seed,
                 )  # fmt: skip
             except UserError as error:
                 return f"no forecast: {error}"
             own = dict(zip(once, map(plain_forecast, forecasts), strict=True))
             found |= {name: own[pair] for name, pair in zip(names, pairs, strict=True)}
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
-        return f"{len(found)} runs forecast from {len(reference.rewards)} samples of the model"
+        return f"{len(found)} runs forecast from {len(reference.samples)} samples of the model"
 
     def _forecasts(self) -> dict[str, Any]:
         return json.loads(self.run.forecast.read_text()) if self.run.forecast.is_file() else {}
