@@ -58,7 +58,8 @@ class Result:
         """Forecast and reached, where round 1 made a forecast."""
         if not self.run.forecast.is_file():
             return None
-        return reached_line(json.loads(self.run.forecast.read_text()), self.after.reward.mean)
+        found = json.loads(self.run.forecast.read_text())
+        return reached_line(found, self.after.reward.mean, len(self.records))
 
     def by_phase(self) -> dict[str, float]:
         """Seconds of the loop by phase, over all rounds."""
@@ -87,15 +88,14 @@ class Finetuning:
         self.settings, self.loaded, self.run, self.resumed = settings, loaded, run, False
         reward, holdout = make_reward(settings.reward, settings), make_holdout(settings)
         self.judge = judge_for(loaded.policy.data, reward, reward.name, holdout)
-        self.reference = loaded.policy.frozen_copy()
         self.trainer = Trainer(
             loaded.policy,
             reward,
             settings,
             holdout=holdout,
-            reference=self.reference,
             features=self.judge.features,
         )
+        self.reference = self.trainer.reference
 
     @classmethod
     def prepare(
@@ -164,7 +164,7 @@ class Finetuning:
         self.run.samples.mkdir(exist_ok=True)
         policy = self.reference
         state = {"kind": "reference", "model": policy.model, "data": policy.data, "shape": list(policy.shape)}
-        checkpoint.save(self.run.reference, state, model=policy.network.state_dict())
+        checkpoint.save(self.run.reference, state, model=policy.weights())
         self._picture(0)
 
     def _go_on(self) -> None:

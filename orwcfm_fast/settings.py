@@ -81,6 +81,7 @@ class Predict(Sampling, RewardOptions):
     weights: Weights = Field("exp", description="from reward to weight: exp(τ·r); r; exp(τ·standardised r)")
     normalize_weights: bool = Field(True, description="divide weights by their mean over the round")
     n: int = Field(1024, ge=2, description="samples of the model that the forecast rests on")
+    scored: int = Field(4096, ge=2, description="samples for the mean reward that the forecast starts from")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     want_reward: float | None = Field(None, description="answer with the α that reaches this reward")
     want_w2: float | None = Field(None, description="answer with the α that ends at this coupled W2")
@@ -141,11 +142,11 @@ class Finetune(Training, Sampling, RewardOptions):
         "independent", description="of noise and sample; ot: minibatch optimal transport"
     )
     rounds: int = Field(8, ge=1, description="online rounds")
-    steps_per_round: int = Field(128, ge=1, description="gradient steps a round")
+    steps_per_round: int = Field(112, ge=1, description="gradient steps a round")
     cooldown: float = Field(
         0.5, ge=0, le=1, description="share of each round's steps over which the rate falls to zero"
     )
-    rollout: int = Field(768, ge=2, description="samples drawn a round")
+    rollout: int = Field(1536, ge=2, description="samples drawn a round")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     probe: int = Field(
         128, ge=2, description="fixed-noise samples that W2 and pictures follow through the rounds"
@@ -153,6 +154,7 @@ class Finetune(Training, Sampling, RewardOptions):
     eval_n: int = Field(2048, ge=2, description="held-out samples of the closing table")
     save_every: int = Field(1, ge=1, description="rounds between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    lora: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains all weights")
     wandb: str = Field("", description="log to this Weights & Biases project as well")
 
 

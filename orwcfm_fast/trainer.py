@@ -12,6 +12,7 @@ from orwcfm_fast import checkpoint, noise
 from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
 from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
 from orwcfm_fast.rollout import Reward, Rollout, draw, sample, start_noise
@@ -63,6 +64,8 @@ class Trainer:
         self.reward, self.holdout = make_reward(reward, name=reward_name), holdout
         self.scores: Scores | None = None  # of the last rollout
         self.held_out: Scores | None = None
+        if settings.lora:
+            add_lora(policy.network, settings.lora, seed=settings.seed)
         self.reference = reference or policy.frozen_copy()
         self.features = features or (lambda x: x)
         self.watch = watch or (lambda progress: None)
@@ -163,13 +166,17 @@ class Trainer:
         checkpoint.save(
             path,
             state,
-            model=self.policy.network.state_dict(),
+            model=self.policy.weights(),
             optimizer=checkpoint.optimizer_tensors(self.learner.optimizer),
+            **({"lora": lora_state(self.policy.network)} if self.settings.lora else {}),
         )
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Go on from a checkpoint written by `save`."""
-        checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
+        if self.settings.lora:
+            load_lora(self.policy.network, found.tensors.get("lora", {}), str(found.path))
+        else:
+            checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
         checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
         self.round, self.steps = int(found.state["round"]), int(found.state["step"])
         self.probe = sample(self.policy, self.probe_noise, self.settings, self.settings.chunk)
