@@ -138,7 +138,7 @@ class Finetune(Training, Sampling, RewardOptions):
     eval_n: int = Field(2048, ge=4, description="held-out samples of the closing table")
     save_every: int = Field(1, ge=1, description="rounds between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
-    wandb: str = Field("", description="log to this Weights & Biases project as well")
+    log: list[str] = Field([], description="also log to tensorboard, wandb or wandb:PROJECT; repeat for both")
 
 
 class Sweep(Finetune):
