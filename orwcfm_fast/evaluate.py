@@ -68,7 +68,13 @@ class Measures:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Measures":
         """What `to_dict` gave."""
-        return cls(**{k: Interval(**v) if isinstance(v, dict) else v for k, v in values.items()})
+        found: dict[str, Any] = dict(values)
+        for key, value in values.items():
+            if key in ("rewards", "holdout"):
+                found[key] = {name: Interval(**v) for name, v in value.items()}
+            elif isinstance(value, dict):
+                found[key] = Interval(**value)
+        return cls(**found)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from orwcfm_fast.rewards import make_holdout, make_reward
 from orwcfm_fast.run import Run, next_run_path, resumed_settings, write_text
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.tracking import tracker
+from orwcfm_fast.tracking import Log, check_loggers, loggers
 from orwcfm_fast.trainer import PHASES, Progress, Trainer
 
 PICTURE_SAMPLES = 64
@@ -124,6 +124,7 @@ class Finetuning:
             settings = resumed_settings(run, Finetune, given, RESUME_MAY_CHANGE)
         assert settings is not None
         solver_times(settings.nfe, settings.solver, settings.grid)
+        check_loggers(settings.log)
         device = resolve_device(settings.device)
         if settings.reward:
             make_reward(settings.reward, settings)
@@ -198,7 +199,7 @@ class Finetuning:
     def train(
         self,
         watch: Callable[[Progress], None] | None = None,
-        on_round: Callable[[dict[str, Any]], None] | None = None,
+        on_round: Log | None = None,
         on_forecast: Callable[[str], None] | None = None,
     ) -> None:
         """All rounds that are left; each is recorded, saved and shown.
@@ -206,10 +207,14 @@ class Finetuning:
         Raises:
             WorkError: the reward failed, or something became non-finite; says where the run is saved.
         """
-        s = self.settings
-        log = tracker(s, self.run.path.name, str(self.run.path))
         if watch:
             self.trainer.watch = watch
+        s = self.settings
+        with loggers(s.log, self.run.path, self.run.path.name, s.model_dump()) as log:
+            self._rounds(log, on_round, on_forecast)
+
+    def _rounds(self, log: Log, on_round: Log | None, on_forecast: Callable[[str], None] | None) -> None:
+        s = self.settings
         try:
             for record in self.trainer.train(s.rounds):
                 self.run.append(record)
@@ -298,7 +303,7 @@ class Finetuning:
         return result
 
 
-RESUME_MAY_CHANGE = ("rounds", "device", "wandb")
+RESUME_MAY_CHANGE = ("rounds", "device", "log")
 
 
 def run_name(settings: Finetune) -> str:

@@ -171,7 +171,7 @@ def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
 def _expected(rounds: list[dict[str, float]], key: str, error: str = "") -> Series:
     """The forecast of one figure, its bars two standard errors."""
     x, y = [r["round"] for r in rounds], [r[key] for r in rounds]
-    bars = {}
+    bars: dict[str, Any] = {}
     if error:
         bars["y_low"] = [r[key] - 2 * r[error] for r in rounds]
         bars["y_high"] = [r[key] + 2 * r[error] for r in rounds]

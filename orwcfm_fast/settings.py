@@ -163,7 +163,7 @@ class Finetune(Training, Sampling, RewardOptions):
     save_every: int = Field(1, ge=1, description="rounds between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     lora: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains all weights")
-    wandb: str = Field("", description="log to this Weights & Biases project as well")
+    log: list[str] = Field([], description="also log to tensorboard, wandb or wandb:PROJECT; repeat for both")
 
 
 class Sweep(Finetune):

@@ -23,6 +23,7 @@ from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.run import Run, is_run, next_run_path, read_command, write_text
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune, Predict, Sweep, build, read_toml
+from orwcfm_fast.tracking import check_loggers
 from orwcfm_fast.trainer import Progress
 
 MAY_CHANGE = ("alpha", "tau", "device", "log")
@@ -121,6 +122,7 @@ class Sweeping:
             settings = _widened(begun, given)
         runs = grid(settings)
         solver_times(settings.nfe, settings.solver, settings.grid)
+        check_loggers(settings.log)
         if settings.reward:
             make_reward(settings.reward, settings)
         s = settings
