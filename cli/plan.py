@@ -9,11 +9,12 @@ import typer
 from orwcfm_fast.cli import console
 from orwcfm_fast.cli.app import app
 from orwcfm_fast.cli.common import Config, Debug, Json, Model, Quiet, settings
-from orwcfm_fast.cli.console import number, plain_table, say
+from orwcfm_fast.cli.console import plain_table, say
 from orwcfm_fast.cli.look import Data, Preset, load, reward_for
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Finetune, Predict
+from orwcfm_fast.table import number
 
 if TYPE_CHECKING:
     from orwcfm_fast.forecast import Forecast
@@ -76,7 +77,7 @@ def predict(
         reward = reward_for(s, loaded)
     say(f"model: {shown}; reward {reward.name}", quiet or as_json)
     if exact:
-        _show_exact(prediction.exact_grid(name, reward, s), as_json)
+        _show_exact(prediction.exact_grid(prediction.known_density(name), reward, s), as_json)
         return
     policy = _reference_of(loaded, loader)
     reference = prediction.draw_reference(policy, reward, s)

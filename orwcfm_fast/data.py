@@ -16,6 +16,7 @@ from orwcfm_fast.registry import Registry
 DATA = Registry("data", group="orwcfm.data")
 TOY_SAMPLES = 50_000
 MAX_PIXELS = 50_000_000  # of one picture
+SHIPPED = ("digits", "two-gaussians", "8gaussians", "moons", "checkerboard")  # at hand on every machine
 
 
 @dataclass(frozen=True)

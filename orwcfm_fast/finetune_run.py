@@ -1,6 +1,7 @@
 """A whole fine-tuning run: load, train, record, save, evaluate. What `orwcfm finetune` calls."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -15,19 +16,21 @@ from orwcfm_fast.data import source
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, RewardError, UserError
 from orwcfm_fast.evaluate import Measures, evaluate, judge_for
-from orwcfm_fast.files import write_text
+from orwcfm_fast.files import read_small, write_text
 from orwcfm_fast.interrupt import Interruption, Stop
 from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
 from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
-from orwcfm_fast.rewards import check_code_named, make_reward, user_code
+from orwcfm_fast.report import run_report
+from orwcfm_fast.rewards import check_code_named, make_holdout, make_reward, user_code
 from orwcfm_fast.run import Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.tracking import tracker
+from orwcfm_fast.tracking import Log, check_loggers, loggers
 from orwcfm_fast.trainer import PHASES, Progress, Trainer
 
 PICTURE_SAMPLES = 64
+MAX_FORECAST_BYTES = 1 << 20
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Result:
             "images_per_s_train": _mean(self.records, "images_per_s_train"),
             "seconds": self.seconds,
             "seconds_by_phase": self.by_phase(),
+            "seconds_by_reward": self.by_reward(),
             "settings": self.settings.model_dump(),
             "versions": checkpoint.versions(),
         }
@@ -60,19 +64,19 @@ class Result:
     def forecast(self) -> str | None:
         """Forecast and reached, where round 1 made a forecast."""
         try:
-            return reached_line(json.loads(self.run.forecast.read_bytes()), self.after.reward.mean)
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            RecursionError,
-        ):  # none was made, or it is damaged
+            found = json.loads(self.run.forecast.read_bytes())
+            return reached_line(found, self.after.reward.mean, len(self.records))
+        except FileNotFoundError:
             return None
 
     def by_phase(self) -> dict[str, float]:
         """Seconds of the loop by phase, over all rounds."""
         return {p: sum(r[f"seconds_{p}"] for r in self.records) for p in (*PHASES, "probe")}
+
+    def by_reward(self) -> dict[str, float]:
+        """Seconds of each reward over all rounds, where there are several."""
+        names = self.records[-1].get("seconds_rewards", {})
+        return {name: sum(r["seconds_rewards"][name] for r in self.records) for name in names}
 
 
 def _mean(records: list[dict[str, Any]], key: str) -> float:
@@ -90,17 +94,16 @@ class Finetuning:
 
     def __init__(self, settings: Finetune, loaded: Loaded, run: Run) -> None:
         self.settings, self.loaded, self.run, self.resumed = settings, loaded, run, False
-        reward = make_reward(settings.reward, settings)
-        self.judge = judge_for(loaded.policy.data, reward, reward.name)
-        self.reference = loaded.policy.frozen_copy()
+        reward, holdout = make_reward(settings.reward, settings), make_holdout(settings)
+        self.judge = judge_for(loaded.policy.data, reward, reward.name, holdout)
         self.trainer = Trainer(
             loaded.policy,
             reward,
             settings,
-            reward_name=reward.name,
-            reference=self.reference,
+            holdout=holdout,
             features=self.judge.features,
         )
+        self.reference = self.trainer.reference
 
     @classmethod
     def prepare(
@@ -126,26 +129,29 @@ class Finetuning:
         if resume:
             run = Run(resume)
             settings = resumed_settings(run, Finetune, given, RESUME_MAY_CHANGE)
-            check_code_named(settings.reward, given.get("reward", []), run.config)
+            for key in ("reward", "holdout_reward"):
+                check_code_named(getattr(settings, key), given.get(key, []), run.config, key)
         assert settings is not None
         solver_times(settings.nfe, settings.solver, settings.grid)
+        check_loggers(settings.log)
         device = resolve_device(settings.device)
         if settings.reward:
             make_reward(settings.reward, settings)
+        make_holdout(settings)
         loader = Loader(device, settings.precision, settings.model, settings.data, watch_pretraining)
         if resume:
-            run.lock()
-            try:
-                begun = checkpoint.is_checkpoint(run.reference)  # else it was killed before its first round
-                task = cls(settings, loader.load(str(run.reference) if begun else settings.checkpoint), run)
-                task._go_on()
-            except BaseException:
-                run.unlock()
-                raise
-            return task
+            begun = checkpoint.is_checkpoint(run.reference)  # else it was killed before its first round
+            return cls.go_on(settings, loader.load(str(run.reference) if begun else settings.checkpoint), run)
         loaded = loader.load(settings.checkpoint) if settings.checkpoint else loader.default()
-        settings = _resolved(settings, loaded)
-        run = Run(out or next_run_path(_name(settings)))
+        return cls.begin(settings, loaded, out, overwrite)
+
+    @classmethod
+    def begin(
+        cls, settings: Finetune, loaded: Loaded, out: Path | None = None, overwrite: bool = False
+    ) -> "Finetuning":
+        """A new run of a model that is loaded."""
+        settings = resolved(settings, loaded)
+        run = Run(out or next_run_path(run_name(settings)))
         task = cls(settings, loaded, run)
         task.run = Run.create(run.path, overwrite)
         try:
@@ -155,8 +161,27 @@ class Finetuning:
             raise
         return task
 
+    @classmethod
+    def go_on(cls, settings: Finetune, loaded: Loaded, run: Run) -> "Finetuning":
+        """A run that was begun, from its newest checkpoint; `loaded` is its reference."""
+        run.lock()
+        try:
+            task = cls(settings, loaded, run)
+            task._go_on()
+        except BaseException:
+            run.unlock()
+            raise
+        return task
+
     def notes(self) -> list[str]:
         """What the user should know before the first round."""
+        if not self.resumed:
+            return self.about()
+        more = f" and {len(self.trainer.begun.losses)} steps" if self.trainer.begun else ""
+        return [*self.about(), f"resumed after round {self.trainer.round}{more}"]
+
+    def about(self) -> list[str]:
+        """What is run, in words."""
         s = self.settings
         lines = [
             f"α={s.alpha:g} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {s.rounds} rounds of {s.rollout} "
@@ -165,9 +190,6 @@ class Finetuning:
         ]
         if self.judge.accuracy is not None:
             lines.append(f"digits classifier: {self.judge.accuracy:.1%} on 360 held-out real digits")
-        if self.resumed:
-            where = f" and {len(self.trainer.begun.losses)} steps" if self.trainer.begun else ""
-            lines.append(f"resumed after round {self.trainer.round}{where}")
         return lines
 
     def _begin(self) -> None:
@@ -176,7 +198,7 @@ class Finetuning:
         self.run.samples.mkdir(exist_ok=True)
         policy = self.reference
         state = {"kind": "reference", "model": policy.model, "data": policy.data, "shape": list(policy.shape)}
-        checkpoint.save(self.run.reference, state, model=policy.network.state_dict())
+        checkpoint.save(self.run.reference, state, model=policy.weights())
         self._picture(0)
 
     def _go_on(self) -> None:
@@ -190,12 +212,20 @@ class Finetuning:
             return
         self.run.write_config("finetune", self.settings)
         self.trainer.restore(newest)
+        self._check_forecast()
         self.run.truncate_metrics(self.trainer.round)
+
+    def _check_forecast(self) -> None:
+        """A forecast that cannot be read is none; the report would stumble over it after all the training."""
+        try:
+            reached_line(json.loads(read_small(self.run.forecast, MAX_FORECAST_BYTES)), 0.0, 1)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            self.run.forecast.unlink(missing_ok=True)
 
     def train(
         self,
         watch: Callable[[Progress], None] | None = None,
-        on_round: Callable[[dict[str, Any]], None] | None = None,
+        on_round: Log | None = None,
         on_forecast: Callable[[str], None] | None = None,
     ) -> None:
         """All rounds that are left; each is recorded, saved and shown.
@@ -207,12 +237,13 @@ class Finetuning:
         """
         if watch:
             self.trainer.watch = watch
-        resume = self._resume_command()
+        s, resume = self.settings, self._resume_command()
         try:
             with Interruption(f"left at once; {resume}") as interruption:
                 try:
                     self.trainer.pause = interruption.pause
-                    self._train(on_round, on_forecast)
+                    with loggers(s.log, self.run.path, self.run.path.name, s.model_dump()) as log:
+                        self._train(log, on_round, on_forecast)
                 except Stop:
                     where = f"interrupted in round {self.trainer.round + 1}, saved at {self.save()}"
                     raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
@@ -230,12 +261,11 @@ class Finetuning:
                 self.run.unlock()
 
     def _resume_command(self) -> str:
-        reward = self.settings.reward
-        return resume_command(self.run, "finetune", reward if user_code(reward) else ())
+        named = {key: getattr(self.settings, key) for key in ("reward", "holdout_reward")}
+        return resume_command(self.run, "finetune", {k: v for k, v in named.items() if user_code(v)})
 
-    def _train(self, on_round, on_forecast) -> None:
+    def _train(self, log: Log, on_round: Log | None, on_forecast: Callable[[str], None] | None) -> None:
         s = self.settings
-        log = tracker(s, self.run.path.name, str(self.run.path))
         for record in self.trainer.train(s.rounds):
             self.run.append(record)
             log(record)
@@ -255,7 +285,12 @@ class Finetuning:
         """Forecast this run from its first rollout, at no extra samples; one line."""
         assert self.trainer.rollout
         try:
-            found = forecast_run(self.trainer.rollout, self.settings)
+            with torch.inference_mode():
+                found = forecast_run(
+                    self.trainer.rollout,
+                    self.settings,
+                    lambda x: self.judge.features(self.reference.decode(x)),
+                )
         except UserError as error:  # a forecast is a comment on the run, never its end
             return f"no forecast: {error}"
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
@@ -282,9 +317,12 @@ class Finetuning:
         return history.best_step(self.run.checkpoints, records, s.best, lambda n: n * s.steps_per_round)
 
     def _picture(self, number: int) -> None:
-        policy = self.trainer.policy
-        probe = policy.decode(self.trainer.probe[:PICTURE_SAMPLES])
+        probe = self._shown(self.trainer.probe)
         save_samples(self.run.samples / f"round_{number:03d}.png", {f"round {number}": probe})
+
+    def _shown(self, x: torch.Tensor) -> torch.Tensor:
+        """What of the probe fits a picture: the first images, all vectors."""
+        return self.reference.decode(x[:PICTURE_SAMPLES] if x.dim() == 4 else x)
 
     def finish(self, began: float) -> Result:
         """Held-out evaluation before and after, the pictures and summary.json."""
@@ -308,29 +346,30 @@ class Finetuning:
             s.eval_n,
             s.chunk,
         )
+        for rewards in (trainer.reward, trainer.holdout):
+            if rewards:
+                rewards.close()
         records = self.run.read_metrics()
-        decode = trainer.policy.decode
-        pictures = {
-            "before": decode(trainer.probe_reference[:PICTURE_SAMPLES]),
-            "after": decode(trainer.probe[:PICTURE_SAMPLES]),
-        }
+        pictures = {"before": self._shown(trainer.probe_reference), "after": self._shown(trainer.probe)}
         save_samples(self.run.samples / "before_after.png", pictures)
         save_curves(self.run.path / "curves.png", records)
         result = Result(self.run, s, before, after, records, time.perf_counter() - began, self.best())
+        run_report(result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()])
         write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
         return result
 
 
-RESUME_MAY_CHANGE = ("rounds", "device", "wandb")
+RESUME_MAY_CHANGE = ("rounds", "device", "log")
 
 
-def _name(settings: Finetune) -> str:
+def run_name(settings: Finetune) -> str:
     """<data>-<reward>-a1-t0.5, for a run's directory."""
-    name = f"{settings.data}-{'+'.join(settings.reward)}-a{settings.alpha:g}-t{settings.tau:g}"
+    rewards = re.sub(r"[^:+]*/", "", "+".join(settings.reward))[:100]  # without the folders of files
+    name = f"{settings.data}-{rewards}-a{settings.alpha:g}-t{settings.tau:g}"
     return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
 
 
-def _resolved(settings: Finetune, loaded: Loaded) -> Finetune:
+def resolved(settings: Finetune, loaded: Loaded) -> Finetune:
     """The settings with everything filled in that the loaded model decides."""
     policy = loaded.policy
     filled = {

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from pydantic import BaseModel
 
 from orwcfm_fast import history
 from orwcfm_fast.errors import UserError, WorkError, warn
-from orwcfm_fast.files import read_small, write_text
+from orwcfm_fast.files import open_regular, read_small, write_text
 from orwcfm_fast.lock import LOCK, Lock
-from orwcfm_fast.settings import MAX_TOML_BYTES, S, build, read_toml, to_toml
+from orwcfm_fast.settings import S, build, read_toml, to_toml
 
 CONFIG, METRICS, SUMMARY, FORECAST = "config.toml", "metrics.jsonl", "summary.json", "forecast.json"
 HEADER = "# orwcfm "
@@ -145,12 +144,19 @@ def _has_content(path: Path) -> bool:
     return any(p.name not in (LOCK, f".{CONFIG}.part") for p in path.iterdir())
 
 
+def read_command(path: Path) -> str:
+    """The command that made a directory (pretrain, finetune, sweep); empty where it is none of ours."""
+    try:
+        with open_regular(path / CONFIG) as file:
+            first = file.readline(80).decode()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return first.removeprefix(HEADER).strip() if first.startswith(HEADER) else ""
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is a run: its config.toml begins as ours do."""
-    try:
-        return read_small(path / CONFIG, MAX_TOML_BYTES).startswith(HEADER.encode())
-    except OSError:
-        return False
+    return bool(read_command(path))
 
 
 def resumed_settings(run: Run, kind: type[S], given: dict[str, Any], may_change: tuple[str, ...]) -> S:
@@ -170,9 +176,9 @@ def resumed_settings(run: Run, kind: type[S], given: dict[str, Any], may_change:
     return build(kind, written.model_dump(), given)
 
 
-def resume_command(run: Run, command: str, reward: Sequence[str] = ()) -> str:
-    """What to type to go on with a run; `reward` where it is code and must be named again."""
-    again = [f"--reward {shlex.quote(s)}" for s in reward]
+def resume_command(run: Run, command: str, named: dict[str, list[str]] | None = None) -> str:
+    """What to type to go on with a run; `named` are its rewards that are code and must be named again."""
+    again = [f"--{k.replace('_', '-')} {shlex.quote(s)}" for k, specs in (named or {}).items() for s in specs]
     return " ".join([f"orwcfm {command} --resume {shlex.quote(str(run.path))}", *again])
 
 
@@ -184,7 +190,7 @@ def next_run_path(stem: str, root: Path = Path("runs")) -> Path:
     return path
 
 
-def newest_run(root: Path = Path("runs")) -> Path | None:
-    """The run under ./runs that was begun last and has a checkpoint."""
-    found = [p for p in root.glob("*") if is_run(p) and any((p / "checkpoints").glob("step_*"))]
+def newest_run(pattern: str = "*", root: Path = Path("runs")) -> Path | None:
+    """The run under ./runs, of a name like that, which was begun last and has a checkpoint."""
+    found = [p for p in root.glob(pattern) if is_run(p) and any((p / "checkpoints").glob("step_*"))]
     return max(found, key=lambda p: ((p / CONFIG).stat().st_mtime_ns, p.name), default=None)

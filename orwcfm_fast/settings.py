@@ -16,6 +16,9 @@ Weights = Literal["exp", "linear", "advantage"]
 Coupling = Literal["independent", "ot"]
 Best = Literal["reward_mean", "reward_max", "ess", "diversity", "w2_coupled", "none"]
 Precision = Literal["auto", "fp32", "bf16"]
+DATA_DIR = "where downloaded datasets lie; default under the cache"
+FeatureChoice = Literal["auto", "classifier", "clip", "inception", "pixels"]
+Against = Literal["auto", "data", "reference", "none"]
 
 
 class Settings(BaseModel):
@@ -34,10 +37,29 @@ class RewardOptions(Settings):
     """Which reward, and what some rewards need besides their name."""
 
     reward: list[str] = Field([], description="NAME[:ARG][=WEIGHT], file.py:f or module:f; repeat to add up")
+    holdout_reward: list[str] = Field(
+        [], description="measured each round, never trained on: shows reward hacking; repeat for several"
+    )
+    reward_timeout: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="process: seconds to wait for its worker's answer"
+    )
     prompt: list[str] = Field([], description="clip: what the image should show; repeat for several")
     negative: list[str] = Field([], description="clip: what it should not show; repeat for several")
-    clip_model: str = Field("ViT-B-32", description="clip: open_clip architecture")
+    clip_score: Literal["probability", "cosine"] = Field(
+        "probability", description="clip: probability of the prompts minus the negatives; or mean cosines"
+    )
+    clip_model: str = Field("ViT-B-32", description="clip: open_clip architecture, or local-dir:FOLDER")
     clip_weights: str = Field("openai", description="clip: open_clip pretrained tag, or a weights file")
+    clip_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="clip: bf16 is faster on a GPU; features move by about 0.5 %"
+    )
+    data_dir: str = Field("", description=DATA_DIR)
+    classifier_size: int = Field(
+        0, ge=0, description="classifier: side that images are resized to; 0: the architecture's own"
+    )
+    classifier_pixels: Literal["own", "half", "unit"] = Field(
+        "own", description="classifier: the architecture's own mean and deviation, or [-1, 1], or [0, 1]"
+    )
 
 
 class Sampling(Settings):
@@ -51,8 +73,14 @@ class Sampling(Settings):
 class Evaluation(Sampling, RewardOptions):
     """Held-out samples and what is measured on them."""
 
-    n: int = Field(2048, ge=2, description="held-out samples; exact W2 uses at most 2,048")
+    n: int = Field(2048, ge=4, description="held-out samples; exact W2 uses at most 2,048")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
+    features: FeatureChoice = Field(
+        "auto", description="of diversity and fidelity: classifier (digits), clip, inception, pixels"
+    )
+    against: Against = Field(
+        "auto", description="fidelity against data, reference or none; auto: data that needs no download"
+    )
 
 
 class Predict(Sampling, RewardOptions):
@@ -64,6 +92,7 @@ class Predict(Sampling, RewardOptions):
     weights: Weights = Field("exp", description="from reward to weight: exp(τ·r); r; exp(τ·standardised r)")
     normalize_weights: bool = Field(True, description="divide weights by their mean over the round")
     n: int = Field(1024, ge=2, description="samples of the model that the forecast rests on")
+    scored: int = Field(4096, ge=2, description="samples for the mean reward that the forecast starts from")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     want_reward: float | None = Field(None, description="answer with the α that reaches this reward")
     want_w2: float | None = Field(None, description="answer with the α that ends at this coupled W2")
@@ -90,7 +119,7 @@ class Pretrain(Training):
     """Settings of `orwcfm pretrain`."""
 
     data: str = Field("digits", description="dataset (orwcfm list data); folder:PATH for a folder of images")
-    data_dir: str = Field("", description="where downloaded datasets lie; default under the cache")
+    data_dir: str = Field("", description=DATA_DIR)
     model: str = Field("", description="network preset (orwcfm list models); default: the data's")
     steps: int = Field(1000, ge=1, description="gradient steps")
     batch: int = Field(128, ge=1, description="samples a gradient step")
@@ -99,6 +128,7 @@ class Pretrain(Training):
     cooldown: float = Field(
         0.4, ge=0, le=1, description="share of the steps over which the rate falls to zero"
     )
+    flip: bool = Field(False, description="mirror images left to right, each other time by chance")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
 
 
@@ -116,24 +146,36 @@ class Finetune(Training, Sampling, RewardOptions):
     )
     weights: Weights = Field("exp", description="from reward to weight: exp(τ·r); r; exp(τ·standardised r)")
     normalize_weights: bool = Field(True, description="divide weights by their mean over the round")
+    standardize_rewards: bool = Field(
+        False, description="several rewards: each to mean 0, deviation 1 over the round before they add up"
+    )
     coupling: Coupling = Field(
         "independent", description="of noise and sample; ot: minibatch optimal transport"
     )
     rounds: int = Field(8, ge=1, description="online rounds")
-    steps_per_round: int = Field(128, ge=1, description="gradient steps a round")
+    steps_per_round: int = Field(112, ge=1, description="gradient steps a round")
     cooldown: float = Field(
         0.5, ge=0, le=1, description="share of each round's steps over which the rate falls to zero"
     )
-    rollout: int = Field(768, ge=2, description="samples drawn a round")
+    rollout: int = Field(1536, ge=2, description="samples drawn a round")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     probe: int = Field(
         128, ge=2, description="fixed-noise samples that W2 and pictures follow through the rounds"
     )
-    eval_n: int = Field(2048, ge=2, description="held-out samples of the closing table")
+    eval_n: int = Field(2048, ge=4, description="held-out samples of the closing table")
     save_every: int = Field(1, ge=1, description="rounds between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     best: Best = Field("reward_mean", description="metric whose best checkpoint is kept as well, or none")
-    wandb: str = Field("", description="log to this Weights & Biases project as well")
+    lora: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains all weights")
+    log: list[str] = Field([], description="also log to tensorboard, wandb or wandb:PROJECT; repeat for both")
+
+
+class Sweep(Finetune):
+    """Settings of `orwcfm sweep`: those of each run, with lists where the grid has several values."""
+
+    alpha: list[float] = Field([0.0, 0.1, 0.3, 1.0], description="W2 weights α; repeat for several")  # type: ignore[assignment]
+    tau: list[float] = Field([0.5], description="temperatures τ; repeat for several")  # type: ignore[assignment]
+    set: list[str] = Field([], description="values of any other setting, KEY=V1,V2; repeat for several")
 
 
 S = TypeVar("S", bound=BaseModel)

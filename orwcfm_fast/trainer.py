@@ -12,8 +12,10 @@ from orwcfm_fast import checkpoint, noise
 from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
 from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.policy import Policy
-from orwcfm_fast.rollout import Reward, Rollout, draw, sample, score, start_noise
+from orwcfm_fast.rewards import RewardSum, Scores, make_reward
+from orwcfm_fast.rollout import Reward, Rollout, draw, sample, start_noise
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
 from orwcfm_fast.weighting import check_bounded, check_positive, effective_sample_size, weigh
@@ -45,6 +47,8 @@ class Trainer:
         policy: pretrained; its network is trained in place.
         reward: decoded samples [B, …] → [B] numbers; no gradient needed.
         settings: all of `orwcfm finetune`.
+        reward_name: of a reward that is a bare function, in messages.
+        holdout: rewards that are measured on each rollout and never trained on.
         reference: the anchor; by default a frozen copy of the policy as it is now.
         features: samples → features [B, F] in which diversity is measured; pixels where None.
         watch: called with a Progress at each phase of each step.
@@ -61,14 +65,19 @@ class Trainer:
         settings: Finetune,
         *,
         reward_name: str = "reward",
+        holdout: RewardSum | None = None,
         reference: Policy | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
         watch: Callable[[Progress], None] | None = None,
     ) -> None:
         if settings.coupling == "ot" and settings.batch < 2:
             raise UserError("coupling 'ot' needs a batch of at least 2")
-        self.policy, self.reward, self.settings = policy, reward, settings
-        self.reward_name = reward_name
+        self.policy, self.settings = policy, settings
+        self.reward, self.holdout = make_reward(reward, name=reward_name), holdout
+        self.scores: Scores | None = None  # of the last rollout
+        self.held_out: Scores | None = None
+        if settings.lora:
+            add_lora(policy.network, settings.lora, seed=settings.seed)
         self.reference = reference or policy.frozen_copy()
         self.features = features or (lambda x: x)
         self.watch = watch or (lambda progress: None)
@@ -126,8 +135,11 @@ class Trainer:
             rollout = draw(self.policy, s.rollout, number, s.seed, s, s.chunk, self.pause)
         self.watch(Progress(number, 0, "reward"))
         with self.phases("reward"):
-            samples, seed = self.policy.decode(rollout.x1), s.seed * 1_000_003 + number
-            rollout.reward = score(self.reward, samples, self.reward_name, f"round {number + 1}", seed)
+            samples, where = self.policy.decode(rollout.x1), f"round {number + 1}"
+            seed = s.seed * 1_000_003 + number
+            self.scores = self.reward.scores(samples, where, seed)
+            self.held_out = self.holdout.scores(samples, where, seed) if self.holdout else None
+            rollout.reward = self.trained_on(self.scores)
         return rollout
 
     def minibatches(self, rollout: Rollout, w: Tensor, number: int, skip: int = 0) -> Iterator[Batch]:
@@ -157,11 +169,14 @@ class Trainer:
         loss_fm, loss_w2 = losses.tolist()
         if not (math.isfinite(loss_fm) and math.isfinite(loss_w2)):
             raise WorkError(f"round {self.round}: the loss is not finite; lower --lr or raise --alpha")
+        assert self.scores
+        reward = self.scores.total
         return {
             "round": self.round,
-            "reward_mean": float(rollout.reward.mean()),
-            "reward_std": float(rollout.reward.std(correction=0)),
-            "reward_max": float(rollout.reward.max()),
+            "reward_mean": float(reward.mean()),
+            "reward_std": float(reward.std(correction=0)),
+            "reward_max": float(reward.max()),
+            **by_name(self.scores, self.held_out),
             "loss_fm": loss_fm,
             "loss_w2": loss_w2,
             "ess": effective_sample_size(w),
@@ -178,18 +193,21 @@ class Trainer:
         state = {"kind": "finetune", "round": self.round, "step": self.steps_taken, **describe(self.policy)}
         begun = {}
         if self.begun and self.begun.losses:
-            rollout = self.begun.rollout
-            begun = {"begun": {"reward": rollout.reward, "losses": torch.stack(self.begun.losses)}}
-            begun["begun"]["x1"] = rollout.x1
+            begun["begun"] = {"x1": self.begun.rollout.x1, "losses": torch.stack(self.begun.losses)}
+            for kind, scores in (("scores", self.scores), ("held_out", self.held_out)):
+                values = scores.values.values() if scores else ()
+                begun["begun"] |= {f"{kind}.{k}": v for k, v in enumerate(values)}
+                state[f"seconds_{kind}"] = [*scores.seconds.values()] if scores else []
             # convolutions may round otherwise on samples laid out otherwise
-            state["x1_stride"] = list(rollout.x1.stride())
+            state["x1_stride"] = list(self.begun.rollout.x1.stride())
             state["seconds"] = self.phases.read()
             self.phases.add(state["seconds"])
         checkpoint.save(
             path,
             {**state, **more},
-            model=self.policy.network.state_dict(),
+            model=self.policy.weights(),
             optimizer=checkpoint.optimizer_tensors(self.learner.optimizer),
+            **({"lora": lora_state(self.policy.network)} if self.settings.lora else {}),
             **begun,
         )
 
@@ -200,7 +218,10 @@ class Trainer:
             UserError: it is of another kind or another model.
         """
         with checkpoint.reading(found):
-            checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
+            if self.settings.lora:
+                load_lora(self.policy.network, found.tensors.get("lora", {}), str(found.path))
+            else:
+                checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
             checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
             self.round, step = int(found.state["round"]), int(found.state["step"])
             self.begun = self._begun(found) if "begun" in found.tensors else None
@@ -212,7 +233,7 @@ class Trainer:
 
     def _begun(self, found: checkpoint.Checkpoint) -> Begun:
         s, device, saved = self.settings, self.policy.device, found.tensors["begun"]
-        if saved["x1"].shape != (s.rollout, *self.policy.shape) or saved["reward"].shape != (s.rollout,):
+        if saved["x1"].shape != (s.rollout, *self.policy.shape):
             raise ValueError("a rollout of another run")
         stride = [int(n) for n in found.state["x1_stride"]]
         if sum((n - 1) * k for n, k in zip(saved["x1"].shape, stride, strict=True)) >= saved["x1"].numel():
@@ -220,8 +241,36 @@ class Trainer:
         x1 = torch.empty_strided(saved["x1"].shape, stride, device=device)
         index = noise.indices(self.round * s.rollout, s.rollout, device)
         self.phases.add({name: float(value) for name, value in found.state["seconds"].items()})
-        rollout = Rollout(x1.copy_(saved["x1"]), index, saved["reward"].to(device))
+        self.scores = self._scores(self.reward, found, "scores")
+        self.held_out = self._scores(self.holdout, found, "held_out") if self.holdout else None
+        rollout = Rollout(x1.copy_(saved["x1"]), index, self.trained_on(self.scores))
         return Begun(rollout, [*saved["losses"].to(device)])
+
+    def _scores(self, reward: RewardSum, found: checkpoint.Checkpoint, kind: str) -> Scores:
+        values, weights, seconds = {}, {}, {}
+        for k, (name, weight, _) in enumerate(reward.terms):
+            values[name] = found.tensors["begun"][f"{kind}.{k}"].to(self.policy.device)
+            if values[name].shape != (self.settings.rollout,):
+                raise ValueError("rewards of another run")
+            weights[name], seconds[name] = weight, float(found.state[f"seconds_{kind}"][k])
+        return Scores(values, weights, seconds)
+
+    def trained_on(self, scores: Scores) -> Tensor:
+        """The reward [N] that weights are made of."""
+        return scores.standardized() if self.settings.standardize_rewards else scores.total
+
+
+def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:
+    """Metrics of rewards one by one, where there are several or some are held out."""
+    found: dict[str, Any] = {}
+    if len(scores.values) > 1:
+        found["rewards"] = scores.means()
+    if held_out:
+        found["holdout_mean"] = float(held_out.total.mean())
+        if len(held_out.values) > 1:
+            found["holdout_rewards"] = held_out.means()
+    seconds = scores.seconds | (held_out.seconds if held_out else {})
+    return found | ({"seconds_rewards": seconds} if len(seconds) > 1 else {})
 
 
 def describe(policy: Policy) -> dict[str, Any]:

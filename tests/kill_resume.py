@@ -96,12 +96,12 @@ class Place:
 
     def watch(self) -> None:
         """Tell the place in every part of the loop; what they do is left alone."""
-        from orwcfm_fast import checkpoint, finetune_run, pretrain, pretrain_run, run, step, trainer
+        from orwcfm_fast import checkpoint, finetune_run, pretrain, pretrain_run, rewards, run, step, trainer
 
         self.within("start-up", finetune_run.Finetuning, "prepare")
         self.within("start-up", pretrain_run.PretrainRun, "new")
         self.within("rollout", trainer, "draw")
-        self.within("reward", trainer, "score")
+        self.within("reward", rewards.RewardSum, "scores")
         self.within("step", step.Learner, "step")
         self.within("step", pretrain.Pretrainer, "step")
         self.within("measure", trainer.Trainer, "measure")

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import tracemalloc
 import warnings
 import zipfile
@@ -293,7 +294,7 @@ def test_hostile_clip_weights_run_nothing(name, suffix):
     else:
         file.write_bytes(HOSTILE_PT[name])
     options = RewardOptions(prompt=["a"], negative=["b"], clip_model="ViT-S-32-alt", clip_weights=str(file))
-    with pytest.raises(UserError, match="clip weights") as refused:
+    with pytest.raises(UserError, match="clip-weights") as refused:
         make_reward("clip", options)
     assert "\n" not in str(refused.value)
 
@@ -311,7 +312,7 @@ def stranger(run_cli, tiny_run):
     return tiny_run
 
 
-@pytest.mark.parametrize("spec", ["song.py:f", "song:f", "right=0.5", "song.py:f=0.5"])
+@pytest.mark.parametrize("spec", ["song.py:f=0.5", "song:f", "right=0.5"])
 def test_a_runs_code_runs_only_when_the_user_names_it_too(run_cli, stranger, spec):
     config = stranger / "config.toml"
     config.write_text(config.read_text().replace('"song.py:f"', f'"{spec}"'))
@@ -336,6 +337,38 @@ def test_a_runs_code_runs_only_when_the_user_names_it_too(run_cli, stranger, spe
         Path("canary").unlink()
         other = run_cli("finetune", "--resume", stranger, "--rounds", 4, "--reward", "right")
         assert other.code == 2 and "--reward cannot change" in other.err
+
+
+def test_code_in_other_places_of_a_runs_config_is_held_back_too(run_cli, stranger):
+    config = stranger / "config.toml"
+    text = config.read_text().replace('"song.py:f"', '"right"')
+    config.write_text(text.replace("holdout_reward = []", 'holdout_reward = ["song.py:f"]'))
+    for args in (("finetune", "--resume", stranger, "--rounds", 3), ("evaluate", stranger, "-n", 16)):
+        result = run_cli(*args)
+        assert result.code == 2 and "add --holdout-reward song.py:f" in result.err
+    worker = f"process:{sys.executable}:song.py:f"
+    config.write_text(text.replace('reward = ["right"]', f'reward = ["{worker}"]', 1))
+    result = run_cli("finetune", "--resume", stranger, "--rounds", 3)
+    assert result.code == 2 and f"add --reward {worker}" in result.err
+    small = (
+        "--rollout",
+        32,
+        "--batch",
+        16,
+        "--steps-per-round",
+        2,
+        "--eval-n",
+        16,
+        "--probe",
+        8,
+        "--rounds",
+        1,
+    )
+    assert run_cli("sweep", "--checkpoint", "base", *small, "--alpha", 1, "--quiet", "--out", "s").code == 0
+    own = Path("s/config.toml")
+    own.write_text(own.read_text().replace('reward = ["right"]', 'reward = ["song.py:f"]', 1))
+    result = run_cli("sweep", "--out", "s", "--alpha", 2)
+    assert result.code == 2 and "add --reward song.py:f" in result.err
 
 
 def test_no_config_in_the_working_directory_is_ever_read_unnamed(run_cli, tiny_run):

@@ -49,10 +49,11 @@ def same_end(a: str, b: str) -> None:
 def signal_at(monkeypatch, place: str, count: int, number: int = signal.SIGINT) -> None:
     """Send this process a signal in the `count`-th call of a part of the loop."""
     from orwcfm_fast import rollout, trainer
+    from orwcfm_fast.rewards import RewardSum
 
     where, name = {
         "chunk": (rollout, "solve"),
-        "reward": (trainer, "score"),
+        "reward": (RewardSum, "scores"),
         "step": (Learner, "step"),
         "measure": (trainer.Trainer, "measure"),
     }[place]
@@ -93,14 +94,65 @@ def test_a_signal_between_steps_keeps_the_scored_rollout(run_cli, tiny_run, monk
         signal_at(patch, "step", 6, signal.SIGTERM)
         assert run_cli(*LOOP, "cut").code == 143
     assert {p.name for p in Path("cut/checkpoints/step_6").iterdir()} >= {"begun.safetensors"}
-    from orwcfm_fast import trainer
+    from orwcfm_fast.rewards import RewardSum
 
-    calls = []
-    score = trainer.score
-    monkeypatch.setattr(trainer, "score", lambda *args: calls.append(1) or score(*args))
+    rounds = []
+    scores = RewardSum.scores
+
+    def counted(self, samples, where="", seed=0):
+        rounds.append(where)
+        return scores(self, samples, where, seed)
+
+    monkeypatch.setattr(RewardSum, "scores", counted)
     shown = run_cli("finetune", "--resume", "cut")
     assert "resumed after round 1 and 2 steps" in shown.out
-    assert len(calls) == 1, "only the third round's"
+    assert [r for r in rounds if r.startswith("round")] == ["round 3"]
+
+
+def test_a_begun_round_keeps_every_reward_and_those_held_out(run_cli, tiny_run, monkeypatch):
+    rewards = ("--reward", "right", "--reward", "coordinate=0.5", "--holdout-reward", "radius")
+    more = (*rewards, "--standardize-rewards")
+    assert run_cli(*LOOP, "whole", *more).code == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, "step", 6)
+        assert run_cli(*LOOP, "cut", *more).code == 130
+    assert run_cli("finetune", "--resume", "cut", "--quiet").code == 0
+    same_end("whole", "cut")
+    assert "holdout_mean" in Path("cut/metrics.jsonl").read_text()
+
+
+def test_adapters_are_taken_up_in_mid_round_too(run_cli, tiny_run, monkeypatch):
+    assert run_cli(*LOOP, "whole", "--lora", 2).code == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, "step", 6)
+        assert run_cli(*LOOP, "cut", "--lora", 2).code == 130
+    assert run_cli("finetune", "--resume", "cut", "--quiet").code == 0
+    same_end("whole", "cut")
+
+
+def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_never_was(run_cli, tiny_run, monkeypatch):
+    args = (
+        "sweep",
+        "--checkpoint",
+        "base",
+        *SMALL,
+        "--rounds",
+        2,
+        "--alpha",
+        0,
+        "--alpha",
+        1,
+        "--quiet",
+        "--out",
+    )
+    assert run_cli(*args, "whole").code == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, "step", 10, signal.SIGTERM)
+        cut = run_cli(*args, "cut")
+    assert cut.code == 143 and "orwcfm sweep --out cut goes on" in cut.err and cut.err.count("\n") == 1
+    assert run_cli("sweep", "--out", "cut", "--quiet").code == 0
+    for run in ("a0-t0.5", "a1-t0.5"):
+        same_end(f"whole/{run}", f"cut/{run}")
 
 
 def test_a_reward_that_draws_random_numbers_draws_them_again(run_cli, tiny_run):
@@ -194,8 +246,8 @@ def test_strides_that_do_not_fit_the_samples_are_refused():
     policy = make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))
     loop = Trainer(policy, make_reward("right"), s)
     for stride, fits in ((1, True), (0, True), (10**12, False), (-1, False)):
-        begun = {"x1": torch.zeros(8, 1), "reward": torch.zeros(8), "losses": torch.zeros(1, 2)}
-        state = {"x1_stride": [stride, 1], "seconds": {}}
+        begun = {"x1": torch.zeros(8, 1), "scores.0": torch.zeros(8), "losses": torch.zeros(1, 2)}
+        state = {"x1_stride": [stride, 1], "seconds": {}, "seconds_scores": [0.0]}
         found = checkpoint.Checkpoint(Path("x"), state, {"begun": begun})
         if fits and stride:
             assert loop._begun(found).rollout.x1.stride() == (1, 1)
