@@ -196,7 +196,8 @@ class Trainer:
             begun["begun"] = {"x1": self.begun.rollout.x1, "losses": torch.stack(self.begun.losses)}
             for kind, scores in (("scores", self.scores), ("held_out", self.held_out)):
                 values = scores.values.values() if scores else ()
-                begun["begun"] |= {f"{kind}.{k}": v for k, v in enumerate(values)}
+                # a reward may return a view of its samples; safetensors takes no two tensors in one memory
+                begun["begun"] |= {f"{kind}.{k}": v.clone() for k, v in enumerate(values)}
                 state[f"seconds_{kind}"] = [*scores.seconds.values()] if scores else []
             # convolutions may round otherwise on samples laid out otherwise
             state["x1_stride"] = list(self.begun.rollout.x1.stride())
