@@ -230,8 +230,11 @@ class Sweeping:
             assert watch
             watch(name, (p.round + p.step / s.steps_per_round) / s.rounds)
 
-        task.train(at if watch else None)
-        task.finish(began)
+        try:
+            task.train(at if watch else None)
+            task.finish(began)
+        finally:
+            task.run.unlock()
 
     def _task(self, name: str) -> Finetuning:
         """The run as it stands: new, or to go on with."""

@@ -114,7 +114,8 @@ def test_resuming_past_a_damaged_newest_ends_as_if_it_were_whole(run_cli, tiny_r
 
 
 @pytest.mark.parametrize(
-    "tail", ['{"round": 3', '{"round": 2}\n{"round": 2}\n', "\x00\x00", "[1]\n", '{"a": 1}\n']
+    "tail",
+    ['{"round": 3', '{"round": 2}\n{"round": 2}\n', "\x00\x00", "[1]\n", '{"a": 1}\n', '{"round": 3}\n'],
 )
 def test_metrics_have_no_duplicate_and_no_missing_round_after_a_resume(run_cli, tiny_run, tail):
     with (tiny_run / "metrics.jsonl").open("a") as file:
