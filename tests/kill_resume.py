@@ -274,7 +274,12 @@ def main() -> None:
         assert code == 0, Path("whole.log").read_text()
         for _ in range(kind.trials if options.all else 1):
             trial(kind, whole, seconds, dice, place, tally)
-        print(f"{kind.name}: {tally.equal} of {tally.trials} equal so far", flush=True)
+        print(
+            f"{kind.name}: {tally.equal} of {tally.trials} equal so far",
+            *tally.failures,
+            sep="\n",
+            flush=True,
+        )
     result = {
         "what": "runs killed by kill -9 at random moments and resumed to the end, against uninterrupted ones: "
         "checkpoints, metrics but seconds, pictures and measures of samples, bit for bit",
