@@ -64,7 +64,8 @@ class Measures:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Measures":
         """What `to_dict` gave."""
-        return cls(**{k: Interval(**v) if isinstance(v, dict) else v for k, v in values.items()})
+        read: dict[str, Any] = {k: Interval(**v) if isinstance(v, dict) else v for k, v in values.items()}
+        return cls(**read)
 
 
 @dataclass(frozen=True)

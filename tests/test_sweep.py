@@ -13,7 +13,7 @@ import pytest
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Sweep
-from orwcfm_fast.sweep import grid
+from orwcfm_fast.sweep_grid import grid
 
 ORWCFM = Path(sys.executable).with_name("orwcfm")
 SMALL = ("--rounds", 1, "--rollout", 32, "--batch", 16, "--steps-per-round", 2, "--eval-n", 32, "--probe", 8)
