@@ -6,11 +6,10 @@ with α = 0 it does.
 """
 
 import argparse
-import copy
 import json
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from orwcfm_fast.prediction import draw_reference, forecast_grid
 from orwcfm_fast.pretrain import pretrain
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.rollout import sample, start_noise
-from orwcfm_fast.settings import Finetune, Predict, Pretrain
+from orwcfm_fast.settings import Finetune, Predict, Pretrain, Weights
 from orwcfm_fast.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -46,7 +45,7 @@ class Case:
     reward: str
     alpha: float
     tau: float
-    weights: str = "exp"
+    weights: Weights = "exp"
     bar: float | None = None
 
     @property
@@ -54,17 +53,13 @@ class Case:
         more = {} if self.data == "digits" else POINTS
         return Finetune(
             alpha=self.alpha, tau=self.tau, weights=self.weights, rounds=SETTLED[self.alpha], **more
-        )  # type: ignore[arg-type]
+        )
 
 
-DIGITS = [
-    Case("digits", reward, alpha, tau, weights, bar)
-    for reward, tau, weights, bar in (
-        ("even-digits", 0.5, "exp", 0.05),
-        ("brightness", 0.25, "advantage", None),
-        ("jpeg-compressibility", 0.25, "advantage", None),
-    )
-    for alpha in (1.0, 0.3)
+DIGITS = [Case("digits", "even-digits", alpha, 0.5, bar=0.05) for alpha in SETTLED] + [
+    Case("digits", reward, alpha, 0.25, "advantage")
+    for reward in ("brightness", "jpeg-compressibility")
+    for alpha in SETTLED
 ]
 POINT_CASES = [
     Case(data, "right", alpha, 0.5, bar=0.03)
@@ -83,16 +78,12 @@ def model_of(data: str) -> Policy:
     return pretrain(policy, points, settings, lambda step, loss: None).averaged()
 
 
-def fresh(policy: Policy) -> Policy:
-    return replace(policy, network=copy.deepcopy(policy.network))
-
-
 def calibrate(case: Case, base: Policy) -> dict[str, Any]:
     """Forecast, train, measure on held-out noise; all figures after the same number of rounds."""
     s, reward = case.settings, make_reward(case.reward)
     how = Predict(alpha=[s.alpha], tau=[s.tau], rounds=s.rounds, weights=s.weights)
     (ahead,) = forecast_grid(draw_reference(base, reward, how), how)
-    policy = fresh(base)
+    policy = base.trainable_copy()
     for _ in Trainer(policy, reward, s, reference=base).train(s.rounds):
         pass
     n = HELD_OUT["digits" if case.data == "digits" else "points"]
@@ -110,7 +101,7 @@ def calibrate(case: Case, base: Policy) -> dict[str, Any]:
 
 def at_rest_digits(alpha: float, base: Policy, rounds: int = 10) -> dict[str, Any]:
     """τ = 0 on digits: every weight is 1 and the exact recursion stands still."""
-    policy, reward = fresh(base), make_reward("even-digits")
+    policy, reward = base.trainable_copy(), make_reward("even-digits")
     s = Finetune(alpha=alpha, tau=0.0, rounds=rounds)
     for _ in Trainer(policy, reward, s, reference=base).train(rounds):
         pass
@@ -150,7 +141,7 @@ def at_rest_points(alpha: float, base: Policy, change: dict[str, Any], seeds: in
     s = Finetune(**POINTS | {"alpha": alpha, "tau": 0.0, "rounds": 10, **change})
     drifts, widths = [], []
     for seed in range(seeds):
-        policy, own = fresh(base), s.model_copy(update={"seed": seed})
+        policy, own = base.trainable_copy(), s.model_copy(update={"seed": seed})
         for _ in Trainer(policy, make_reward("right"), own, reference=base).train(own.rounds):
             pass
         x0 = start_noise(policy, HELD_OUT["points"], 9)

@@ -62,9 +62,10 @@ class Bar:
 
 def round_line(record: dict[str, Any], rounds: int) -> str:
     """One round in one line."""
+    holdout = f"  holdout {record['holdout_mean']:.4g}" if "holdout_mean" in record else ""
     return (
-        f"round {record['round']:>3}/{rounds}  reward {record['reward_mean']:.4g}  W2 {record['w2_coupled']:.3g}  "
-        f"ESS {record['ess']:.0f}  diversity {record['diversity']:.3g}  "
+        f"round {record['round']:>3}/{rounds}  reward {record['reward_mean']:.4g}{holdout}  "
+        f"W2 {record['w2_coupled']:.3g}  ESS {record['ess']:.0f}  diversity {record['diversity']:.3g}  "
         f"{record['images_per_s_rollout']:.0f} rollout img/s  {record['images_per_s_train']:.0f} train img/s"
     )
 
@@ -103,6 +104,8 @@ def closing(result: "Result") -> None:
         f"images/s, training {summary['images_per_s_train']:.0f} images/s; {result.seconds:.0f} s in all"
     )
     say(f"time: {shares}")
+    if each := result.by_reward():
+        say("of it, rewards: " + ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in each.items()))
     if forecast := result.forecast():
         say(forecast)
     say(

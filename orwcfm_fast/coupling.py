@@ -18,6 +18,7 @@ class Batch:
         x1: samples [B, *shape]; t: times [B]; x_t: points [B, *shape] of the probability path.
         index: global numbers [B] of the draws; they name x0.
         w, a: loss weights [B] of the flow-matching term and of the anchor.
+        v_ref: the anchor's velocity at (t, x_t) where it is known from an earlier pass.
     """
 
     x1: Tensor
@@ -26,6 +27,7 @@ class Batch:
     index: Tensor
     w: Tensor
     a: Tensor
+    v_ref: Tensor | None = None
 
 
 def couple(

@@ -1,7 +1,7 @@
 """Evaluation on held-out samples: reward, W2 three ways, diversity, confidence; models side by side."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from orwcfm_fast.features import Features, features_for
 from orwcfm_fast.fidelity import FIDELITY_MIN, fidelity, mode_coverage, vendi_score
 from orwcfm_fast.intervals import Interval, half_sampled, mean_pairwise_distance
 from orwcfm_fast.policy import Policy
-from orwcfm_fast.rollout import Reward, sample, score, start_noise
+from orwcfm_fast.rewards import RewardSum, Scores, make_reward
+from orwcfm_fast.rollout import Reward, sample, start_noise
 from orwcfm_fast.settings import RewardOptions, Sampling
 
 EXACT_W2_MAX = 2048
@@ -34,7 +35,8 @@ class Measures:
         v_ref met there, so that W2² ≤ e^{2L} · velocity_gap; diversity: mean pairwise distance in features;
         vendi: Vendi score in those features, images only; fid, kid, precision, recall: in them, `against` data
         or reference; modes, on_data: modes of labelled 1-D and 2-D data that are covered, share of samples on it;
-        pixel_std: mean over coordinates of the standard deviation; confidence: of the digits classifier.
+        pixel_std: mean over coordinates of the standard deviation; confidence: of the digits classifier;
+        rewards: each by itself where several add up; holdout: those that were not trained on.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Measures:
     diversity: Interval
     pixel_std: float
     confidence: float | None
+    rewards: dict[str, Interval] = field(default_factory=dict)
+    holdout: dict[str, Interval] = field(default_factory=dict)
     features: str = ""
     vendi: Interval | None = None
     against: str = ""
@@ -64,8 +68,13 @@ class Measures:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Measures":
         """What `to_dict` gave."""
-        read: dict[str, Any] = {k: Interval(**v) if isinstance(v, dict) else v for k, v in values.items()}
-        return cls(**read)
+        found: dict[str, Any] = dict(values)
+        for key, value in values.items():
+            if key in ("rewards", "holdout"):
+                found[key] = {name: Interval(**v) for name, v in value.items()}
+            elif isinstance(value, dict):
+                found[key] = Interval(**value)
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -77,15 +86,21 @@ class Judge:
     features: Features
     confidence: Callable[[Tensor], Tensor] | None = None
     accuracy: float | None = None
+    holdout: RewardSum | None = None
 
 
 def judge_for(
-    data: str, reward: Reward, name: str, features: str = "auto", options: RewardOptions | None = None
+    data: str,
+    reward: Reward,
+    name: str,
+    holdout: RewardSum | None = None,
+    features: str = "auto",
+    options: RewardOptions | None = None,
 ) -> Judge:
     """Features by choice and data; confidence by the classifier for digits."""
     found = features_for(features, data, options)
     if data.partition(":")[0] != "digits":
-        return Judge(reward, name, found)
+        return Judge(reward, name, found, holdout=holdout)
     from orwcfm_fast.rewards.digits import digit_classifier
 
     classifier = digit_classifier()
@@ -93,7 +108,7 @@ def judge_for(
     def confidence(x: Tensor) -> Tensor:
         return classifier.probabilities(x).max(1).values
 
-    return Judge(reward, name, found, confidence, classifier.accuracy)
+    return Judge(reward, name, found, confidence, classifier.accuracy, holdout)
 
 
 @dataclass(frozen=True)
@@ -173,10 +188,12 @@ def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk
     features = judge.features(seen)
     with torch.inference_mode():
         confidence = float(judge.confidence(seen).mean()) if judge.confidence else None
+    scores = make_reward(judge.reward, name=judge.reward_name).scores(seen, name)
+    held_out = judge.holdout.scores(seen, name) if judge.holdout else None
     found = Measures(
         name=name,
         n=len(x),
-        reward=Interval.of(score(judge.reward, seen, judge.reward_name, name)),
+        reward=Interval.of(scores.total),
         w2_coupled=None if x_ref is None else Interval.of((x - x_ref).square().flatten(1).sum(1)).root(),
         w2_exact=None if x_ref is None else exact_w2(x[:EXACT_W2_MAX], x_ref[:EXACT_W2_MAX]),
         w2_floor=floor,
@@ -185,6 +202,8 @@ def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk
         diversity=mean_pairwise_distance(features[:SPREAD_MAX]),
         pixel_std=float(seen.flatten(1).std(0).mean()),
         confidence=confidence,
+        rewards=_intervals(scores) if len(scores.values) > 1 else {},
+        holdout=_intervals(held_out) if held_out else {},
         features=judge.features.name,
         vendi=_vendi(features) if seen.dim() == 4 else None,
     )
@@ -209,6 +228,10 @@ def _against(seen: Tensor, features: Tensor, judge: Judge, target: Target) -> di
     return found | vars(fidelity(features, judge.features(real), target.name, target.strict))
 
 
+def _intervals(scores: Scores) -> dict[str, Interval]:
+    return {name: Interval.of(values) for name, values in scores.values.items()}
+
+
 def exact_w2(x: Tensor, y: Tensor) -> float:
     """W2 of two samples [N, …] and [M, …] as empirical measures (POT's network simplex)."""
     import ot
@@ -226,7 +249,7 @@ def lipschitz(policy: Policy, x0: Tensor, how: Sampling, iterations: int = 6) ->
     """
     generator = torch.Generator().manual_seed(0)
     epsilon, largest = 1e-2, 0.0
-    exact = Policy(policy.network, policy.shape, policy.model, policy.data)  # float32: differences are small
+    exact = replace(policy, precision=torch.float32)  # differences are small
     with torch.inference_mode():
         x = x0
         for k in range(steps := 10):

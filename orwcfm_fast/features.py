@@ -54,17 +54,9 @@ def features_for(choice: str, data: str, options: RewardOptions | None = None) -
 
 def _clip(options: RewardOptions) -> Callable[[Tensor], Tensor]:
     """open_clip's image embedding, as it comes, before it is scaled to unit length."""
-    from orwcfm_fast.rewards.clip import load_clip, preprocess
+    from orwcfm_fast.rewards.clip import clip_of
 
-    load_clip(options.clip_model, options.clip_weights, torch.device("cpu"))  # fail before any work
-
-    def features(images: Tensor) -> Tensor:
-        network, mean, std = load_clip(options.clip_model, options.clip_weights, images.device)
-        size = network.visual.image_size
-        size = size[0] if isinstance(size, tuple) else size
-        return network.encode_image(preprocess(images, size, mean, std))
-
-    return features
+    return clip_of(options).embedding
 
 
 def _inception() -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,7 @@
 """A whole fine-tuning run: load, train, record, save, evaluate. What `orwcfm finetune` calls."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
 from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
 from orwcfm_fast.report import run_report
-from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.rewards import make_holdout, make_reward
 from orwcfm_fast.run import Run, next_run_path, resumed_settings, write_text
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune
@@ -49,6 +50,7 @@ class Result:
             "images_per_s_train": _mean(self.records, "images_per_s_train"),
             "seconds": self.seconds,
             "seconds_by_phase": self.by_phase(),
+            "seconds_by_reward": self.by_reward(),
             "settings": self.settings.model_dump(),
             "versions": checkpoint.versions(),
         }
@@ -63,6 +65,11 @@ class Result:
     def by_phase(self) -> dict[str, float]:
         """Seconds of the loop by phase, over all rounds."""
         return {p: sum(r[f"seconds_{p}"] for r in self.records) for p in (*PHASES, "probe")}
+
+    def by_reward(self) -> dict[str, float]:
+        """Seconds of each reward over all rounds, where there are several."""
+        names = self.records[-1].get("seconds_rewards", {})
+        return {name: sum(r["seconds_rewards"][name] for r in self.records) for name in names}
 
 
 def _mean(records: list[dict[str, Any]], key: str) -> float:
@@ -80,17 +87,16 @@ class Finetuning:
 
     def __init__(self, settings: Finetune, loaded: Loaded, run: Run) -> None:
         self.settings, self.loaded, self.run, self.resumed = settings, loaded, run, False
-        reward = make_reward(settings.reward, settings)
-        self.judge = judge_for(loaded.policy.data, reward, reward.name)
-        self.reference = loaded.policy.frozen_copy()
+        reward, holdout = make_reward(settings.reward, settings), make_holdout(settings)
+        self.judge = judge_for(loaded.policy.data, reward, reward.name, holdout)
         self.trainer = Trainer(
             loaded.policy,
             reward,
             settings,
-            reward_name=reward.name,
-            reference=self.reference,
+            holdout=holdout,
             features=self.judge.features,
         )
+        self.reference = self.trainer.reference
 
     @classmethod
     def prepare(
@@ -122,6 +128,7 @@ class Finetuning:
         device = resolve_device(settings.device)
         if settings.reward:
             make_reward(settings.reward, settings)
+        make_holdout(settings)
         loader = Loader(device, settings.precision, settings.model, settings.data, watch_pretraining)
         if resume:
             return cls.go_on(settings, loader.load(str(run.reference)), run)
@@ -174,7 +181,7 @@ class Finetuning:
         self.run.samples.mkdir(exist_ok=True)
         policy = self.reference
         state = {"kind": "reference", "model": policy.model, "data": policy.data, "shape": list(policy.shape)}
-        checkpoint.save(self.run.reference, state, model=policy.network.state_dict())
+        checkpoint.save(self.run.reference, state, model=policy.weights())
         self._picture(0)
 
     def _go_on(self) -> None:
@@ -283,6 +290,9 @@ class Finetuning:
             s.eval_n,
             s.chunk,
         )
+        for rewards in (trainer.reward, trainer.holdout):
+            if rewards:
+                rewards.close()
         records = self.run.read_metrics()
         pictures = {"before": self._shown(trainer.probe_reference), "after": self._shown(trainer.probe)}
         save_samples(self.run.samples / "before_after.png", pictures)
@@ -298,7 +308,8 @@ RESUME_MAY_CHANGE = ("rounds", "device", "log")
 
 def run_name(settings: Finetune) -> str:
     """<data>-<reward>-a1-t0.5, for a run's directory."""
-    name = f"{settings.data}-{'+'.join(settings.reward)}-a{settings.alpha:g}-t{settings.tau:g}"
+    rewards = re.sub(r"[^:+]*/", "", "+".join(settings.reward))[:100]  # without the folders of files
+    name = f"{settings.data}-{rewards}-a{settings.alpha:g}-t{settings.tau:g}"
     return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
 
 

@@ -15,7 +15,7 @@ from orwcfm_fast.evaluate import judge_for
 from orwcfm_fast.forecast import AlphaInterval, Forecast, alpha_for, forecast_many
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.rewards import RewardSum
-from orwcfm_fast.rollout import Rollout, sample, score, start_noise
+from orwcfm_fast.rollout import Rollout, sample, start_noise
 from orwcfm_fast.run import Run
 from orwcfm_fast.settings import Finetune, Predict, build, read_toml
 from orwcfm_fast.theory import Density, GaussianMixture, GridDensity, Recursion, exact_recursion, refit
@@ -66,7 +66,7 @@ def draw_reference(policy: Policy, reward: RewardSum, s: Predict) -> Reference:
     seen = policy.decode(x)
     with torch.inference_mode():
         features = judge_for(policy.data, reward, reward.name).features(seen[: s.n])
-    return Reference(x[: s.n], score(reward, seen, reward.name), features)
+    return Reference(x[: s.n], reward.scores(seen).total, features)
 
 
 def forecast_grid(reference: Reference, s: Predict) -> list[Forecast]:
@@ -114,6 +114,7 @@ def exact_grid(density: Density, reward: Callable[[Tensor], Tensor], s: Predict)
 
 
 FORECAST_SAMPLES, FORECAST_ROUNDS = 512, 12
+STANDARDIZED = "its rewards are standardised anew each round, which no forecast knows"
 BY_ROUND = ("round", "reward", "reward_error", "w2_coupled", "w2_error", "diversity", "ess")
 
 
@@ -126,7 +127,12 @@ def forecast_run(
 
     Args:
         features: samples [S, *shape] → [S, F] in which diversity is forecast; the samples where None.
+
+    Raises:
+        UserError: a run that cannot be forecast.
     """
+    if settings.standardize_rewards:
+        raise UserError(STANDARDIZED)
     rounds = min(settings.rounds, FORECAST_ROUNDS)
     alphas = [settings.alpha, round(0.3 * settings.alpha, 4)] if settings.alpha else [0.0]
     x1 = rollout.x1[:FORECAST_SAMPLES]
@@ -212,6 +218,8 @@ def versus(
     if not run.config.is_file() or not run.summary.is_file():
         raise UserError(f"--versus {path}: not a finished run (no config.toml and summary.json)")
     settings = build(Finetune, read_toml(run.config), where=f"{run.config}: ")
+    if settings.standardize_rewards:
+        raise UserError(f"--versus {path}: {STANDARDIZED}")
     policy, reward = load(str(run.reference)), make(settings)
     records = run.read_metrics()
     own = s.model_copy(

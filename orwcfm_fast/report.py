@@ -171,9 +171,11 @@ def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
 def _expected(rounds: list[dict[str, float]], key: str, error: str = "") -> Series:
     """The forecast of one figure, its bars two standard errors."""
     x, y = [r["round"] for r in rounds], [r[key] for r in rounds]
-    half = [2 * r[error] for r in rounds] if error else []
-    low, high = ([v + sign * h for v, h in zip(y, half, strict=False)] for sign in (-1, 1))
-    return Series("forecast", x, y, "forecast", low, high)
+    bars: dict[str, Any] = {}
+    if error:
+        bars["y_low"] = [r[key] - 2 * r[error] for r in rounds]
+        bars["y_high"] = [r[key] + 2 * r[error] for r in rounds]
+    return Series("forecast", x, y, "forecast", **bars)
 
 
 def _rounds_table(records: list[Record]) -> Table:

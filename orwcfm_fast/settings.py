@@ -13,6 +13,7 @@ from orwcfm_fast.registry import unknown
 Weights = Literal["exp", "linear", "advantage"]
 Coupling = Literal["independent", "ot"]
 Precision = Literal["auto", "fp32", "bf16"]
+DATA_DIR = "where downloaded datasets lie; default under the cache"
 FeatureChoice = Literal["auto", "classifier", "clip", "inception", "pixels"]
 Against = Literal["auto", "data", "reference", "none"]
 
@@ -33,10 +34,29 @@ class RewardOptions(Settings):
     """Which reward, and what some rewards need besides their name."""
 
     reward: list[str] = Field([], description="NAME[:ARG][=WEIGHT], file.py:f or module:f; repeat to add up")
+    holdout_reward: list[str] = Field(
+        [], description="measured each round, never trained on: shows reward hacking; repeat for several"
+    )
+    reward_timeout: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="process: seconds to wait for its worker's answer"
+    )
     prompt: list[str] = Field([], description="clip: what the image should show; repeat for several")
     negative: list[str] = Field([], description="clip: what it should not show; repeat for several")
-    clip_model: str = Field("ViT-B-32", description="clip: open_clip architecture")
+    clip_score: Literal["probability", "cosine"] = Field(
+        "probability", description="clip: probability of the prompts minus the negatives; or mean cosines"
+    )
+    clip_model: str = Field("ViT-B-32", description="clip: open_clip architecture, or local-dir:FOLDER")
     clip_weights: str = Field("openai", description="clip: open_clip pretrained tag, or a weights file")
+    clip_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="clip: bf16 is faster on a GPU; features move by about 0.5 %"
+    )
+    data_dir: str = Field("", description=DATA_DIR)
+    classifier_size: int = Field(
+        0, ge=0, description="classifier: side that images are resized to; 0: the architecture's own"
+    )
+    classifier_pixels: Literal["own", "half", "unit"] = Field(
+        "own", description="classifier: the architecture's own mean and deviation, or [-1, 1], or [0, 1]"
+    )
 
 
 class Sampling(Settings):
@@ -96,7 +116,7 @@ class Pretrain(Training):
     """Settings of `orwcfm pretrain`."""
 
     data: str = Field("digits", description="dataset (orwcfm list data); folder:PATH for a folder of images")
-    data_dir: str = Field("", description="where downloaded datasets lie; default under the cache")
+    data_dir: str = Field("", description=DATA_DIR)
     model: str = Field("", description="network preset (orwcfm list models); default: the data's")
     steps: int = Field(1000, ge=1, description="gradient steps")
     batch: int = Field(128, ge=1, description="samples a gradient step")
@@ -105,6 +125,7 @@ class Pretrain(Training):
     cooldown: float = Field(
         0.4, ge=0, le=1, description="share of the steps over which the rate falls to zero"
     )
+    flip: bool = Field(False, description="mirror images left to right, each other time by chance")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
 
 
@@ -122,6 +143,9 @@ class Finetune(Training, Sampling, RewardOptions):
     )
     weights: Weights = Field("exp", description="from reward to weight: exp(τ·r); r; exp(τ·standardised r)")
     normalize_weights: bool = Field(True, description="divide weights by their mean over the round")
+    standardize_rewards: bool = Field(
+        False, description="several rewards: each to mean 0, deviation 1 over the round before they add up"
+    )
     coupling: Coupling = Field(
         "independent", description="of noise and sample; ot: minibatch optimal transport"
     )
@@ -138,6 +162,7 @@ class Finetune(Training, Sampling, RewardOptions):
     eval_n: int = Field(2048, ge=4, description="held-out samples of the closing table")
     save_every: int = Field(1, ge=1, description="rounds between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    lora: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains all weights")
     log: list[str] = Field([], description="also log to tensorboard, wandb or wandb:PROJECT; repeat for both")
 
 

@@ -7,6 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from orwcfm_fast.coupling import Batch
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
+from orwcfm_fast.lora import trained_parameters
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.timing import Phases
@@ -34,8 +35,8 @@ class Learner:
 
     def __init__(self, policy: Policy, reference: Policy, settings: Finetune) -> None:
         self.policy, self.reference, self.grad_clip = policy, reference, settings.grad_clip
-        policy.network.eval().requires_grad_(True)
-        self.parameters = [p for p in policy.network.parameters() if p.requires_grad]
+        policy.network.eval()
+        self.parameters = trained_parameters(policy.network)
         self.optimizer = AdamW(self.parameters, settings.lr, weight_decay=0.0, fused=True)
         self.schedule = LambdaLR(self.optimizer, lambda step: rate(settings, step))
         self.phases = Phases(policy.device)
@@ -48,14 +49,18 @@ class Learner:
         ):
             group["lr"] = base * share(step)
 
+    def anchor(self, batch: Batch) -> Tensor:
+        """The reference's velocity at the batch's points, [B, *shape]."""
+        with self.phases("reference"), torch.no_grad():
+            return self.reference.velocity(batch.t, batch.x_t)
+
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
         """One step on a batch; returns (mean fm, mean w2) [2], float32 on the device.
 
         Gradient of L = 1/B Σ [w_i·1/D‖v − u‖² + a_i·1/D‖v − v_ref‖²], by hand, in the op's one pass.
         """
         size = len(batch.w)
-        with self.phases("reference"), torch.no_grad():
-            v_ref = self.reference.velocity(batch.t, batch.x_t)
+        v_ref = self.anchor(batch) if batch.v_ref is None else batch.v_ref
         with self.phases("policy"):
             v = self.policy.velocity(batch.t, batch.x_t)
             _, fm, w2, dv = anchored_residual(

@@ -31,6 +31,8 @@ def measure_rows(measures: Sequence["Measures"], reward: str) -> list[list[str]]
     where = f", {first.features}" if first.features else ""
     rows = [
         [f"reward {reward} (95 %, n={n})", *(interval(m.reward) for m in measures)],
+        *([f"  {name}", *(interval(m.rewards[name]) for m in measures)] for name in first.rewards),
+        *([f"holdout {name}", *(interval(m.holdout[name]) for m in measures)] for name in first.holdout),
         ["W2 coupled, ≥ W2", *(interval(m.w2_coupled) for m in measures)],
         ["W2 exact on samples", *(number(m.w2_exact) for m in measures)],
         ["  floor: two reference samples", *(number(m.w2_floor) for m in measures)],

@@ -45,6 +45,34 @@ def run_cli(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """clip_folder(**of the vision tower): a random open_clip model saved to disk with its configuration."""
+    import json
+
+    import open_clip
+
+    def make(preprocess: dict | None = None, **vision) -> Path:
+        tower = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16, **vision}
+        text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+        config = {"embed_dim": 32, "vision_cfg": tower, "text_cfg": text}
+        folder = tmp_path_factory.mktemp("clip")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = open_clip.CLIP(**config)
+        for same_for_all in (network.visual.class_embedding, network.visual.positional_embedding):
+            torch.nn.init.zeros_(same_for_all)  # or every picture would look alike to it
+        torch.nn.init.constant_(
+            network.logit_scale, 3.0
+        )  # its cosines differ 5 times as much as trained ones
+        saved = {"model_cfg": config, "preprocess_cfg": preprocess or {}}
+        (folder / "open_clip_config.json").write_text(json.dumps(saved))
+        torch.save(network.state_dict(), folder / "open_clip_pytorch_model.bin")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def two_gaussians_weights():
     """State dict of an MLP pretrained on the two Gaussians: a few seconds, shared."""
     from orwcfm_fast.data import load_data

@@ -146,7 +146,7 @@ def test_a_wrong_wish_is_one_clear_line(run_cli, tiny_run):
         ("run", "--features", "vgg"): "features = 'vgg'",
         ("run", "--against", "data", "-n", 6): "need 8 samples",
         ("base", "--against", "reference"): "name one with --reference",
-        ("run", "--features", "clip", "--clip-weights", "nowhere.pt"): "clip weights 'nowhere.pt'",
+        ("run", "--features", "clip", "--clip-weights", "nowhere.pt"): "clip-weights 'nowhere.pt'",
     }.items():
         result = run_cli("evaluate", *arguments, "--quiet")
         assert result.code == 2 and message in result.err and result.err.count("\n") == 1, arguments

@@ -67,7 +67,7 @@ def lopsided():
 
 def run(base, reward=right, **settings):
     """Train a copy of the base; what it samples [20,000, 1], and the exact recursion."""
-    policy = replace(base[0], network=copy.deepcopy(base[0].network))
+    policy = base[0].trainable_copy()
     s = Finetune(**LOOP | settings)
     loop = Trainer(policy, reward, s)
     for _ in loop.train(s.rounds):
