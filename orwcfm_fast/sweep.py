@@ -4,7 +4,8 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,11 @@ class Sweeping:
         runs: by name, resolved.
         base: the pretrained model, loaded once; every run trains a copy.
         run: the sweep's own directory; each run is a directory in it.
+        new: made now; where no run comes to anything, it goes and what it replaced comes back.
     """
 
-    def __init__(self, settings: Sweep, runs: dict[str, Finetune], base: Loaded, run: Run) -> None:
-        self.settings, self.runs, self.base, self.run = settings, runs, base, run
+    def __init__(self, settings: Sweep, runs: dict[str, Finetune], base: Loaded, run: Run, new: bool) -> None:
+        self.settings, self.runs, self.base, self.run, self.new = settings, runs, base, run, new
 
     @classmethod
     def prepare(
@@ -78,9 +80,9 @@ class Sweeping:
         else:
             stem = "".join(c if c.isalnum() else "-" for c in f"{first.data}-{'+'.join(first.reward)}")
             run = Run.create(out or next_run_path(f"sweep-{stem}"), overwrite)
+        task = cls(settings, runs, base, run, new=begun is None)
         run.write_config("sweep", settings)
-        run.settle()
-        return cls(settings, runs, base, run)
+        return task
 
     def finished(self) -> list[str]:
         """Names of the runs of this grid that are done."""
@@ -97,7 +99,8 @@ class Sweeping:
             return "forecasts are there"
         s = self.settings
         how = Predict(solver=s.solver, nfe=s.nfe, grid=s.grid, chunk=s.chunk, seed=s.seed)
-        reference = draw_reference(self.base.policy, make_reward(s.reward, s), how)
+        with self._or_nothing():
+            reference = draw_reference(self.base.policy, make_reward(s.reward, s), how)
         for (rounds, weights, normalize), names in groups.items():
             pairs = [(self.runs[name].alpha, self.runs[name].tau) for name in names]
             once = [*dict.fromkeys(pairs)]
@@ -131,6 +134,24 @@ class Sweeping:
             WorkError: some runs failed; the others are done.
             Interrupted: finished runs are kept.
         """
+        with self._or_nothing():
+            self._train_each(watch, on_result)
+        self.run.settle()
+
+    @contextmanager
+    def _or_nothing(self) -> Iterator[None]:
+        """A new sweep that fails before any run has begun leaves nothing behind."""
+        try:
+            yield
+        except BaseException:
+            if self.new and not any(is_run(self.run.path / name) for name in self.runs):
+                self.run.undo()
+            self.run.settle()
+            raise
+
+    def _train_each(
+        self, watch: Callable[[str, float], None] | None, on_result: Callable[[Outcome], None] | None
+    ) -> None:
         failed = {}
         for name in [n for n in self.runs if n not in self.finished()]:
             try:

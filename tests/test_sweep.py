@@ -137,6 +137,16 @@ def test_a_run_that_fails_leaves_the_others_whole(run_cli, tiny_run):
     assert [r["run"] for r in rows(Path("s"))] == ["reference", "a1-t0.5-lr=0.001"]
 
 
+def test_a_sweep_that_comes_to_nothing_leaves_nothing_and_puts_back_what_it_replaced(run_cli, tiny_run):
+    Path("bad.py").write_text("def score(x):\n    return x.sum()\n")
+    before = Path("run/summary.json").read_text()
+    command = ("sweep", "--checkpoint", "base", "--reward", "bad.py:score", "--alpha", 1, *SMALL)
+    for out, flags in (("s", ()), ("run", ("--overwrite",))):
+        result = run_cli(*command, "--out", out, *flags)
+        assert result.code == 1 and "returned shape ()" in result.err and result.err.count("\n") == 1
+    assert not Path("s").exists() and Path("run/summary.json").read_text() == before
+
+
 @pytest.mark.soak
 def test_default_sweep_within_12_minutes_reward_falls_and_diversity_rises_with_alpha(tmp_path):
     """As typed, with nothing cached, on two cores; neighbours may tie within their intervals."""
