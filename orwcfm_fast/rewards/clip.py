@@ -27,7 +27,7 @@ class Clip:
     transform: Transform
     dtype: torch.dtype
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embedding(self, images: Tensor) -> Tensor:
         """Images [B, 1 or 3, H, W] in [-1, 1] → features [B, F] as the model gives them, float32."""
         network = self.network.to(images.device)
         with torch.no_grad():
@@ -38,8 +38,8 @@ class Clip:
             return torch.cat(parts)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """The same at unit length."""
-        return F.normalize(self.embed(images), dim=-1)
+        """The same, scaled to unit length."""
+        return F.normalize(self.embedding(images), dim=-1)
 
     def text_features(self, texts: tuple[str, ...], device: torch.device) -> Tensor:
         """Unit features [len(texts), F], float32."""
@@ -63,7 +63,7 @@ def _load(model: str, weights: str, precision: str) -> Clip:
 
     whole = model.startswith(("local-dir:", "hf-hub:"))  # bring their own weights
     if not whole and model not in open_clip.list_models():
-        raise UserError(str(unknown("clip model", model, open_clip.list_models(), "or local-dir:FOLDER")))
+        raise UserError(str(unknown("clip-model", model, open_clip.list_models(), "or local-dir:FOLDER")))
     tag = {} if whole else open_clip.get_pretrained_cfg(model, weights) or {}
     try:
         network = open_clip.create_model(
@@ -74,10 +74,10 @@ def _load(model: str, weights: str, precision: str) -> Clip:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         if whole:
-            raise UserError(f"clip model '{model}' could not be loaded ({reason})") from None
+            raise UserError(f"clip-model '{model}' could not be loaded ({reason})") from None
         where = "" if Path(weights).is_file() else f"; not a file; tags: {_tags(model)}"
         raise UserError(
-            f"clip weights '{weights}' for {model} could not be loaded ({reason}){where}"
+            f"clip-weights '{weights}' for {model} could not be loaded ({reason}){where}"
         ) from None
     own = open_clip.get_model_preprocess_cfg(network)
     size, fill = own["size"], own.get("fill_color", 0)
