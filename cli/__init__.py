@@ -11,4 +11,9 @@ def load_app():
 
 def main() -> None:
     """Entry point of `orwcfm`."""
+    import signal
+    import sys
+
+    # outside training too, what was begun is undone on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load_app()()

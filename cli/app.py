@@ -24,13 +24,19 @@ class OneLineErrors(TyperGroup):
                 raise
             _fail(str(error), 2 if isinstance(error, UserError) else 1)
         except Interrupted as error:
-            _fail(str(error), 130)
+            _fail(str(error), error.code)
         except Exception as error:
             if hasattr(error, "format_message"):  # click's: a wrong option or argument
                 _fail(" ".join(error.format_message().split()), 2)
             if debug:
                 raise
             _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # outside training; typer would end it without a word
+            raise Interrupted("interrupted") from None
 
 
 def _fail(text: str, code: int) -> None:

@@ -135,13 +135,18 @@ def evaluate(
 def reward_options(s: RewardOptions, found: "Loaded") -> RewardOptions:
     """The reward that was asked for, else that of the model's run, with all it needs; else the data's."""
     from orwcfm_fast.data import source
-    from orwcfm_fast.settings import read_toml
+    from orwcfm_fast.rewards import check_code_named
+    from orwcfm_fast.settings import build, read_toml
 
     if not s.reward and found.run:
-        written = read_toml(found.run.config)
+        config = found.run.config
         names = RewardOptions.model_fields.keys() - Settings.model_fields.keys()
         keep = {"holdout_reward"} if s.holdout_reward else set()
-        s = s.model_copy(update={name: written[name] for name in names - keep if name in written})
+        written = {k: v for k, v in read_toml(config).items() if k in names - keep}
+        written = {k: v for k, v in build(RewardOptions, written, where=f"{config}: ") if k in written}
+        for key in ("reward", "holdout_reward"):
+            check_code_named(written.get(key, []), (), config, key)
+        s = s.model_copy(update=written)
     return s if s.reward else s.model_copy(update={"reward": [source(found.policy.data)[0].reward]})
 
 

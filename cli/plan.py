@@ -13,7 +13,7 @@ from orwcfm_fast.cli.console import plain_table, say
 from orwcfm_fast.cli.look import Data, Preset, load, reward_for
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.settings import Predict
+from orwcfm_fast.settings import Finetune, Predict
 from orwcfm_fast.table import number
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def predict(
     from orwcfm_fast.data import source
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.load import Loader
-    from orwcfm_fast.rewards import make_reward
+    from orwcfm_fast.rewards import RewardSum, check_code_named, make_reward
     from orwcfm_fast.samplers import times
 
     s = settings(Predict, config, given)
@@ -60,9 +60,12 @@ def predict(
         raise UserError(f"--out {out}: should be a .png in a folder that is there")
     loader = Loader(resolve_device(s.device), s.precision, preset, data)
     if versus:
-        found = prediction.versus(
-            versus, lambda spec: loader.load(spec).policy, lambda f: make_reward(f.reward, f), s
-        )
+
+        def reward_of(run: Finetune) -> RewardSum:
+            check_code_named(run.reward, s.reward, versus)
+            return make_reward(run.reward, run)
+
+        found = prediction.versus(versus, lambda spec: loader.load(spec).policy, reward_of, s)
         _show_verdict(found, as_json)
         return
     if exact and data:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.files import read_small
+from orwcfm_fast.headers import check_safetensors
 
 Tensors = dict[str, Tensor]
-STATE = "state.json"
+STATE, OWN_DIGEST = "state.json", "sha256_of_this"
 MAX_STATE_BYTES = 16 << 20
 
 
@@ -37,7 +41,7 @@ def save(path: str | Path, state: dict[str, Any], **tensors: Tensors) -> Path:
     """Write a checkpoint beside, flush it to disk, then rename it to `path`; an older one there is replaced.
 
     Args:
-        state: JSON values; versions and the files' sha256 are added.
+        state: JSON values; versions, the files' sha256 and its own are added.
         tensors: one safetensors file for each argument.
     """
     import safetensors.torch
@@ -53,8 +57,8 @@ def save(path: str | Path, state: dict[str, Any], **tensors: Tensors) -> Path:
             data = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in values.items()})
             digests[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
             _write(beside / f"{name}.safetensors", data)
-        state = {**state, "versions": versions(), "sha256": digests}
-        _write(beside / STATE, json.dumps(state, indent=1).encode())
+        state = json.loads(json.dumps({**state, "versions": versions(), "sha256": digests}))
+        _write(beside / STATE, json.dumps({**state, OWN_DIGEST: _own_digest(state)}, indent=1).encode())
         _flush(beside)
         if path.exists():
             path.rename(old)
@@ -64,6 +68,11 @@ def save(path: str | Path, state: dict[str, Any], **tensors: Tensors) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _own_digest(state: dict[str, Any]) -> str:
+    rest = {k: v for k, v in state.items() if k != OWN_DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -97,14 +106,17 @@ def load(path: str | Path, only: tuple[str, ...] | None = None) -> Checkpoint:
     tensors = {}
     for name, digest in state["sha256"].items():
         stem = name.removesuffix(".safetensors")
-        if "/" in name or "\\" in name or stem == name:
-            raise UserError(f"checkpoint {path}: {STATE} names a strange file {name!r}")
+        if stem == name or not stem.isidentifier():
+            raise UserError(f"checkpoint {path}: {STATE} names a strange file {name[:80]!r}")
         if only is not None and stem not in only:
             continue
         try:
+            check_safetensors(path / name)
             data = (path / name).read_bytes()
         except OSError as error:
             raise UserError(f"checkpoint {path}: {name}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise UserError(f"checkpoint {path}: {name} is damaged: {error}") from None
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(f"checkpoint {path}: {name} is damaged (its sha256 is not the one in {STATE})")
         try:
@@ -115,18 +127,18 @@ def load(path: str | Path, only: tuple[str, ...] | None = None) -> Checkpoint:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    file = path / STATE
     try:
-        if file.stat().st_size > MAX_STATE_BYTES:
-            raise UserError(f"checkpoint {path}: {STATE} is over {MAX_STATE_BYTES >> 20} MiB")
-        state = json.loads(file.read_bytes())
+        state = json.loads(read_small(path / STATE, MAX_STATE_BYTES))
         digests = state["sha256"]
         if not all(isinstance(k, str) and isinstance(v, str) for k, v in digests.items()):
             raise TypeError
+        whole = state[OWN_DIGEST] == _own_digest(state)
     except OSError as error:
         raise UserError(f"checkpoint {path}: {STATE}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"checkpoint {path}: {STATE} is damaged or not one of orwcfm's") from None
+    if not whole:
+        raise UserError(f"checkpoint {path}: {STATE} is damaged (its sha256 is not the one in it)")
     return state
 
 
@@ -134,17 +146,20 @@ def is_checkpoint(path: Path) -> bool:
     return (path / STATE).is_file()
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest whole `step_N` in a folder of checkpoints."""
-    found = [p for p in folder.glob("step_*") if is_checkpoint(p) and p.name[5:].isdigit()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+@contextmanager
+def reading(found: Checkpoint) -> Iterator[None]:
+    """What is amiss with a checkpoint's values, as one line that names it.
 
-
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest `step_N`."""
-    found = sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-    for path in found[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+    Raises:
+        UserError: in place of what the values caused.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"checkpoint {found.path}: not one to go on from ({why})") from None
 
 
 def load_weights(network: nn.Module, weights: Tensors, where: str) -> None:

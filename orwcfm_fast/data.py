@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from orwcfm_fast.registry import Registry
 
 DATA = Registry("data", group="orwcfm.data")
 TOY_SAMPLES = 50_000
+MAX_PIXELS = 50_000_000  # of one picture
 SHIPPED = ("digits", "two-gaussians", "8gaussians", "moons", "checkerboard")  # at hand on every machine
 
 
@@ -59,7 +61,10 @@ def load_data(spec: str, data_dir: str = "") -> tuple[Tensor, Tensor | None]:
         UserError: unknown dataset; files that are neither there nor downloadable.
     """
     found, argument = source(spec)
-    return found.load(Path(data_dir) if data_dir else cache_dir() / "data", argument)
+    samples, labels = found.load(Path(data_dir) if data_dir else cache_dir() / "data", argument)
+    if not len(samples):
+        raise UserError(f"data '{spec}': holds no samples")
+    return samples, labels
 
 
 @dataset("digits", (1, 8, 8), "unet-digits", "even-digits")
@@ -117,32 +122,36 @@ def checkerboard(data_dir: Path, argument: str):
 @dataset("mnist", (1, 28, 28), "unet-mnist", "brightness")
 def mnist(data_dir: Path, argument: str):
     """MNIST, 60,000 images 1×28×28 (LeCun et al.), through torchvision"""
-    found = _torchvision("MNIST", data_dir, "MNIST/raw/train-images-idx3-ubyte (and train-labels-idx1-ubyte)")
+    from torchvision.datasets import MNIST
+
+    files = "MNIST/raw/train-images-idx3-ubyte (and train-labels-idx1-ubyte)"
+    found = _found_or_fetched(
+        "mnist", data_dir, files, lambda fetch: MNIST(data_dir, train=True, download=fetch)
+    )
     return found.data[:, None].float() / 127.5 - 1, torch.as_tensor(found.targets)
 
 
 @dataset("cifar10", (3, 32, 32), "unet-cifar10", "jpeg-compressibility")
 def cifar10(data_dir: Path, argument: str):
     """CIFAR-10, 50,000 images 3×32×32 (Krizhevsky), through torchvision"""
-    found = _torchvision("CIFAR10", data_dir, "cifar-10-batches-py/data_batch_1 … data_batch_5")
-    return torch.as_tensor(found.data).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.as_tensor(found.targets)
+    from orwcfm_fast.cifar import FILES, read_cifar10
+
+    data, labels = _found_or_fetched("cifar10", data_dir, FILES, lambda fetch: read_cifar10(data_dir, fetch))
+    return data.float() / 127.5 - 1, labels
 
 
-def _torchvision(name: str, data_dir: Path, files: str):
-    """Local files if whole, else a download."""
-    from torchvision import datasets
-
-    make = getattr(datasets, name)
+def _found_or_fetched(name: str, data_dir: Path, files: str, read: Callable[[bool], Any]) -> Any:
+    """Local files if whole, else a download: `read` with False, then with True."""
     try:
-        return make(data_dir, train=True, download=False)
-    except (RuntimeError, OSError, EOFError, ValueError):
+        return read(False)
+    except Exception:  # whatever a reader finds amiss with files, they are not whole
         pass
     try:
-        return make(data_dir, train=True, download=True)
+        return read(True)
     except Exception as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(
-            f"data '{name.lower()}': not found in {data_dir} and no download possible ({reason}); "
+            f"data '{name}': not found whole in {data_dir} and no download possible ({reason}); "
             f"put {files} there, or name another --data-dir"
         ) from None
 
@@ -160,9 +169,11 @@ def folder(data_dir: Path, argument: str):
     images = []
     for file in files:
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=("PNG", "JPEG")) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}×{image.height} pixels, over {MAX_PIXELS:,}")
                 fitted = ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.LANCZOS)
-        except OSError as error:
-            raise UserError(f"data 'folder': {file} is not an image: {error}") from None
+        except Exception as error:  # Pillow raises a dozen kinds
+            raise UserError(f"data 'folder': {file} is not an image to be used: {error}") from None
         images.append(torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(32, 32, 3))
     return torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1, None

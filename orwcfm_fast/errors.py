@@ -1,5 +1,7 @@
 """The two ways a command ends badly; anything else is a bug and shows as one."""
 
+import sys
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: an argument, a value, a file. One line; exit code 2."""
@@ -14,4 +16,13 @@ class RewardError(WorkError):
 
 
 class Interrupted(RuntimeError):
-    """Ctrl-C; says what is saved. Exit code 130."""
+    """Ctrl-C or SIGTERM; says what is saved. Exit code 130 or 143."""
+
+    def __init__(self, text: str, code: int = 130) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def warn(text: str) -> None:
+    """One line on standard error; the work goes on."""
+    print(f"warning: {text}", file=sys.stderr)

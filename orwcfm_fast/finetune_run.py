@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,23 +11,26 @@ from typing import Any
 
 import torch
 
-from orwcfm_fast import checkpoint
+from orwcfm_fast import checkpoint, history
 from orwcfm_fast.data import source
 from orwcfm_fast.device import resolve_device
-from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
+from orwcfm_fast.errors import Interrupted, RewardError, UserError
 from orwcfm_fast.evaluate import Measures, evaluate, judge_for
+from orwcfm_fast.files import read_small, write_text
+from orwcfm_fast.interrupt import Interruption, Stop
 from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
 from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
 from orwcfm_fast.report import run_report
-from orwcfm_fast.rewards import make_holdout, make_reward
-from orwcfm_fast.run import Run, next_run_path, resumed_settings, write_text
+from orwcfm_fast.rewards import check_code_named, make_holdout, make_reward, user_code
+from orwcfm_fast.run import Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.tracking import Log, check_loggers, loggers
 from orwcfm_fast.trainer import PHASES, Progress, Trainer
 
 PICTURE_SAMPLES = 64
+MAX_FORECAST_BYTES = 1 << 20
 
 
 @dataclass
@@ -39,12 +43,14 @@ class Result:
     after: Measures
     records: list[dict[str, Any]]
     seconds: float
+    best: Path | None
 
     def summary(self) -> dict[str, Any]:
         return {
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "rounds": len(self.records),
+            "best": str(self.best.relative_to(self.run.path)) if self.best else None,
             "ess": self.records[-1]["ess"],
             "images_per_s_rollout": _mean(self.records, "images_per_s_rollout"),
             "images_per_s_train": _mean(self.records, "images_per_s_train"),
@@ -57,10 +63,11 @@ class Result:
 
     def forecast(self) -> str | None:
         """Forecast and reached, where round 1 made a forecast."""
-        if not self.run.forecast.is_file():
+        try:
+            found = json.loads(self.run.forecast.read_bytes())
+            return reached_line(found, self.after.reward.mean, len(self.records))
+        except FileNotFoundError:
             return None
-        found = json.loads(self.run.forecast.read_text())
-        return reached_line(found, self.after.reward.mean, len(self.records))
 
     def by_phase(self) -> dict[str, float]:
         """Seconds of the loop by phase, over all rounds."""
@@ -122,6 +129,8 @@ class Finetuning:
         if resume:
             run = Run(resume)
             settings = resumed_settings(run, Finetune, given, RESUME_MAY_CHANGE)
+            for key in ("reward", "holdout_reward"):
+                check_code_named(getattr(settings, key), given.get(key, []), run.config, key)
         assert settings is not None
         solver_times(settings.nfe, settings.solver, settings.grid)
         check_loggers(settings.log)
@@ -131,7 +140,8 @@ class Finetuning:
         make_holdout(settings)
         loader = Loader(device, settings.precision, settings.model, settings.data, watch_pretraining)
         if resume:
-            return cls.go_on(settings, loader.load(str(run.reference)), run)
+            begun = checkpoint.is_checkpoint(run.reference)  # else it was killed before its first round
+            return cls.go_on(settings, loader.load(str(run.reference) if begun else settings.checkpoint), run)
         loaded = loader.load(settings.checkpoint) if settings.checkpoint else loader.default()
         return cls.begin(settings, loaded, out, overwrite)
 
@@ -154,14 +164,21 @@ class Finetuning:
     @classmethod
     def go_on(cls, settings: Finetune, loaded: Loaded, run: Run) -> "Finetuning":
         """A run that was begun, from its newest checkpoint; `loaded` is its reference."""
-        task = cls(settings, loaded, run)
-        task._go_on()
+        run.lock()
+        try:
+            task = cls(settings, loaded, run)
+            task._go_on()
+        except BaseException:
+            run.unlock()
+            raise
         return task
 
     def notes(self) -> list[str]:
         """What the user should know before the first round."""
-        resumed = [f"resumed after round {self.trainer.round}"] if self.trainer.round else []
-        return self.about() + resumed
+        if not self.resumed:
+            return self.about()
+        more = f" and {len(self.trainer.begun.losses)} steps" if self.trainer.begun else ""
+        return [*self.about(), f"resumed after round {self.trainer.round}{more}"]
 
     def about(self) -> list[str]:
         """What is run, in words."""
@@ -185,16 +202,25 @@ class Finetuning:
         self._picture(0)
 
     def _go_on(self) -> None:
-        """Go on from the newest checkpoint; rounds after it are forgotten."""
+        """Go on from the newest whole checkpoint; rounds after it are forgotten."""
         self.resumed = True
-        newest = checkpoint.newest(self.run.checkpoints)
+        history.sweep(self.run.checkpoints)
+        newest = history.load_newest(self.run.checkpoints, set_aside=True)
         if newest is None:
             self.run.truncate_metrics(0)
             self._begin()
             return
         self.run.write_config("finetune", self.settings)
-        self.trainer.restore(checkpoint.load(newest))
+        self.trainer.restore(newest)
+        self._check_forecast()
         self.run.truncate_metrics(self.trainer.round)
+
+    def _check_forecast(self) -> None:
+        """A forecast that cannot be read is none; the report would stumble over it after all the training."""
+        try:
+            reached_line(json.loads(read_small(self.run.forecast, MAX_FORECAST_BYTES)), 0.0, 1)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            self.run.forecast.unlink(missing_ok=True)
 
     def train(
         self,
@@ -205,28 +231,22 @@ class Finetuning:
         """All rounds that are left; each is recorded, saved and shown.
 
         Raises:
-            WorkError: the reward failed, or something became non-finite; says where the run is saved.
+            WorkError: the reward failed, something became non-finite, or no room is left; says where the run
+                is saved.
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         """
         if watch:
             self.trainer.watch = watch
-        s = self.settings
-        with loggers(s.log, self.run.path, self.run.path.name, s.model_dump()) as log:
-            self._rounds(log, on_round, on_forecast)
-
-    def _rounds(self, log: Log, on_round: Log | None, on_forecast: Callable[[str], None] | None) -> None:
-        s = self.settings
+        s, resume = self.settings, self._resume_command()
         try:
-            for record in self.trainer.train(s.rounds):
-                self.run.append(record)
-                log(record)
-                if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
-                    self.save()
-                self.run.settle()
-                self._picture(self.trainer.round)
-                if on_round:
-                    on_round(record)
-                if on_forecast and self.trainer.round == 1:
-                    on_forecast(self._forecast())
+            with Interruption(f"left at once; {resume}") as interruption:
+                try:
+                    self.trainer.pause = interruption.pause
+                    with loggers(s.log, self.run.path, self.run.path.name, s.model_dump()) as log:
+                        self._train(log, on_round, on_forecast)
+                except Stop:
+                    where = f"interrupted in round {self.trainer.round + 1}, saved at {self.save()}"
+                    raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
             if self.trainer.round == 0:
@@ -234,14 +254,32 @@ class Finetuning:
                     self.run.undo()
                 raise
             raise type(error)(f"{error}; the run is saved at {self.save()}") from error
-        except KeyboardInterrupt:
-            saved = checkpoint.newest(self.run.checkpoints)
-            where = (
-                f"saved at {saved}; orwcfm finetune --resume {self.run.path}"
-                if saved
-                else "no checkpoint was written yet"
-            )
-            raise Interrupted(f"interrupted in round {self.trainer.round + 1}; {where}") from None
+        except OSError as error:
+            raise self.run.write_failed(error, resume) from error
+        finally:
+            if sys.exc_info()[0]:
+                self.run.unlock()
+
+    def _resume_command(self) -> str:
+        named = {key: getattr(self.settings, key) for key in ("reward", "holdout_reward")}
+        return resume_command(self.run, "finetune", {k: v for k, v in named.items() if user_code(v)})
+
+    def _train(self, log: Log, on_round: Log | None, on_forecast: Callable[[str], None] | None) -> None:
+        s = self.settings
+        for record in self.trainer.train(s.rounds):
+            self.run.append(record)
+            log(record)
+            # all that a round leaves is there before its checkpoint, or a kill between the two would lose it
+            self._picture(self.trainer.round)
+            forecast = self._forecast() if on_forecast and self.trainer.round == 1 else ""
+            if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
+                self.save()
+            self.run.settle()
+            if on_round:
+                on_round(record)
+            if on_forecast and forecast:
+                on_forecast(forecast)
+            self.trainer.pause()
 
     def _forecast(self) -> str:
         """Forecast this run from its first rollout, at no extra samples; one line."""
@@ -259,17 +297,24 @@ class Finetuning:
         return forecast_line(found)
 
     def save(self) -> Path:
-        """A checkpoint of the last whole round; its path."""
-        path = self.run.checkpoints / f"step_{self.trainer.steps}"
+        """A checkpoint of what is trained so far; its path."""
+        path = self.run.checkpoints / f"step_{self.trainer.steps_taken}"
         if not checkpoint.is_checkpoint(path):
             try:
+                self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
                 self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
+                history.prune(self.run.checkpoints, self.settings.keep, self.best())
             except OSError as error:
-                raise WorkError(
-                    f"checkpoint {path}: {error.strerror or error}; nothing is saved there"
-                ) from None
-            checkpoint.prune(self.run.checkpoints, self.settings.keep)
+                raise self.run.write_failed(error, self._resume_command()) from error
         return path
+
+    def best(self) -> Path | None:
+        """The checkpoint that the chosen metric speaks best of."""
+        s = self.settings
+        if s.best == "none":
+            return None
+        records = self.run.read_metrics()
+        return history.best_step(self.run.checkpoints, records, s.best, lambda n: n * s.steps_per_round)
 
     def _picture(self, number: int) -> None:
         probe = self._shown(self.trainer.probe)
@@ -281,6 +326,17 @@ class Finetuning:
 
     def finish(self, began: float) -> Result:
         """Held-out evaluation before and after, the pictures and summary.json."""
+        try:
+            return self._finish(began)
+        except KeyboardInterrupt:
+            left = f"interrupted; training is done and saved; to measure it: {self._resume_command()}"
+            raise Interrupted(left) from None
+        except OSError as error:
+            raise self.run.write_failed(error, self._resume_command()) from error
+        finally:
+            self.run.unlock()
+
+    def _finish(self, began: float) -> Result:
         s, trainer = self.settings, self.trainer
         before, after = evaluate(
             {"before": self.reference, "after": trainer.policy},
@@ -297,7 +353,7 @@ class Finetuning:
         pictures = {"before": self._shown(trainer.probe_reference), "after": self._shown(trainer.probe)}
         save_samples(self.run.samples / "before_after.png", pictures)
         save_curves(self.run.path / "curves.png", records)
-        result = Result(self.run, s, before, after, records, time.perf_counter() - began)
+        result = Result(self.run, s, before, after, records, time.perf_counter() - began, self.best())
         run_report(result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()])
         write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
         return result

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.headers import check_pt, check_safetensors
 
 KEYS = ("ema_model", "net_model")
 
@@ -19,8 +20,12 @@ def read_pt(path: str | Path) -> dict[str, Any]:
         UserError: missing, truncated, not a torch file, or a pickle that would run code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file")
+    try:
+        check_pt(path)
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"checkpoint {path}: {error}") from None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -52,7 +57,7 @@ def foreign_weights(
         raise UserError(
             f"checkpoint {where}: no weights found; expected {' or '.join(keys)} (has: {_short(found)})"
         )
-    return {k.removeprefix("module."): v for k, v in weights.items()}
+    return {str(k).removeprefix("module."): v for k, v in weights.items()}
 
 
 def read_weights(path: str | Path, what: str) -> dict[str, Tensor]:
@@ -70,6 +75,7 @@ def read_weights(path: str | Path, what: str) -> dict[str, Tensor]:
             return foreign_weights(read_pt(path), path, (*KEYS, "state_dict", "model"))
         import safetensors.torch
 
+        check_safetensors(path)
         return safetensors.torch.load_file(path)
     except UserError as error:
         raise UserError(f"{what}{str(error).removeprefix('checkpoint')}") from None
@@ -78,5 +84,5 @@ def read_weights(path: str | Path, what: str) -> dict[str, Tensor]:
 
 
 def _short(found: dict[str, Any]) -> str:
-    names = [str(k) for k in list(found)[:6]]
+    names = [k[:40] if isinstance(k, str) else type(k).__name__ for k in list(found)[:6]]
     return ", ".join(names) + (" …" if len(found) > 6 else "")

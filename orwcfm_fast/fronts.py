@@ -11,10 +11,11 @@ from typing import Any
 
 from orwcfm_fast.charts import Series, chart
 from orwcfm_fast.evaluate import Measures
+from orwcfm_fast.files import write_text
 from orwcfm_fast.forecast import Forecast
 from orwcfm_fast.intervals import Interval
 from orwcfm_fast.report import Page, Picture, Table, data_uri, settings_table, write_page
-from orwcfm_fast.run import Run, write_text
+from orwcfm_fast.run import Run
 from orwcfm_fast.settings import Finetune, Sweep, build
 from orwcfm_fast.table import interval, measure_rows
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from orwcfm_fast import checkpoint
+from orwcfm_fast import checkpoint, history
 from orwcfm_fast.data import load_data, source
 from orwcfm_fast.device import cache_dir
 from orwcfm_fast.errors import UserError
@@ -68,26 +68,29 @@ class Loader:
         raise UserError(f"checkpoint {spec}: no such run, checkpoint, file or preset (orwcfm list models)")
 
     def _run(self, path: Path) -> Loaded:
-        newest = checkpoint.newest(path / "checkpoints")
-        if newest is None:
+        found = history.load_newest(path / "checkpoints", only=("model", "ema"))
+        if found is None:
             raise UserError(f"run {path}: no checkpoint in it yet")
-        return Loaded(self._checkpoint(newest).policy, str(path), Run(path))
+        return Loaded(self._policy(found), str(path), Run(path))
 
     def _checkpoint(self, path: Path) -> Loaded:
-        found = checkpoint.load(path, only=("model", "ema"))
+        return Loaded(self._policy(checkpoint.load(path, only=("model", "ema"))), str(path))
+
+    def _policy(self, found: checkpoint.Checkpoint) -> Policy:
+        path = found.path
         try:
             model, data = str(found.state["model"]), str(found.state["data"])
             shape = tuple(int(n) for n in found.state["shape"])
             if not 0 < len(shape) < 5 or not all(0 < n <= 4096 for n in shape):
                 raise ValueError
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"checkpoint {path}: state.json does not say which model it holds") from None
         weights = found.tensors.get("ema") or found.tensors.get("model")
         if not weights:
             raise UserError(f"checkpoint {path}: holds no weights")
         policy = make_policy(model, data, shape, self.device, self.precision)
         checkpoint.load_weights(policy.network, weights, f"checkpoint {path}")
-        return Loaded(policy, str(path))
+        return policy
 
     def foreign(self, path: Path, keys: tuple[str, ...] = KEYS) -> Loaded:
         """A `.pt` of torchcfm's or the paper's scripts; the architecture is told or recognised."""

@@ -39,7 +39,7 @@ PAPER = {
     "precision": "fp32",
 }
 WITHOUT_EFFECT = {"device", "checkpoint", "model", "data", "rounds", "steps_per_round", "rollout"}
-WITHOUT_EFFECT |= {"save_every", "keep", "eval_n"}
+WITHOUT_EFFECT |= {"save_every", "keep", "best", "eval_n"}
 
 
 def settings_from(config: dict[str, Any]) -> Finetune:

@@ -231,7 +231,10 @@ def versus(
     (found,) = forecast_grid(draw_reference(policy, reward, own), own)
     low_dimensional = len(policy.shape) == 1 and policy.shape[0] <= 2
     exact = exact_grid(own_density(policy, own), reward, own)[0] if low_dimensional else None
-    after = json.loads(run.summary.read_text())["after"]["reward"]
+    try:
+        after = {k: float(v) for k, v in json.loads(run.summary.read_bytes())["after"]["reward"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"--versus {path}: its summary.json is damaged") from None
     reached = [r["reward_mean"] for r in records] + [after["mean"]]
     return Verdict(run, settings, reached, after["mean"], after["high"] - after["mean"], found, exact)
 

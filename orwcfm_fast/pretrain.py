@@ -35,15 +35,17 @@ class Pretrainer:
         self.optimizer = torch.optim.AdamW(self.parameters, settings.lr, weight_decay=0.0, fused=True)
         self.seed = torch.tensor(settings.seed, device=policy.device)
         self.steps = 0
+        self.pause: Callable[[], None] = lambda: None  # called after each step; may raise
+        self.losses: list[Tensor] = []  # since the last report
 
     def train(self) -> Iterator[tuple[int, float]]:
         """Run to `settings.steps`; yields (step, mean loss since) every 25 steps and at the end."""
-        losses = []
         while self.steps < self.settings.steps:
-            losses.append(self.step())
+            self.losses.append(self.step())
             if self.steps % REPORT_EVERY == 0 or self.steps == self.settings.steps:
-                yield self.steps, float(torch.stack(losses).mean())
-                losses = []
+                loss, self.losses = float(torch.stack(self.losses).mean()), []
+                yield self.steps, loss
+            self.pause()
 
     def rate(self) -> float:
         """Learning rate of the coming step: linear warm-up, constant, linear cooldown to zero."""
@@ -85,20 +87,31 @@ class Pretrainer:
 
     def save(self, path, more: dict[str, Any] | None = None) -> None:
         """Write a checkpoint; readers take its averaged weights."""
+        losses = {"losses": {"losses": torch.stack(self.losses)}} if self.losses else {}
         checkpoint.save(
             path,
             {"kind": "pretrain", "step": self.steps, **describe(self.policy), **(more or {})},
             model=self.policy.network.state_dict(),
             ema=self.ema.state_dict(),
             optimizer=checkpoint.optimizer_tensors(self.optimizer),
+            **losses,
         )
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint written by `save`."""
-        checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
-        checkpoint.load_weights(self.ema, found.tensors["ema"], str(found.path))
-        checkpoint.load_optimizer(self.optimizer, found.tensors["optimizer"], str(found.path))
-        self.steps = int(found.state["step"])
+        """Go on from a checkpoint written by `save`.
+
+        Raises:
+            UserError: it is of another kind or another model.
+        """
+        with checkpoint.reading(found):
+            checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
+            checkpoint.load_weights(self.ema, found.tensors["ema"], str(found.path))
+            checkpoint.load_optimizer(self.optimizer, found.tensors["optimizer"], str(found.path))
+            self.steps = int(found.state["step"])
+            if not 0 <= self.steps <= self.settings.steps:
+                raise ValueError(f"at step {self.steps} of {self.settings.steps}")
+            losses = found.tensors.get("losses", {"losses": torch.empty(0)})["losses"]
+            self.losses = [*losses.to(self.policy.device)]
 
 
 def pretrain(

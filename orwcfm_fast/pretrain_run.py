@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orwcfm_fast import checkpoint
+from orwcfm_fast import checkpoint, history
 from orwcfm_fast.data import load_data, source
 from orwcfm_fast.device import resolve_device
-from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.errors import Interrupted, UserError, WorkError
+from orwcfm_fast.interrupt import Interruption, Stop
 from orwcfm_fast.pictures import save_samples
 from orwcfm_fast.policy import make_policy
 from orwcfm_fast.pretrain import Pretrainer
 from orwcfm_fast.rollout import sample, start_noise
-from orwcfm_fast.run import Run, next_run_path, resumed_settings
+from orwcfm_fast.run import Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.settings import Pretrain, Sampling
 
 RESUME_MAY_CHANGE = ("save_every", "device")
@@ -65,19 +66,47 @@ class PretrainRun:
         """
         settings = resumed_settings(run, Pretrain, given, RESUME_MAY_CHANGE)
         data, _ = load_data(settings.data, settings.data_dir)
-        task = cls(settings, data, run)
-        newest = checkpoint.newest(run.checkpoints)
-        if newest is not None:
-            task.trainer.restore(checkpoint.load(newest))
-        run.truncate_metrics(task.trainer.steps, "step")
-        if task.trainer.steps >= settings.steps:
-            raise UserError(f"--resume {run.path}: already finished, at step {task.trainer.steps}")
+        run.lock()
+        try:
+            task = cls(settings, data, run)
+            history.sweep(run.checkpoints)
+            newest = history.load_newest(run.checkpoints, set_aside=True)
+            if newest is not None:
+                task.trainer.restore(newest)
+            if task.trainer.steps >= settings.steps:
+                raise UserError(f"--resume {run.path}: already finished, at step {task.trainer.steps}")
+            run.truncate_metrics(task.trainer.steps, "step")
+            run.samples.mkdir(exist_ok=True)
+        except BaseException:
+            run.unlock()
+            raise
         task._first = task.trainer.steps
         return task
 
     def train(self, watch: Callable[[int, float], None]) -> float:
-        """To the last step, with checkpoints on the way; the last loss reported."""
-        began, loss = time.perf_counter(), float("nan")
+        """To the last step, with checkpoints on the way; the last loss reported.
+
+        Raises:
+            WorkError: the loss is not finite, or no room is left.
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        """
+        began, resume = time.perf_counter(), resume_command(self.run, "pretrain")
+        try:
+            with Interruption(f"left at once; {resume}") as interruption:
+                try:
+                    self.trainer.pause = interruption.pause
+                    return self._train(watch)
+                except Stop:
+                    where = f"interrupted, saved at {self._save()}"
+                    raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
+        except OSError as error:
+            raise self.run.write_failed(error, resume) from error
+        finally:
+            self._seconds = time.perf_counter() - began
+            self.run.unlock()
+
+    def _train(self, watch: Callable[[int, float], None]) -> float:
+        loss = math.nan
         for step, loss in self.trainer.train():
             if not math.isfinite(loss):
                 raise WorkError(f"step {step}: the loss is not finite; lower --lr")
@@ -86,16 +115,15 @@ class PretrainRun:
             if step % self.settings.save_every == 0 or step == self.settings.steps:
                 self._save()
                 self.run.settle()
-        self._seconds = time.perf_counter() - began
         return loss
 
-    def _save(self) -> None:
+    def _save(self) -> Path:
         path = self.run.checkpoints / f"step_{self.trainer.steps}"
-        try:
+        if not checkpoint.is_checkpoint(path):
+            self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
             self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
-        except OSError as error:
-            raise WorkError(f"checkpoint {path}: {error.strerror or error}") from None
-        checkpoint.prune(self.run.checkpoints, 2)
+            history.prune(self.run.checkpoints, 2)
+        return path
 
     def images_per_s(self) -> float:
         return (self.trainer.steps - self._first) * self.settings.batch / max(self._seconds, 1e-9)

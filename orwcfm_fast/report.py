@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orwcfm_fast.charts import Series, chart
-from orwcfm_fast.run import write_text
+from orwcfm_fast.files import write_text
 from orwcfm_fast.table import interval, measure_rows
 
 if TYPE_CHECKING:

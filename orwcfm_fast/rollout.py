@@ -24,11 +24,16 @@ class Rollout:
     reward: Tensor
 
 
-def sample(policy: Policy, x0: Tensor, how: Sampling, chunk: int) -> Tensor:
-    """Samples [N, *shape] of the policy from noise x0, `chunk` at a time, float32."""
+def sample(
+    policy: Policy, x0: Tensor, how: Sampling, chunk: int, pause: Callable[[], None] = lambda: None
+) -> Tensor:
+    """Samples [N, *shape] of the policy from noise x0, `chunk` at a time, float32; `pause` after each chunk."""
+    parts = []
     with torch.inference_mode():
-        parts = [solve(policy.velocity, part, how.solver, how.nfe, how.grid) for part in x0.split(chunk)]
-        return torch.cat([part.float() for part in parts])
+        for part in x0.split(chunk):
+            parts.append(solve(policy.velocity, part, how.solver, how.nfe, how.grid).float())
+            pause()
+        return torch.cat(parts)
 
 
 def start_noise(policy: Policy, n: int, seed: int, purpose: int = noise.SAMPLE, first: int = 0) -> Tensor:
@@ -37,22 +42,34 @@ def start_noise(policy: Policy, n: int, seed: int, purpose: int = noise.SAMPLE, 
     return noise.normal(policy.shape, torch.tensor(seed, device=policy.device), index, purpose)
 
 
-def draw(policy: Policy, n: int, round: int, seed: int, how: Sampling, chunk: int) -> Rollout:
+def draw(
+    policy: Policy,
+    n: int,
+    round: int,
+    seed: int,
+    how: Sampling,
+    chunk: int,
+    pause: Callable[[], None] = lambda: None,
+) -> Rollout:
     """The rollout of a round: n fresh samples of the policy, not yet scored."""
     x0 = start_noise(policy, n, seed, noise.ROLLOUT, round * n)
-    x1 = sample(policy, x0, how, chunk).clone()  # out of inference mode
+    x1 = sample(policy, x0, how, chunk, pause).clone()  # out of inference mode
     return Rollout(x1, noise.indices(round * n, n, policy.device), torch.empty(0))
 
 
-def score(reward: Reward, samples: Tensor, name: str, where: str = "") -> Tensor:
+def score(reward: Reward, samples: Tensor, name: str, where: str = "", seed: int = 0) -> Tensor:
     """Rewards [N] of decoded samples, float32 on their device.
+
+    A reward that draws random numbers of torch draws those of `seed`: a resumed run asks it as the first did.
 
     Raises:
         RewardError: the reward raised, or returned another shape or values that are not finite.
     """
     at = f"reward {name}{', ' + where if where else ''}"
     try:
-        with torch.no_grad():
+        devices = [samples.device] if samples.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed % 2**63)
             values = torch.as_tensor(reward(samples))
     except RewardError as error:  # one that says what happened itself, e.g. a worker process that died
         raise RewardError(f"{at}: {error}") from error

@@ -2,17 +2,22 @@
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast import history
+from orwcfm_fast.errors import UserError, WorkError, warn
+from orwcfm_fast.files import open_regular, read_small, write_text
+from orwcfm_fast.lock import LOCK, Lock
 from orwcfm_fast.settings import S, build, read_toml, to_toml
 
 CONFIG, METRICS, SUMMARY, FORECAST = "config.toml", "metrics.jsonl", "summary.json", "forecast.json"
 HEADER = "# orwcfm "
+MAX_METRICS_BYTES = 1 << 30
 
 
 class Run:
@@ -28,17 +33,19 @@ class Run:
         self.reference = self.path / "reference"
         self.samples = self.path / "samples"
         self._replaced: Path | None = None
+        self._lock: Lock | None = None
 
     @classmethod
     def create(cls, path: Path, overwrite: bool = False) -> "Run":
-        """Make the directory; a run that is replaced stays beside it until `settle` or `undo`.
+        """Make the directory and lock it; a run that is replaced stays beside it until `settle` or `undo`.
 
         Raises:
-            UserError: it exists and is not empty (unless it is a run and `overwrite`), or cannot be written.
+            UserError: it exists and is not empty (unless it is a run and `overwrite`), cannot be written, or
+                another process works in it.
         """
         run = cls(path)
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if path.exists() and (not path.is_dir() or _has_content(path)):
                 if not overwrite:
                     raise UserError(
                         f"--out {path}: exists and is not empty; use --overwrite, or --resume {path}"
@@ -47,13 +54,32 @@ class Run:
                     raise UserError(
                         f"--out {path}: not a run, so --overwrite leaves it alone; choose another"
                     )
+                old = Lock(path)
                 run._replaced = path.rename(path.with_name(f".{path.name}.{os.getpid()}.replaced"))
+                old.release()
             path.mkdir(parents=True, exist_ok=True)
+            run.lock()
+            if _has_content(path):
+                raise UserError(f"--out {path}: another process has just begun a run there; choose another")
         except OSError as error:
             raise UserError(f"--out {path}: {error.strerror or error}") from None
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise UserError(f"--out {path}: not writable")
         return run
+
+    def lock(self) -> None:
+        """Keep every other process from working here until `unlock` or the end of this one.
+
+        Raises:
+            UserError: one already does; names it.
+        """
+        try:
+            self._lock = Lock(self.path)
+        except OSError as error:
+            raise UserError(f"run {self.path}: {error.strerror or error}") from None
+
+    def unlock(self) -> None:
+        if self._lock:
+            self._lock.release()
+            self._lock = None
 
     def settle(self) -> None:
         """The run has something to show: what it replaced goes."""
@@ -64,6 +90,7 @@ class Run:
     def undo(self) -> None:
         """The run came to nothing: remove it, and put back what it replaced."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.unlock()
         if self._replaced:
             self._replaced.rename(self.path)
             self._replaced = None
@@ -73,51 +100,55 @@ class Run:
         write_text(self.config, f"{HEADER}{command}\n" + to_toml(settings.model_dump()))
 
     def append(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, on disk when this returns."""
-        try:
-            with self.metrics.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise WorkError(f"{self.metrics}: {error.strerror or error}") from None
+        """One line of metrics.jsonl, on disk when this returns; OSError where that fails."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of metrics.jsonl."""
+    def write_failed(self, error: OSError, resume: str) -> WorkError:
+        """One line: which write failed, what is saved, how to go on."""
+        newest = next(iter(history.steps(self.checkpoints)), None)
+        saved = f"saved at {newest}; once that is mended: {resume}" if newest else "no checkpoint is left"
+        return WorkError(f"{error.filename or self.path}: {error.strerror or error}; {saved}")
+
+    def read_metrics(self, key: str = "round") -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl, by its round (or step)."""
         try:
-            lines = self.metrics.read_text().splitlines()
+            lines = read_small(self.metrics, MAX_METRICS_BYTES).decode("utf-8", "replace").splitlines()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise UserError(f"{self.metrics}: {error.strerror or error}") from None
         records = []
         for line in lines:
             try:
-                records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+                if not isinstance(record[key], int):
+                    raise TypeError
+            except (ValueError, LookupError, TypeError, RecursionError):
                 break  # a line cut off by a crash ends what is known
+            records.append(record)
         return records
 
     def truncate_metrics(self, last: int, key: str = "round") -> None:
         """Keep the lines up to round (or step) `last`: what a checkpoint of that round knew."""
-        kept = [r for r in self.read_metrics() if r[key] <= last]
-        write_text(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
+        kept = {r[key]: r for r in reversed(self.read_metrics(key)) if r[key] <= last}
+        if key == "round" and len(kept) < last:
+            warn(f"{self.metrics}: damaged, {last - len(kept)} of its first {last} rounds are lost")
+        write_text(self.metrics, "".join(json.dumps(r) + "\n" for _, r in sorted(kept.items())))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader sees the old text or the new."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_text(text, "utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise WorkError(f"{path}: {error.strerror or error}") from None
+def _has_content(path: Path) -> bool:
+    """Whether a folder holds more than a run that died before its first line leaves."""
+    return any(p.name not in (LOCK, f".{CONFIG}.part") for p in path.iterdir())
 
 
 def read_command(path: Path) -> str:
     """The command that made a directory (pretrain, finetune, sweep); empty where it is none of ours."""
     try:
-        with (path / CONFIG).open(encoding="utf-8") as file:
-            first = file.readline(80)
+        with open_regular(path / CONFIG) as file:
+            first = file.readline(80).decode()
     except (OSError, UnicodeDecodeError):
         return ""
     return first.removeprefix(HEADER).strip() if first.startswith(HEADER) else ""
@@ -132,15 +163,23 @@ def resumed_settings(run: Run, kind: type[S], given: dict[str, Any], may_change:
     """Settings of a run that goes on.
 
     Raises:
-        UserError: no run there; a setting given that a resumed run may not change.
+        UserError: no run there; a setting given otherwise than the run has it, that may not change.
     """
     if not is_run(run.path):
         raise UserError(f"--resume {run.path}: not a run (no config.toml)")
-    flags = ", ".join(f"--{key.replace('_', '-')}" for key in given if key not in may_change)
+    written = build(kind, read_toml(run.config), where=f"{run.config}: ")
+    changed = [key for key, value in given.items() if value != getattr(written, key)]
+    flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed if key not in may_change)
     if flags:
         only = ", ".join(key.replace("_", "-") for key in may_change)
         raise UserError(f"--resume takes its settings from the run; {flags} cannot change (only {only})")
-    return build(kind, read_toml(run.config), given, where=f"{run.config}: ")
+    return build(kind, written.model_dump(), given)
+
+
+def resume_command(run: Run, command: str, named: dict[str, list[str]] | None = None) -> str:
+    """What to type to go on with a run; `named` are its rewards that are code and must be named again."""
+    again = [f"--{k.replace('_', '-')} {shlex.quote(s)}" for k, specs in (named or {}).items() for s in specs]
+    return " ".join([f"orwcfm {command} --resume {shlex.quote(str(run.path))}", *again])
 
 
 def next_run_path(stem: str, root: Path = Path("runs")) -> Path:

@@ -8,10 +8,13 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.files import read_small
 from orwcfm_fast.registry import unknown
 
+MAX_TOML_BYTES = 24 << 10  # tomllib takes time quadratic in a dotted key: seconds, at most
 Weights = Literal["exp", "linear", "advantage"]
 Coupling = Literal["independent", "ot"]
+Best = Literal["reward_mean", "reward_max", "ess", "diversity", "w2_coupled", "none"]
 Precision = Literal["auto", "fp32", "bf16"]
 DATA_DIR = "where downloaded datasets lie; default under the cache"
 FeatureChoice = Literal["auto", "classifier", "clip", "inception", "pixels"]
@@ -162,6 +165,7 @@ class Finetune(Training, Sampling, RewardOptions):
     eval_n: int = Field(2048, ge=4, description="held-out samples of the closing table")
     save_every: int = Field(1, ge=1, description="rounds between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    best: Best = Field("reward_mean", description="metric whose best checkpoint is kept as well, or none")
     lora: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains all weights")
     log: list[str] = Field([], description="also log to tensorboard, wandb or wandb:PROJECT; repeat for both")
 
@@ -195,7 +199,9 @@ def build(kind: type[S], *layers: dict[str, Any], where: str = "") -> S:
         field = kind.model_fields.get(name)
         means = f" ({field.description})" if field else ""
         wanted = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(f"{where}{name} = {first['input']!r}: {wanted}{means}") from None
+        shown = repr(first["input"])
+        shown = shown if len(shown) <= 80 else shown[:80] + "…"
+        raise UserError(f"{where}{name} = {shown}: {wanted}{means}") from None
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -205,10 +211,11 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         UserError: the file is missing or not TOML.
     """
     try:
-        return {k.replace("-", "_"): v for k, v in tomllib.loads(Path(path).read_text("utf-8")).items()}
+        text = read_small(Path(path), MAX_TOML_BYTES).decode("utf-8")
+        return {k.replace("-", "_"): v for k, v in tomllib.loads(text).items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own, of decoding, of numbers too long
         raise UserError(f"{path}: not a TOML file: {error}") from None
 
 

@@ -12,14 +12,15 @@ from typing import Any
 
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, UserError, WorkError
+from orwcfm_fast.files import write_text
 from orwcfm_fast.finetune_run import Finetuning, resolved
 from orwcfm_fast.forecast import forecast_many
 from orwcfm_fast.fronts import Outcome, plain_forecast, write_fronts
 from orwcfm_fast.load import Loaded, Loader, Watch
 from orwcfm_fast.prediction import FORECAST_ROUNDS, draw_reference
 from orwcfm_fast.registry import unknown
-from orwcfm_fast.rewards import make_reward
-from orwcfm_fast.run import Run, is_run, next_run_path, read_command, write_text
+from orwcfm_fast.rewards import check_code_named, make_reward
+from orwcfm_fast.run import Run, is_run, next_run_path, read_command
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune, Predict, Sweep, build, read_toml
 from orwcfm_fast.sweep_grid import grid
@@ -77,6 +78,7 @@ class Sweeping:
         settings = settings.model_copy(update={key: getattr(first, key) for key in FILLED})
         if begun:
             run = Run(begun)
+            run.lock()
         else:
             stem = "".join(c if c.isalnum() else "-" for c in f"{first.data}-{'+'.join(first.reward)}")
             run = Run.create(out or next_run_path(f"sweep-{stem}"), overwrite)
@@ -134,9 +136,12 @@ class Sweeping:
             WorkError: some runs failed; the others are done.
             Interrupted: finished runs are kept.
         """
-        with self._or_nothing():
-            self._train_each(watch, on_result)
-        self.run.settle()
+        try:
+            with self._or_nothing():
+                self._train_each(watch, on_result)
+            self.run.settle()
+        finally:
+            self.run.unlock()
 
     @contextmanager
     def _or_nothing(self) -> Iterator[None]:
@@ -159,10 +164,11 @@ class Sweeping:
             except WorkError as error:
                 failed[name] = error
                 continue
-            except (KeyboardInterrupt, Interrupted):
+            except (KeyboardInterrupt, Interrupted) as stopped:
                 left = len(self.runs) - len(self.finished())
                 raise Interrupted(
-                    f"interrupted in run {name}, {left} to go; orwcfm sweep --out {self.run.path} goes on"
+                    f"interrupted in run {name}, {left} to go; orwcfm sweep --out {self.run.path} goes on",
+                    getattr(stopped, "code", 130),
                 ) from None
             outcomes = self.write()
             if on_result:
@@ -182,8 +188,11 @@ class Sweeping:
             assert watch
             watch(name, (p.round + p.step / s.steps_per_round) / s.rounds)
 
-        task.train(at if watch else None)
-        task.finish(began)
+        try:
+            task.train(at if watch else None)
+            task.finish(began)
+        finally:
+            task.run.unlock()
 
     def _task(self, name: str) -> Finetuning:
         """The run as it stands: new, or to go on with."""
@@ -221,5 +230,7 @@ def _widened(path: Path, given: dict[str, Any]) -> Sweep:
             raise UserError(
                 f"--out {path}: this sweep has {flag} {getattr(own, key)}, not {value}; use another --out"
             )
+    for key in ("reward", "holdout_reward"):
+        check_code_named(getattr(own, key), given.get(key, []), path / "config.toml", key)
     added = {key: [*dict.fromkeys([*getattr(own, key), *given.get(key, [])])] for key in ("alpha", "tau")}
     return build(Sweep, written, {k: given[k] for k in ("device", "log") if k in given}, added)

@@ -29,6 +29,11 @@ class Phases:
             yield
             self._seconds[name] += time.perf_counter() - begin
 
+    def add(self, seconds: dict[str, float]) -> None:
+        """Count seconds spent elsewhere: those of a round's part before it was interrupted."""
+        for name, value in seconds.items():
+            self._seconds[name] += value
+
     def read(self) -> dict[str, float]:
         """Seconds by phase since the last read; waits for the device once."""
         if self._events:

@@ -32,6 +32,14 @@ class Progress:
     phase: str
 
 
+@dataclass
+class Begun:
+    """A round that has begun: its scored rollout, and the losses [2] of the steps taken so far."""
+
+    rollout: Rollout
+    losses: list[Tensor]
+
+
 class Trainer:
     """Fine-tunes a policy online with any reward.
 
@@ -44,6 +52,10 @@ class Trainer:
         reference: the anchor; by default a frozen copy of the policy as it is now.
         features: samples → features [B, F] in which diversity is measured; pixels where None.
         watch: called with a Progress at each phase of each step.
+
+    Attributes:
+        pause: called where a round can be left and taken up again: after a chunk of its rollout, and between
+            its steps. It may raise; `save` then writes what `restore` goes on from bit for bit.
     """
 
     def __init__(
@@ -72,8 +84,10 @@ class Trainer:
         self.learner = Learner(policy, self.reference, settings)
         self.phases = self.learner.phases
         self.seed = torch.tensor(settings.seed, device=policy.device)
+        self.pause: Callable[[], None] = lambda: None
         self.round = 0
-        self.steps = 0
+        self.steps = 0  # of whole rounds
+        self.begun: Begun | None = None
         self.probe_noise = start_noise(policy, settings.probe, settings.seed)
         self.probe_reference = sample(self.reference, self.probe_noise, settings, settings.chunk)
         self.probe = self.probe_reference
@@ -85,44 +99,58 @@ class Trainer:
             yield self.one_round()
 
     def one_round(self) -> dict[str, Any]:
-        """Draw a rollout, score and weigh it, take its gradient steps; the metrics of the round."""
+        """Draw a rollout, score and weigh it, take its gradient steps; the metrics of the round.
+
+        A round that was left after some steps goes on with the next.
+        """
         s, number = self.settings, self.round
-        self.rollout = rollout = self.draw_and_score(number)
+        rollout = self.begun.rollout if self.begun else self.draw_and_score(number)
         w = weigh(rollout.reward, s.tau, s.weights, s.normalize_weights)
         check_bounded(w, s.alpha)
         if s.coupling == "ot":
             check_positive(w)
-        losses = []
-        for step, batch in enumerate(self.minibatches(rollout, w, number)):
-            self.watch(Progress(number, step, "step"))
+        self.rollout = rollout
+        self.begun = self.begun or Begun(rollout, [])
+        losses = self.begun.losses
+        for batch in self.minibatches(rollout, w, number, len(losses)):
+            self.watch(Progress(number, len(losses), "step"))
             losses.append(self.learner.step(batch, self.seed))
+            if len(losses) < s.steps_per_round:
+                self.pause()
         self.steps += s.steps_per_round
         self.round += 1
+        self.begun = None
         return self.measure(rollout, w, torch.stack(losses).mean(0))
+
+    @property
+    def steps_taken(self) -> int:
+        """Gradient steps in all, those of a round that has begun among them."""
+        return self.steps + (len(self.begun.losses) if self.begun else 0)
 
     def draw_and_score(self, number: int) -> Rollout:
         """The round's whole rollout, drawn from the policy as it stands, with its rewards."""
         s = self.settings
         self.watch(Progress(number, 0, "rollout"))
         with self.phases("rollout"):
-            rollout = draw(self.policy, s.rollout, number, s.seed, s, s.chunk)
+            rollout = draw(self.policy, s.rollout, number, s.seed, s, s.chunk, self.pause)
         self.watch(Progress(number, 0, "reward"))
         with self.phases("reward"):
-            samples = self.policy.decode(rollout.x1)
-            where = f"round {number + 1}"
-            self.scores = self.reward.scores(samples, where)
-            self.held_out = self.holdout.scores(samples, where) if self.holdout else None
-            rollout.reward = self.scores.standardized() if s.standardize_rewards else self.scores.total
+            samples, where = self.policy.decode(rollout.x1), f"round {number + 1}"
+            seed = s.seed * 1_000_003 + number
+            self.scores = self.reward.scores(samples, where, seed)
+            self.held_out = self.holdout.scores(samples, where, seed) if self.holdout else None
+            rollout.reward = self.trained_on(self.scores)
         return rollout
 
-    def minibatches(self, rollout: Rollout, w: Tensor, number: int) -> Iterator[Batch]:
-        """`steps_per_round` coupled minibatches: passes over the rollout, each in an order of its own."""
+    def minibatches(self, rollout: Rollout, w: Tensor, number: int, skip: int = 0) -> Iterator[Batch]:
+        """`steps_per_round` coupled minibatches, but the first `skip`: passes over the rollout, each in an
+        order of its own."""
         s, n = self.settings, len(w)
         wanted = s.steps_per_round * s.batch
         passes = math.ceil(wanted / n)
         order = torch.cat([noise.permutation(n, self.seed, number * passes + p) for p in range(passes)])
         first = number * wanted
-        for i in range(0, wanted, s.batch):
+        for i in range(skip * s.batch, wanted, s.batch):
             pick = order[i : i + s.batch]
             index = noise.indices(first + i, s.batch, self.policy.device)
             with self.phases("policy"):
@@ -162,25 +190,75 @@ class Trainer:
 
     def save(self, path, more: dict[str, Any]) -> None:
         """Write a checkpoint from which `restore` goes on bit for bit on the same device."""
-        state = {"kind": "finetune", "round": self.round, "step": self.steps, **describe(self.policy), **more}
+        state = {"kind": "finetune", "round": self.round, "step": self.steps_taken, **describe(self.policy)}
+        begun = {}
+        if self.begun and self.begun.losses:
+            begun["begun"] = {"x1": self.begun.rollout.x1, "losses": torch.stack(self.begun.losses)}
+            for kind, scores in (("scores", self.scores), ("held_out", self.held_out)):
+                values = scores.values.values() if scores else ()
+                # a reward may return a view of its samples; safetensors takes no two tensors in one memory
+                begun["begun"] |= {f"{kind}.{k}": v.clone() for k, v in enumerate(values)}
+                state[f"seconds_{kind}"] = [*scores.seconds.values()] if scores else []
+            # convolutions may round otherwise on samples laid out otherwise
+            state["x1_stride"] = list(self.begun.rollout.x1.stride())
+            state["seconds"] = self.phases.read()
+            self.phases.add(state["seconds"])
         checkpoint.save(
             path,
-            state,
+            {**state, **more},
             model=self.policy.weights(),
             optimizer=checkpoint.optimizer_tensors(self.learner.optimizer),
             **({"lora": lora_state(self.policy.network)} if self.settings.lora else {}),
+            **begun,
         )
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint written by `save`."""
-        if self.settings.lora:
-            load_lora(self.policy.network, found.tensors.get("lora", {}), str(found.path))
-        else:
-            checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
-        checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
-        self.round, self.steps = int(found.state["round"]), int(found.state["step"])
+        """Go on from a checkpoint written by `save`.
+
+        Raises:
+            UserError: it is of another kind or another model.
+        """
+        with checkpoint.reading(found):
+            if self.settings.lora:
+                load_lora(self.policy.network, found.tensors.get("lora", {}), str(found.path))
+            else:
+                checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
+            checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
+            self.round, step = int(found.state["round"]), int(found.state["step"])
+            self.begun = self._begun(found) if "begun" in found.tensors else None
+            self.steps = self.round * self.settings.steps_per_round
+            if self.steps_taken != step or not 0 <= step < 2**62:
+                raise ValueError("its round and its step do not agree")
         self.probe = sample(self.policy, self.probe_noise, self.settings, self.settings.chunk)
-        self.learner.go_on_from(self.steps)
+        self.learner.go_on_from(step)
+
+    def _begun(self, found: checkpoint.Checkpoint) -> Begun:
+        s, device, saved = self.settings, self.policy.device, found.tensors["begun"]
+        if saved["x1"].shape != (s.rollout, *self.policy.shape):
+            raise ValueError("a rollout of another run")
+        stride = [int(n) for n in found.state["x1_stride"]]
+        if sum((n - 1) * k for n, k in zip(saved["x1"].shape, stride, strict=True)) >= saved["x1"].numel():
+            raise ValueError("strides that leave gaps")
+        x1 = torch.empty_strided(saved["x1"].shape, stride, device=device)
+        index = noise.indices(self.round * s.rollout, s.rollout, device)
+        self.phases.add({name: float(value) for name, value in found.state["seconds"].items()})
+        self.scores = self._scores(self.reward, found, "scores")
+        self.held_out = self._scores(self.holdout, found, "held_out") if self.holdout else None
+        rollout = Rollout(x1.copy_(saved["x1"]), index, self.trained_on(self.scores))
+        return Begun(rollout, [*saved["losses"].to(device)])
+
+    def _scores(self, reward: RewardSum, found: checkpoint.Checkpoint, kind: str) -> Scores:
+        values, weights, seconds = {}, {}, {}
+        for k, (name, weight, _) in enumerate(reward.terms):
+            values[name] = found.tensors["begun"][f"{kind}.{k}"].to(self.policy.device)
+            if values[name].shape != (self.settings.rollout,):
+                raise ValueError("rewards of another run")
+            weights[name], seconds[name] = weight, float(found.state[f"seconds_{kind}"][k])
+        return Scores(values, weights, seconds)
+
+    def trained_on(self, scores: Scores) -> Tensor:
+        """The reward [N] that weights are made of."""
+        return scores.standardized() if self.settings.standardize_rewards else scores.total
 
 
 def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Checkpoints: whole or none, verified, and nothing foreign runs code."""
 
-import json
 import pickle
 
 import pytest
@@ -46,6 +45,13 @@ def test_a_damaged_file_is_named(saved, damage):
     else:
         file.unlink()
     with pytest.raises(UserError, match=r"model\.safetensors"):
+        checkpoint.load(saved)
+
+
+def test_a_changed_digit_of_the_state_is_seen(saved):
+    text = (saved / "state.json").read_text()
+    (saved / "state.json").write_text(text.replace('"step": 1', '"step": 2'))
+    with pytest.raises(UserError, match=r"state\.json is damaged"):
         checkpoint.load(saved)
 
 
@@ -151,10 +157,9 @@ def test_torchcfm_checkpoint_is_recognised_and_loads_into_every_command(tmp_path
         assert torch.allclose(loaded.policy.velocity(t, x), network.eval()(t, x), atol=1e-5)
 
 
-def test_state_names_the_model_or_is_refused(saved):
-    state = json.loads((saved / "state.json").read_text())
+def test_state_names_the_model_or_is_refused(tmp_path):
     for shape in ([], [0], ["x"], [10**9], None):
-        state |= {"model": "mlp", "data": "moons", "shape": shape}
-        (saved / "state.json").write_text(json.dumps(state))
+        state = {"model": "mlp", "data": "moons", "shape": shape}
+        saved = checkpoint.save(tmp_path / "saved", state, model={"a": torch.zeros(1)})
         with pytest.raises(UserError, match=r"which model|another architecture"):
             Loader(CPU, "fp32").load(str(saved))

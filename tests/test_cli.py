@@ -47,7 +47,7 @@ def test_a_run_directory_holds_what_is_promised(tiny_run):
         for line in lines
         for key in [*keys, "images_per_s_rollout", "images_per_s_train"]
     )
-    assert sorted(p.name for p in (tiny_run / "checkpoints").iterdir()) == ["step_3", "step_6"]
+    assert sorted(p.name for p in (tiny_run / "checkpoints").iterdir()) == ["best", "step_3", "step_6"]
     assert {p.name for p in (tiny_run / "samples").iterdir()} >= {
         "round_000.png",
         "round_002.png",

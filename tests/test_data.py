@@ -1,7 +1,7 @@
 """Datasets: shapes, ranges, determinism; files of the true format are read, broken ones named."""
 
 import gzip
-import pickle
+import hashlib
 import struct
 
 import numpy as np
@@ -51,27 +51,36 @@ def test_mnist_files_in_idx_format_are_read(tmp_path):
     assert torch.equal(((x + 1) * 127.5).round().to(torch.uint8)[:, 0], torch.as_tensor(pixels))
 
 
+def python2_batch(pixels: np.ndarray, label: int) -> bytes:
+    """One image and its label as Python 2 and its NumPy pickled the published files."""
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x01M\x00\x0c\x86"
+    )
+    dtype = (
+        b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+    )
+    content = b"T" + struct.pack("<I", pixels.size) + pixels.tobytes()
+    return b"\x80\x02}(U\x04data" + array + dtype + content + b"tbU\x06labels]K" + bytes([label]) + b"au."
+
+
 def test_cifar_batches_are_read_only_when_they_are_the_true_files(tmp_path, monkeypatch):
-    """torchvision checks CIFAR's md5 before it unpickles; files of another content are never opened."""
     from torchvision.datasets import CIFAR10
 
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
-    content = {b"data": pixels, b"labels": [0, 1, 2, 3]}
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    for name in names:
-        (folder / name).write_bytes(pickle.dumps({k.decode(): v for k, v in content.items()}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3072), dtype=np.uint8)
+    batches = [python2_batch(pixels[i], i) for i in range(5)]
+    for i, batch in enumerate(batches):
+        (folder / f"data_batch_{i + 1}").write_bytes(batch)
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/")
     with pytest.raises(UserError, match="data_batch_1"):
         load_data("cifar10", str(tmp_path))
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a: True)
+    true = [[f"data_batch_{i + 1}", hashlib.md5(batch).hexdigest()] for i, batch in enumerate(batches)]
+    monkeypatch.setattr(CIFAR10, "train_list", true)
     x, labels = load_data("cifar10", str(tmp_path))
-    assert x.shape == (20, 3, 32, 32) and labels is not None and labels[:4].tolist() == [0, 1, 2, 3]
-    red = ((x[0, 0] + 1) * 127.5).round().to(torch.uint8)
-    assert torch.equal(red, torch.as_tensor(pixels[0, :1024]).view(32, 32))
+    assert x.shape == (5, 3, 32, 32) and labels is not None and labels.tolist() == [0, 1, 2, 3, 4]
+    red = ((x[2, 0] + 1) * 127.5).round().to(torch.uint8)
+    assert torch.equal(red, torch.as_tensor(pixels[2, :1024]).view(32, 32))
 
 
 def test_a_folder_of_images_is_cropped_and_resized(tmp_path):

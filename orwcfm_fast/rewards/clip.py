@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.headers import check_pt, check_safetensors
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.pixels import Transform
 from orwcfm_fast.rewards.registry import Score, reward_factory
@@ -65,6 +66,7 @@ def _load(model: str, weights: str, precision: str) -> Clip:
     if not whole and model not in open_clip.list_models():
         raise UserError(str(unknown("clip-model", model, open_clip.list_models(), "or local-dir:FOLDER")))
     tag = {} if whole else open_clip.get_pretrained_cfg(model, weights) or {}
+    _check_files(model, weights)
     try:
         network = open_clip.create_model(
             model, pretrained=None if whole else weights, precision=precision, require_pretrained=True,
@@ -88,6 +90,19 @@ def _load(model: str, weights: str, precision: str) -> Clip:
     )  # fmt: skip
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return Clip(network.eval().requires_grad_(False), tokenizer, transform, dtype)
+
+
+def _check_files(model: str, weights: str) -> None:
+    """Weights of the user's own, before they are opened; open_clip itself loads with weights_only=True."""
+    folder = Path(model.removeprefix("local-dir:"))
+    files = [*folder.iterdir()] if model.startswith("local-dir:") and folder.is_dir() else [Path(weights)]
+    for path in files:
+        check = {".safetensors": check_safetensors, ".pt": check_pt, ".bin": check_pt, ".pth": check_pt}
+        try:
+            if path.is_file() and path.suffix in check:
+                check[path.suffix](path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"clip-weights '{path}': {error}") from None
 
 
 def _tags(model: str) -> str:

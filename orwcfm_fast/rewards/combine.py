@@ -1,9 +1,11 @@
 """From what the user asked for, NAME[:ARG][=WEIGHT] once or more, to one reward."""
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -63,8 +65,8 @@ class RewardSum:
     def name(self) -> str:
         return "+".join(name for name, _, _ in self.terms)
 
-    def scores(self, samples: Tensor, where: str = "") -> Scores:
-        """Every reward of the samples; `where` is named in errors.
+    def scores(self, samples: Tensor, where: str = "", seed: int = 0) -> Scores:
+        """Every reward of the samples; `where` is named in errors, `seed` for those that draw random numbers.
 
         Raises:
             RewardError: one of them raised, or returned what is no reward; names it.
@@ -74,7 +76,7 @@ class RewardSum:
             torch.cuda.synchronize(samples.device)  # or the first reward would be charged for the rollout
         for name, weight, function in self.terms:
             began = time.perf_counter()
-            found.values[name] = score(function, samples, name, where)  # its checks wait for the device
+            found.values[name] = score(function, samples, name, where, seed)  # its checks wait for the device
             found.seconds[name] = time.perf_counter() - began
             found.weights[name] = weight
         return found
@@ -117,6 +119,34 @@ def make_reward(
         if names.count(name) > 1:
             raise UserError(f"reward '{name}': named twice; give it one weight, e.g. {name}=2")
     return RewardSum([(name, weight, _function(name, options)) for name, weight in split])
+
+
+def user_code(specs: Sequence[str]) -> list[str]:
+    """Those of `specs` that would run a user's code: file.py:function, package.module:function, process:…"""
+
+    def is_code(spec: str) -> bool:
+        base = spec.partition(":")[0]
+        return base == "process" or (base not in REWARDS.names() and is_user_reward(spec))
+
+    return [s for s in specs if is_code(s)]
+
+
+def check_code_named(
+    specs: Sequence[str], named: Sequence[str], where: Path | str, key: str = "reward"
+) -> None:
+    """Code that a run's own files name may come from anyone: it runs only if the user names it too.
+
+    Args:
+        specs: the rewards that the file `where` asks for under `key`.
+        named: those that the user gave on the command line.
+
+    Raises:
+        UserError: one of `specs` is code, and the user has not named them.
+    """
+    if user_code(specs) and list(named) != list(specs):
+        flag = f"--{key.replace('_', '-')}"
+        again = " ".join(f"{flag} {shlex.quote(s)}" for s in specs)
+        raise UserError(f"{where}: its {key} is code, which runs only if you name it too: add {again}")
 
 
 def make_holdout(options: RewardOptions) -> RewardSum | None:

@@ -1,0 +1,63 @@
+"""Ctrl-C and SIGTERM end training where it can be taken up again; a second Ctrl-C ends it at once."""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+SHOW_CURSOR = b"\x1b[?25h"  # a live bar hides it
+
+
+class Stop(Exception):
+    """Raised by `Interruption.pause`; what is being trained can be saved as it stands."""
+
+
+class Interruption:
+    """Within `with`, the first SIGINT or SIGTERM waits for `pause`, which raises it as Stop.
+
+    A second Ctrl-C leaves the process at once with exit code 130. Outside the main thread, where Python
+    delivers no signals, nothing is caught.
+
+    Args:
+        last_words: one line for those who leave at once.
+
+    Attributes:
+        signal: the one that came, or None.
+    """
+
+    def __init__(self, last_words: str) -> None:
+        self.last_words = last_words
+        self.signal: int | None = None
+        self._before: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._caught)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the signal's number, as shells count: 130 or 143."""
+        return 128 + (self.signal or signal.SIGINT)
+
+    def pause(self) -> None:
+        """Where work can be left: raises Stop once a signal has come."""
+        if self.signal is not None:
+            raise Stop
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        # os.write: a handler may run in the middle of a buffered one
+        if self.signal is None:
+            self.signal = number
+            if os.isatty(2):
+                os.write(2, b"\nstopping after this step, then saving; Ctrl-C again leaves at once\n")
+        elif number == signal.SIGINT:
+            if os.isatty(1):
+                os.write(1, SHOW_CURSOR)
+            os.write(2, f"error: {self.last_words}\n".encode())
+            os._exit(128 + number)
