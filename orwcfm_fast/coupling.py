@@ -1,5 +1,6 @@
 """Couplings: which noise goes with which sample of a minibatch, and with what loss weights."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,11 @@ class Batch:
     index: Tensor
     w: Tensor
     a: Tensor
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Batches of at most `size` samples, in order."""
+        for i in range(0, len(self.w), size):
+            yield Batch(*(x[i : i + size] for x in vars(self).values()))
 
 
 def couple(

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from orwcfm_fast.data import source
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
 from orwcfm_fast.evaluate import Measures, evaluate, judge_for
+from orwcfm_fast.guard import Fault
 from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
 from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
@@ -175,9 +176,9 @@ class Finetuning:
         self,
         watch: Callable[[Progress], None] | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
-        on_forecast: Callable[[str], None] | None = None,
+        on_line: Callable[[str], None] | None = None,
     ) -> None:
-        """All rounds that are left; each is recorded, saved and shown.
+        """All rounds that are left; each is recorded, saved and shown, `on_line` told what there is to say.
 
         Raises:
             WorkError: the reward failed, or something became non-finite; says where the run is saved.
@@ -186,8 +187,9 @@ class Finetuning:
         log = tracker(s, self.run.path.name, str(self.run.path))
         if watch:
             self.trainer.watch = watch
+        self.trainer.oversight.say = on_line = on_line or (lambda text: None)
         try:
-            for record in self.trainer.train(s.rounds):
+            for record in self._rounds():
                 self.run.append(record)
                 log(record)
                 if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
@@ -196,8 +198,8 @@ class Finetuning:
                 self._picture(self.trainer.round)
                 if on_round:
                     on_round(record)
-                if on_forecast and self.trainer.round == 1:
-                    on_forecast(self._forecast())
+                if self.trainer.round == 1 and s.target_w2 is None:
+                    on_line(self._forecast())
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
             if self.trainer.round == 0:
@@ -213,6 +215,32 @@ class Finetuning:
                 else "no checkpoint was written yet"
             )
             raise Interrupted(f"interrupted in round {self.trainer.round + 1}; {where}") from None
+
+    def _rounds(self) -> Iterator[dict[str, Any]]:
+        """The records of the rounds that stand; the others are taken back or end the run, as --guard says."""
+        while self.trainer.round < self.settings.rounds:
+            try:
+                yield self.trainer.one_round()
+            except Fault as fault:
+                try:
+                    if self.settings.guard != "rollback":
+                        raise
+                    self.trainer.oversight.take_back(fault, self._back)
+                except Fault:
+                    self.run.append(fault.record)
+                    newest = checkpoint.newest(self.run.checkpoints)
+                    where = f"the last good checkpoint is {newest}" if newest else "no round was good yet"
+                    raise WorkError(f"{fault}; stopped, {where}") from None
+
+    def _back(self) -> int:
+        """To the newest checkpoint, or the start where there is none; the round it holds."""
+        newest = checkpoint.newest(self.run.checkpoints)
+        if newest:
+            self.trainer.restore(checkpoint.load(newest))
+        else:
+            self.trainer.start_over()
+        self.run.truncate_metrics(self.trainer.round)
+        return self.trainer.round
 
     def _forecast(self) -> str:
         """Forecast this run from its first rollout, at no extra samples; one line."""

@@ -12,6 +12,7 @@ from orwcfm_fast.registry import unknown
 
 Weights = Literal["exp", "linear", "advantage"]
 Coupling = Literal["independent", "ot"]
+Guarding = Literal["warn", "stop", "rollback", "off"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -116,6 +117,9 @@ class Finetune(Training, Sampling, RewardOptions):
     coupling: Coupling = Field(
         "independent", description="of noise and sample; ot: minibatch optimal transport"
     )
+    target_w2: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="steer α by round so that the coupled W2 is held here"
+    )
     rounds: int = Field(8, ge=1, description="online rounds")
     steps_per_round: int = Field(128, ge=1, description="gradient steps a round")
     cooldown: float = Field(
@@ -123,12 +127,25 @@ class Finetune(Training, Sampling, RewardOptions):
     )
     rollout: int = Field(768, ge=2, description="samples drawn a round")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
+    micro_batch: int = Field(0, ge=0, description="samples at once in a gradient step; 0: the whole batch")
     probe: int = Field(
         128, ge=2, description="fixed-noise samples that W2 and pictures follow through the rounds"
     )
     eval_n: int = Field(2048, ge=2, description="held-out samples of the closing table")
     save_every: int = Field(1, ge=1, description="rounds between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    guard: Guarding = Field(
+        "warn",
+        description="at drift: warn, stop, rollback (to the last good checkpoint, milder τ or α) or off; "
+        "values that are not finite stop the run, or roll it back",
+    )
+    guard_ess: float = Field(0.2, ge=0, le=1, description="least ESS, as a share of the rollout")
+    guard_w2: float | None = Field(
+        None,
+        gt=0,
+        description="largest coupled W2; default: 0.7 of the mean distance of two reference samples",
+    )
+    guard_diversity: float = Field(0.85, ge=0, description="least diversity, as a share of the reference's")
     wandb: str = Field("", description="log to this Weights & Biases project as well")
 
 

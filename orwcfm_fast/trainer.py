@@ -11,12 +11,13 @@ from torch import Tensor
 from orwcfm_fast import checkpoint, noise
 from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
-from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.oversight import Oversight
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.rollout import Reward, Rollout, draw, sample, score, start_noise
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
-from orwcfm_fast.weighting import check_bounded, check_positive, effective_sample_size, weigh
+from orwcfm_fast.weighting import check_bounded, check_positive, effective_sample_size
 
 PHASES = ("rollout", "reward", "reference", "policy", "optimizer")
 
@@ -60,14 +61,17 @@ class Trainer:
         self.reference = reference or policy.frozen_copy()
         self.features = features or (lambda x: x)
         self.watch = watch or (lambda progress: None)
+        self.oversight = Oversight(settings)
         self.learner = Learner(policy, self.reference, settings)
+        self.learner.on_halved = self.oversight.set_micro_batch
         self.phases = self.learner.phases
         self.seed = torch.tensor(settings.seed, device=policy.device)
         self.round = 0
         self.steps = 0
         self.probe_noise = start_noise(policy, settings.probe, settings.seed)
-        self.probe_reference = sample(self.reference, self.probe_noise, settings, settings.chunk)
-        self.probe = self.probe_reference
+        self.probe = self.probe_reference = self.draw_probe(self.reference)
+        self.probe_diversity = self.diversity(self.probe)
+        self.oversight.guard.spread = pairwise_distance(self.probe)
         self.rollout: Rollout | None = None  # of the last round
 
     def train(self, rounds: int) -> Iterator[dict[str, Any]]:
@@ -76,11 +80,15 @@ class Trainer:
             yield self.one_round()
 
     def one_round(self) -> dict[str, Any]:
-        """Draw a rollout, score and weigh it, take its gradient steps; the metrics of the round."""
+        """Draw a rollout, score and weigh it, take its gradient steps; the metrics of the round.
+
+        Raises:
+            Fault: the guard does not let the round stand.
+        """
         s, number = self.settings, self.round
         self.rollout = rollout = self.draw_and_score(number)
-        w = weigh(rollout.reward, s.tau, s.weights, s.normalize_weights)
-        check_bounded(w, s.alpha)
+        w, found = self.oversight.weigh(rollout.reward)
+        check_bounded(w, self.oversight.control.alpha)
         if s.coupling == "ot":
             check_positive(w)
         losses = []
@@ -89,14 +97,16 @@ class Trainer:
             losses.append(self.learner.step(batch, self.seed))
         self.steps += s.steps_per_round
         self.round += 1
-        return self.measure(rollout, w, torch.stack(losses).mean(0))
+        return self.oversight.judge(self.round, self.measure(rollout, w, torch.stack(losses)), found)
 
     def draw_and_score(self, number: int) -> Rollout:
         """The round's whole rollout, drawn from the policy as it stands, with its rewards."""
         s = self.settings
         self.watch(Progress(number, 0, "rollout"))
         with self.phases("rollout"):
-            rollout = draw(self.policy, s.rollout, number, s.seed, s, s.chunk)
+            rollout = self.oversight.in_chunks(
+                lambda chunk: draw(self.policy, s.rollout, number, s.seed, s, chunk)
+            )
         self.watch(Progress(number, 0, "reward"))
         with self.phases("reward"):
             samples = self.policy.decode(rollout.x1)
@@ -107,6 +117,7 @@ class Trainer:
         """`steps_per_round` coupled minibatches: passes over the rollout, each in an order of its own."""
         s, n = self.settings, len(w)
         wanted = s.steps_per_round * s.batch
+        alpha = self.oversight.control.alpha
         passes = math.ceil(wanted / n)
         order = torch.cat([noise.permutation(n, self.seed, number * passes + p) for p in range(passes)])
         first = number * wanted
@@ -114,7 +125,7 @@ class Trainer:
             pick = order[i : i + s.batch]
             index = noise.indices(first + i, s.batch, self.policy.device)
             with self.phases("policy"):
-                batch = couple(rollout.x1[pick], w[pick], s.alpha, self.seed, index, s.coupling)
+                batch = couple(rollout.x1[pick], w[pick], alpha, self.seed, index, s.coupling)
             yield batch
 
     def measure(self, rollout: Rollout, w: Tensor, losses: Tensor) -> dict[str, Any]:
@@ -122,13 +133,13 @@ class Trainer:
         s = self.settings
         self.watch(Progress(self.round - 1, s.steps_per_round, "measure"))
         with self.phases("probe"):
-            self.probe, gap = sample_with_gap(self.policy, self.reference, self.probe_noise, s, s.chunk)
-            spread = pairwise_distance(self.features(self.policy.decode(rollout.x1[:512])))
+            self.probe, gap = self.oversight.in_chunks(
+                lambda chunk: sample_with_gap(self.policy, self.reference, self.probe_noise, s, chunk)
+            )
+            spread, probe_spread = self.diversity(rollout.x1[:512]), self.diversity(self.probe)
         seconds = self.phases.read()
         training = sum(seconds[p] for p in PHASES[2:])
-        loss_fm, loss_w2 = losses.tolist()
-        if not (math.isfinite(loss_fm) and math.isfinite(loss_w2)):
-            raise WorkError(f"round {self.round}: the loss is not finite; lower --lr or raise --alpha")
+        loss_fm, loss_w2, norm, norm_max = torch.cat([losses.mean(0), losses[:, 2:].amax(0)]).tolist()
         return {
             "round": self.round,
             "reward_mean": float(rollout.reward.mean()),
@@ -136,10 +147,14 @@ class Trainer:
             "reward_max": float(rollout.reward.max()),
             "loss_fm": loss_fm,
             "loss_w2": loss_w2,
+            "grad_norm_mean": norm,
+            "grad_norm_max": norm_max,
+            **self.oversight.control.to_state(),
             "ess": effective_sample_size(w),
             "w2_coupled": coupled_w2(self.probe, self.probe_reference),
             "velocity_gap": gap,
             "diversity": spread,
+            "diversity_share": probe_spread / max(self.probe_diversity, 1e-12),
             **{f"seconds_{p}": seconds[p] for p in (*PHASES, "probe")},
             "images_per_s_rollout": s.rollout / seconds["rollout"],
             "images_per_s_train": s.steps_per_round * s.batch / training,
@@ -148,6 +163,7 @@ class Trainer:
     def save(self, path, more: dict[str, Any]) -> None:
         """Write a checkpoint from which `restore` goes on bit for bit on the same device."""
         state = {"kind": "finetune", "round": self.round, "step": self.steps, **describe(self.policy), **more}
+        state |= self.oversight.to_state()
         checkpoint.save(
             path,
             state,
@@ -156,12 +172,29 @@ class Trainer:
         )
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint written by `save`."""
+        """Go on from a checkpoint written by `save`, with the α, τ and sizes that were in force."""
+        self.oversight.restore(found.state, str(found.path))
+        self.learner.micro_batch = self.oversight.control.micro_batch
         checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
         checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
         self.round, self.steps = int(found.state["round"]), int(found.state["step"])
-        self.probe = sample(self.policy, self.probe_noise, self.settings, self.settings.chunk)
+        self.probe = self.draw_probe(self.policy)
         self.learner.go_on_from(self.steps)
+
+    def start_over(self) -> None:
+        """Back to before the first round."""
+        self.policy.network.load_state_dict(self.reference.network.state_dict())
+        self.learner.start_over()
+        self.round = self.steps = 0
+        self.probe, self.oversight.guard.past = self.probe_reference, {}
+
+    def draw_probe(self, policy: Policy) -> Tensor:
+        """A policy's samples [probe, *shape] from the noise that W2 is followed on."""
+        return self.oversight.in_chunks(lambda chunk: sample(policy, self.probe_noise, self.settings, chunk))
+
+    def diversity(self, x: Tensor) -> float:
+        """Mean distance of two of the samples x [N, *shape] in features."""
+        return pairwise_distance(self.features(self.policy.decode(x)))
 
 
 def describe(policy: Policy) -> dict[str, Any]:
