@@ -187,7 +187,8 @@ class Finetuning:
         log = tracker(s, self.run.path.name, str(self.run.path))
         if watch:
             self.trainer.watch = watch
-        self.trainer.oversight.say = on_line = on_line or (lambda text: None)
+        on_line = on_line or (lambda text: None)
+        self.trainer.oversight.tell(on_line)
         try:
             for record in self._rounds():
                 self.run.append(record)
@@ -273,13 +274,9 @@ class Finetuning:
     def finish(self, began: float) -> Result:
         """Held-out evaluation before and after, the pictures and summary.json."""
         s, trainer = self.settings, self.trainer
-        before, after = evaluate(
-            {"before": self.reference, "after": trainer.policy},
-            self.reference,
-            self.judge,
-            s,
-            s.eval_n,
-            s.chunk,
+        models = {"before": self.reference, "after": trainer.policy}
+        before, after = trainer.oversight.in_chunks(
+            lambda chunk: evaluate(models, self.reference, self.judge, s, s.eval_n, chunk)
         )
         records = self.run.read_metrics()
         decode = trainer.policy.decode

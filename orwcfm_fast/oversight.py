@@ -36,6 +36,12 @@ class Oversight:
         self.notes.append(text)
         self.say(f"guard: {text}")
 
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Say lines there from now on, and what was noted before the first round."""
+        self.say = say
+        for text in self.notes:
+            say(f"guard: {text}")
+
     def weigh(self, reward: Tensor) -> tuple[Tensor, list[Finding]]:
         """Weights [N] of a round, and what the guard says of them; --guard rollback halves τ until they are fit."""
         s = self.settings

@@ -87,15 +87,6 @@ def test_non_finite_values_stop_the_run_under_every_choice_but_rollback(two_gaus
             Trainer(policy, right, s).one_round()
 
 
-@pytest.fixture
-def base(two_gaussians_weights, tmp_path, monkeypatch) -> str:
-    """The pretrained two Gaussians as a checkpoint, in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    state = {"kind": "reference", "model": "mlp", "data": "two-gaussians", "shape": [1]}
-    checkpoint.save("base", state, model=two_gaussians_weights)
-    return "base"
-
-
 def finetune(run_cli, out: str, *more, base="base", **settings):
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in (COLLAPSE | {"eval_n": 256} | settings).items()]
     return run_cli("finetune", "--checkpoint", base, "--reward", "right", "--out", out, *flags, *more)
