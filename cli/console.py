@@ -62,6 +62,7 @@ def round_line(record: dict[str, Any], rounds: int) -> str:
     """One round in one line."""
     return (
         f"round {record['round']:>3}/{rounds}  reward {record['reward_mean']:.4g}  W2 {record['w2_coupled']:.3g}  "
+        f"α {record['alpha']:.3g}  "
         f"ESS {record['ess']:.0f}  diversity {record['diversity']:.3g}  "
         f"{record['images_per_s_rollout']:.0f} rollout img/s  {record['images_per_s_train']:.0f} train img/s"
     )

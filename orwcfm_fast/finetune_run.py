@@ -141,7 +141,7 @@ class Finetuning:
         """What the user should know before the first round."""
         s = self.settings
         lines = [
-            f"α={s.alpha:g} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {s.rounds} rounds of {s.rollout} "
+            f"{_anchored(s)} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {s.rounds} rounds of {s.rollout} "
             f"samples ({s.solver}, {s.nfe} evaluations) and {s.steps_per_round} steps of {s.batch}; "
             f"{self.loaded.policy.device}, {s.precision}"
         ]
@@ -294,9 +294,14 @@ class Finetuning:
 RESUME_MAY_CHANGE = ("rounds", "device", "wandb")
 
 
+def _anchored(s: Finetune) -> str:
+    return f"α={s.alpha:g}" if s.target_w2 is None else f"α for a coupled W2 of {s.target_w2:g},"
+
+
 def _name(settings: Finetune) -> str:
     """<data>-<reward>-a1-t0.5, for a run's directory."""
-    name = f"{settings.data}-{'+'.join(settings.reward)}-a{settings.alpha:g}-t{settings.tau:g}"
+    anchored = f"a{settings.alpha:g}" if settings.target_w2 is None else f"w{settings.target_w2:g}"
+    name = f"{settings.data}-{'+'.join(settings.reward)}-{anchored}-t{settings.tau:g}"
     return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
 
 

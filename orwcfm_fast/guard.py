@@ -21,6 +21,7 @@ HACKING = 3  # rounds in a row of trained reward up, hold-out reward down
 W2_SHARE = (
     0.5**0.5
 )  # of the distance of two reference samples: about what every sample turning to one would take
+TARGET_SHARE = 1.5  # of a W2 that is steered to: what may pass while it settles
 MAX_ROLLBACKS = 8
 ALPHA_STEP = 0.5
 REMEMBERED = ("grad_norm_max", "reward_mean", "holdout_mean")
@@ -64,7 +65,8 @@ class Guard:
     @property
     def ceiling(self) -> float:
         """Coupled W2 above which it speaks."""
-        return self.settings.guard_w2 or W2_SHARE * self.spread
+        s = self.settings
+        return s.guard_w2 or max(W2_SHARE * self.spread, TARGET_SHARE * (s.target_w2 or 0))
 
     def before_steps(self, ess: float) -> list[Finding]:
         """Of a rollout's weights, before anything is learned from them."""

@@ -1,4 +1,4 @@
-"""What may change while a run goes on, and who says so: the guard, and memory that runs out."""
+"""What may change while a run goes on, and who says so: guard, steering, memory that runs out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,14 +9,16 @@ from torch import Tensor
 from orwcfm_fast.control import Control
 from orwcfm_fast.guard import MAX_ROLLBACKS, Fault, Finding, Guard, cured
 from orwcfm_fast.memory import halving
+from orwcfm_fast.rollout import Rollout
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.steer import Steering
 from orwcfm_fast.weighting import effective_sample_size, weigh
 
 T = TypeVar("T")
 
 
 class Oversight:
-    """Holds the values in force (`control`) and the guard of one run.
+    """Holds the values in force (`control`), the guard and the steering of one run.
 
     Args:
         settings: what the run began with.
@@ -27,6 +29,7 @@ class Oversight:
 
     def __init__(self, settings: Finetune) -> None:
         self.settings, self.control, self.guard = settings, Control.start(settings), Guard(settings)
+        self.steering = Steering.of(settings)
         self.notes: list[str] = []
         self.say: Callable[[str], None] = lambda text: None
         self.rollbacks, self.faulty = 0, 0  # since a round beyond the last faulty one stood; that round
@@ -42,8 +45,20 @@ class Oversight:
         for text in self.notes:
             say(f"guard: {text}")
 
+    def begin_round(self, rollout: Rollout) -> tuple[Tensor, list[Finding]]:
+        """Weights [N] of a scored rollout, and what the guard says of them; sets the round's α where it is steered.
+
+        --guard rollback halves τ until the weights are fit.
+        """
+        w, found = self.weigh(rollout.reward)
+        if self.steering:
+            if self.steering.drive is None:
+                self.steering.foresee(rollout, self.control.tau, self.settings)
+            self.control = replace(self.control, alpha=self.steering.alpha())
+        return w, found
+
     def weigh(self, reward: Tensor) -> tuple[Tensor, list[Finding]]:
-        """Weights [N] of a round, and what the guard says of them; --guard rollback halves τ until they are fit."""
+        """Weights [N] of rewards [N] that the guard can let pass, or what it says of them."""
         s = self.settings
         while True:
             w = weigh(reward, self.control.tau, s.weights, s.normalize_weights)
@@ -67,6 +82,8 @@ class Oversight:
         record["guard"], self.notes = self.notes, []
         if not self.guard.stands([*early, *found]):
             raise Fault(number, [*early, *found], record)
+        if self.steering:
+            self.steering.see(self.control.alpha, record["w2_coupled"])
         if number >= self.faulty:
             self.rollbacks = 0
         return record
@@ -106,7 +123,8 @@ class Oversight:
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint must hold of it."""
-        return {"control": self.control.to_state(), "guard": self.guard.to_state()}
+        found = {"control": self.control.to_state(), "guard": self.guard.to_state()}
+        return found | ({"steering": self.steering.to_state()} if self.steering else {})
 
     def restore(self, state: dict[str, Any], where: str) -> None:
         """Go on with what `to_state` wrote.
@@ -116,3 +134,9 @@ class Oversight:
         """
         self.control = Control.of_state(state.get("control"), self.settings, where)
         self.guard.restore(state.get("guard"), where)
+        if self.steering:
+            self.steering.restore(state.get("steering"), where)
+
+    def start_over(self) -> None:
+        """Forget every round."""
+        self.guard.past, self.steering = {}, Steering.of(self.settings)

@@ -118,7 +118,10 @@ class Finetune(Training, Sampling, RewardOptions):
         "independent", description="of noise and sample; ot: minibatch optimal transport"
     )
     target_w2: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="steer α by round so that the coupled W2 is held here"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="choose α by round so that the coupled W2 comes to this and stays",
     )
     rounds: int = Field(8, ge=1, description="online rounds")
     steps_per_round: int = Field(128, ge=1, description="gradient steps a round")

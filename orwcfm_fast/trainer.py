@@ -87,7 +87,7 @@ class Trainer:
         """
         s, number = self.settings, self.round
         self.rollout = rollout = self.draw_and_score(number)
-        w, found = self.oversight.weigh(rollout.reward)
+        w, found = self.oversight.begin_round(rollout)
         check_bounded(w, self.oversight.control.alpha)
         if s.coupling == "ot":
             check_positive(w)
@@ -186,7 +186,8 @@ class Trainer:
         self.policy.network.load_state_dict(self.reference.network.state_dict())
         self.learner.start_over()
         self.round = self.steps = 0
-        self.probe, self.oversight.guard.past = self.probe_reference, {}
+        self.probe = self.probe_reference
+        self.oversight.start_over()
 
     def draw_probe(self, policy: Policy) -> Tensor:
         """A policy's samples [probe, *shape] from the noise that W2 is followed on."""
