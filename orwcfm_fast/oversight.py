@@ -104,7 +104,7 @@ class Oversight:
         control, rollbacks = self.control, self.rollbacks + 1
         back = restore()
         self.control, self.rollbacks, self.faulty = control, rollbacks, fault.number
-        self.notes = list(fault.record["guard"])
+        self.notes = [*(fault.record["guard"] or [])]
         self.note(f"round {fault.number} is taken back to where round {back} ended")
         if rollbacks > MAX_ROLLBACKS or not self.milder(fault.found):
             raise fault
