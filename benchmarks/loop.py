@@ -1,34 +1,70 @@
-"""The online loop against the plain one, in one run, alternating: `orwcfm bench loop`."""
+"""The online loop against the plain one, in one run, alternating, one ratio a rung: `orwcfm bench loop`."""
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from orwcfm_fast import checkpoint, noise
 from orwcfm_fast.benchmarks.plain_loop import BATCH, EULER_STEPS, PlainLoop, torchcfm_network
-from orwcfm_fast.coupling import couple
+from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.policy import Policy, make_policy
 from orwcfm_fast.rollout import sample, start_noise
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
 
 SIZES = {"digits": ("unet-digits", (1, 8, 8)), "cifar10": ("unet-cifar10", (3, 32, 32))}
+LORA_RANK = 16
+PASSES = 4  # over each draw where the reference is cached
+DEFAULT = Finetune()
+REUSE = DEFAULT.steps_per_round * DEFAULT.batch / DEFAULT.rollout  # gradient samples a rollout sample
 
 
-@dataclass
+@dataclass(frozen=True)
+class Rung:
+    """One way of running the loop: how it draws, how it steps, how often it uses a sample."""
+
+    way: str
+    rollout: str
+    step: str
+    reuse: float = REUSE
+
+
+LADDER = (
+    Rung("plain", "plain", "plain", 1.0),
+    Rung("+ rollout reuse", "plain", "plain"),
+    Rung("+ solver", "solver", "plain"),
+    Rung("+ network, fused step", "fp32", "fp32"),
+    Rung("+ cached reference", "fp32", "cached"),
+    Rung("the same in bf16", "bf16", "bf16 cached"),
+    Rung("the same with LoRA", "lora", "lora"),
+    Rung("one fresh batch a step, fp32", "fp32", "fp32", 1.0),
+    Rung("one fresh batch a step, bf16", "bf16", "bf16", 1.0),
+)
+
+
+@dataclass(frozen=True)
 class Row:
-    """Images a second of one way of running one phase; `ratio` to the plain loop's, paired run by run."""
+    """Images a second drawn, trained on, and through the loop (an image drawn for every `reuse` trained on).
+
+    The ratios are to the plain loop, medians over runs paired in time; matrix_share: FLOP/s of the rollout
+    over those of a large matrix product in the same precision and run.
+    """
 
     data: str
-    phase: str
     way: str
-    images_per_s: float
-    ratio: float
+    rollout: float
+    step: float
+    loop: float
+    rollout_ratio: float
+    step_ratio: float
+    loop_ratio: float
+    matrix_share: float
 
 
 def bench_policy(data: str, precision: str) -> Policy:
@@ -56,76 +92,137 @@ def alternate(ways: dict[str, Callable[[], int]], repeats: int) -> dict[str, lis
     return found
 
 
-def rows(data: str, phase: str, found: dict[str, list[float]]) -> list[Row]:
-    plain = next(iter(found.values()))
-    return [
-        Row(
-            data,
-            phase,
-            way,
-            statistics.median(v),
-            statistics.median(a / b for a, b in zip(v, plain, strict=True)),
+def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a product of two square matrices."""
+    a = torch.randn(size, size).to(dtype)
+    a @ a
+    began = time.perf_counter()
+    a @ a
+    return 2 * size**3 / (time.perf_counter() - began)
+
+
+def forward_flop(policy: Policy) -> float:
+    """Floating-point operations of one forward pass of one image, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        policy.velocity(0.5, torch.zeros(1, *policy.shape))
+    return float(counter.get_total_flops())
+
+
+class Measured:
+    """Every way of drawing and of stepping on one data set, ready to run."""
+
+    def __init__(self, data: str, batch: int, euler_share: float) -> None:
+        self.batch, self.settings = batch, DEFAULT.model_copy(update={"batch": batch, "rollout": batch})
+        self.policies = {p: bench_policy(data, p) for p in ("fp32", "bf16")}
+        first = self.policies["fp32"]
+        self.steps = max(2, round(EULER_STEPS * euler_share))
+        network = torchcfm_network(first.model, first.network.state_dict())
+        self.torchcfm = replace(first, network=network)
+        self.plain = PlainLoop(
+            network, lambda x: x.flatten(1).mean(1), first.shape, 1.0, 0.5, batch, self.steps
         )
-        for way, v in found.items()
-    ]
+        self.learners = {p: self.learner(policy) for p, policy in self.policies.items()}
+        adapted = first.trainable_copy()
+        from orwcfm_fast.lora import add_lora
+
+        add_lora(adapted.network, LORA_RANK)
+        self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)
+        self.x0, self.x1 = start_noise(first, batch, 0), torch.randn(batch, *first.shape).clamp(-1, 1)
+        self.seed = torch.tensor(0)
+
+    def learner(self, policy: Policy) -> Learner:
+        return Learner(policy, policy.frozen_copy(), self.settings)
+
+    def coupled(self) -> Batch:
+        index = noise.indices(0, self.batch, "cpu")
+        return couple(self.x1, torch.ones(self.batch), 1.0, self.seed, index)
+
+    def step(self, way: str, v_ref: Tensor | None = None) -> int:
+        self.learners[way].step(replace(self.coupled(), v_ref=v_ref), self.seed)
+        return self.batch
+
+    def draw(self, policy: Policy) -> int:
+        sample(policy, self.x0, self.settings, self.batch)
+        return self.batch
+
+    def plain_rollout(self) -> int:
+        self.plain.rollout()
+        return self.batch
+
+    def plain_step(self) -> int:
+        self.plain.gradient_step(self.x1)
+        return self.batch
+
+    def rollouts(self) -> dict[str, Callable[[], int]]:
+        ways: dict[str, Callable[[], int]] = {"plain": self.plain_rollout}
+        for way, policy in {"solver": self.torchcfm, **self.policies}.items():
+            ways[way] = lambda policy=policy: self.draw(policy)  # type: ignore[misc]
+        return ways
+
+    def trainings(self) -> dict[str, Callable[[], int]]:
+        ways: dict[str, Callable[[], int]] = {"plain": self.plain_step}
+        for way in self.learners:
+            ways[way] = lambda way=way: self.step(way)  # type: ignore[misc]
+        for way, precision in (("cached", "fp32"), ("bf16 cached", "bf16")):
+            v_ref = torch.zeros_like(
+                self.x1, dtype=self.policies[precision].precision
+            )  # its values cost nothing
+            ways[way] = lambda p=precision, v=v_ref: self.step(p, v)  # type: ignore[misc]
+        return ways
 
 
 def measure(data: str, batch: int, repeats: int, euler_share: float) -> list[Row]:
-    """Rollout, gradient step, and one fresh batch a gradient step.
+    """The ladder on one data set.
 
     Args:
         euler_share: the plain rollout takes this share of its 99 steps and is scaled up; its steps are equal.
     """
-    settings = Finetune(batch=batch, rollout=batch)
-    ours = {"ours fp32": bench_policy(data, "fp32"), "ours bf16": bench_policy(data, "bf16")}
-    first = ours["ours fp32"]
-    steps = max(2, round(EULER_STEPS * euler_share))
-    network = torchcfm_network(first.model, first.network.state_dict())
-    plain = PlainLoop(network, lambda x: x.flatten(1).mean(1), first.shape, 1.0, 0.5, batch, steps)
-    learners = {way: Learner(policy, policy.frozen_copy(), settings) for way, policy in ours.items()}
-    x1 = torch.randn(batch, *first.shape).clamp(-1, 1)
-    seed, ones = torch.tensor(0), torch.ones(batch)
-    x0 = start_noise(first, batch, 0)
+    ready = Measured(data, batch, euler_share)
+    rollout, step = alternate(ready.rollouts(), repeats), alternate(ready.trainings(), repeats)
+    rollout["plain"] = [v * ready.steps / EULER_STEPS for v in rollout["plain"]]
+    flop = forward_flop(ready.policies["fp32"])
+    rates = {t: matrix_rate(t) for t in (torch.float32, torch.bfloat16)}
+    for way, whole in (
+        ("cached", "fp32"),
+        ("bf16 cached", "bf16"),
+    ):  # one pass in four evaluates the reference
+        step[way] = [PASSES / (1 / a + (PASSES - 1) / b) for a, b in zip(step[whole], step[way], strict=True)]
+    base_loop = through(rollout["plain"], step["plain"], 1.0)
+    rows = []
+    for rung in LADDER:
+        drawn, trained = rollout[rung.rollout], step[rung.step]
+        both = through(drawn, trained, rung.reuse)
+        nfe = EULER_STEPS if rung.rollout == "plain" else ready.settings.nfe
+        rate = rates[torch.bfloat16 if rung.rollout == "bf16" else torch.float32]
+        rows.append(
+            Row(
+                data, rung.way, statistics.median(drawn), statistics.median(trained), statistics.median(both),
+                paired(drawn, rollout["plain"]), paired(trained, step["plain"]), paired(both, base_loop),
+                statistics.median(drawn) * nfe * flop / rate,
+            )
+        )  # fmt: skip
+    return rows
 
-    def gradient_step(way: str) -> int:
-        learners[way].step(couple(x1, ones, 1.0, seed, noise.indices(0, batch, "cpu")), seed)
-        return batch
 
-    def draw(way: str) -> int:
-        sample(ours[way], x0, settings, batch)
-        return batch
+def through(drawn: list[float], trained: list[float], reuse: float) -> list[float]:
+    """Images a second through the loop that draws one for every `reuse` it trains on."""
+    return [1 / (1 / (reuse * a) + 1 / b) for a, b in zip(drawn, trained, strict=True)]
 
-    def plain_rollout() -> int:
-        plain.rollout()
-        return batch
 
-    def plain_step() -> int:
-        plain.gradient_step(x1)
-        return batch
-
-    rollout = alternate({"plain": plain_rollout} | {way: lambda way=way: draw(way) for way in ours}, repeats)
-    rollout["plain"] = [v * steps / EULER_STEPS for v in rollout["plain"]]
-    train = alternate(
-        {"plain": plain_step} | {way: lambda way=way: gradient_step(way) for way in ours}, repeats
-    )
-    both = {
-        way: [1 / (1 / a + 1 / b) for a, b in zip(rollout[way], train[way], strict=True)] for way in rollout
-    }
-    return [
-        *rows(data, "rollout", rollout),
-        *rows(data, "gradient step", train),
-        *rows(data, "one fresh batch a step", both),
-    ]
+def paired(found: list[float], plain: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(found, plain, strict=True))
 
 
 def run(full: bool = False, watch: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Measure; the short form takes about a minute on two cores.
+    """Measure; the short form takes under two minutes on two cores.
 
     Returns:
         machine, versions, date and rows as plain values.
     """
     say = watch or (lambda text: None)
-    plan = [("digits", BATCH, 3, 0.1), ("cifar10", 16 if full else 4, 3 if full else 1, 0.03)]
+    plan = [("digits", BATCH, 3, 0.1), ("cifar10", 16 if full else 2, 3 if full else 1, 0.03)]
     found: list[Row] = []
     for data, batch, repeats, share in plan:
         say(f"{data}, batch {batch}")
@@ -134,6 +231,18 @@ def run(full: bool = False, watch: Callable[[str], None] | None = None) -> dict[
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": f"cpu, {torch.get_num_threads()} threads",
         "versions": checkpoint.versions(),
-        "solver": f"{Finetune().solver}, {Finetune().nfe} evaluations; plain: euler, {EULER_STEPS}",
+        "solver": f"{DEFAULT.solver}, {DEFAULT.nfe} evaluations; plain: euler, {EULER_STEPS}",
+        "reuse": REUSE,
         "rows": [asdict(row) for row in found],
     }
+
+
+COLUMNS = ("data", "way", "drawn", "trained on", "loop", "× drawn", "× trained", "× loop", "of matrix rate")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table, by `COLUMNS`."""
+    texts = [row["data"], row["way"]]
+    texts += [f"{row[key]:.3g}" for key in ("rollout", "step", "loop")]
+    texts += [f"{row[key]:.2f}" for key in ("rollout_ratio", "step_ratio", "loop_ratio")]
+    return [*texts, f"{row['matrix_share']:.0%}"]

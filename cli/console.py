@@ -60,10 +60,11 @@ class Bar:
 
 def round_line(record: dict[str, Any], rounds: int) -> str:
     """One round in one line."""
+    holdout = f"  holdout {record['holdout_mean']:.4g}" if "holdout_mean" in record else ""
     return (
-        f"round {record['round']:>3}/{rounds}  reward {record['reward_mean']:.4g}  W2 {record['w2_coupled']:.3g}  "
-        f"α {record['alpha']:.3g}  "
-        f"ESS {record['ess']:.0f}  diversity {record['diversity']:.3g}  "
+        f"round {record['round']:>3}/{rounds}  reward {record['reward_mean']:.4g}{holdout}  "
+        f"W2 {record['w2_coupled']:.3g}  α {record['alpha']:.3g}  ESS {record['ess']:.0f}  "
+        f"diversity {record['diversity']:.3g}  "
         f"{record['images_per_s_rollout']:.0f} rollout img/s  {record['images_per_s_train']:.0f} train img/s"
     )
 
@@ -97,6 +98,8 @@ def measures_table(measures: list["Measures"], reward: str) -> Table:
     n = measures[0].n
     rows = [
         (f"reward {reward} (95 %, n={n})", [interval(m.reward) for m in measures]),
+        *((f"  {name}", [interval(m.rewards[name]) for m in measures]) for name in measures[0].rewards),
+        *((f"holdout {name}", [interval(m.holdout[name]) for m in measures]) for name in measures[0].holdout),
         ("W2 coupled, ≥ W2", [number(m.w2_coupled) for m in measures]),
         ("W2 exact on samples", [number(m.w2_exact) for m in measures]),
         ("  floor: two reference samples", [number(m.w2_floor) for m in measures]),
@@ -125,6 +128,8 @@ def closing(result: "Result") -> None:
         f"images/s, training {summary['images_per_s_train']:.0f} images/s; {result.seconds:.0f} s in all"
     )
     say(f"time: {shares}")
+    if each := result.by_reward():
+        say("of it, rewards: " + ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in each.items()))
     if forecast := result.forecast():
         say(forecast)
     say(

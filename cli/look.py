@@ -12,7 +12,7 @@ from orwcfm_fast.cli.common import Config, Debug, Json, Model, Out, Overwrite, Q
 from orwcfm_fast.cli.console import progress, say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.settings import Evaluation, RewardOptions, Sample
+from orwcfm_fast.settings import Evaluation, RewardOptions, Sample, Settings
 
 if TYPE_CHECKING:
     from orwcfm_fast.load import Loaded, Loader
@@ -93,7 +93,7 @@ def evaluate(
     from orwcfm_fast.evaluate import evaluate as measure
     from orwcfm_fast.evaluate import judge_for
     from orwcfm_fast.load import Loader
-    from orwcfm_fast.rewards import make_reward
+    from orwcfm_fast.rewards import make_holdout, make_reward
     from orwcfm_fast.samplers import times
 
     quiet = quiet or as_json
@@ -102,6 +102,7 @@ def evaluate(
     loader = Loader(resolve_device(s.device), s.precision, preset, data)
     if s.reward:
         make_reward(s.reward, s)
+    make_holdout(s)
     found = [load(loader, spec, quiet) for spec in models or [""]]
     for item in found:
         say(f"model: {item.name}", quiet)
@@ -114,11 +115,12 @@ def evaluate(
     with_run = first.run if first.run and first.run.reference.is_dir() else None
     named = reference or (str(with_run.reference) if with_run else "")
     anchor = loader.load(named).policy if named else None
-    reward = reward_for(s, first)
+    options = reward_options(s, first)
+    reward, holdout = make_reward(options.reward, options), make_holdout(options)
     policies = {item.name: item.policy for item in found}
     if anchor and not reference:
         policies = {"reference": anchor, **policies}
-    judge = judge_for(first.policy.data, reward, reward.name)
+    judge = judge_for(first.policy.data, reward, reward.name, holdout)
     measures = measure(policies, anchor, judge, s, s.n, s.chunk)
     if as_json:
         print(json.dumps({"reward": reward.name, "models": [m.to_dict() for m in measures]}, indent=1))
@@ -126,14 +128,22 @@ def evaluate(
         console.out.print(console.measures_table(measures, reward.name))
 
 
-def reward_for(s: RewardOptions, found: "Loaded") -> "RewardSum":
-    """The reward that was asked for, else that of the model's run, with its prompts; else the data's."""
+def reward_options(s: RewardOptions, found: "Loaded") -> RewardOptions:
+    """The reward that was asked for, else that of the model's run, with all it needs; else the data's."""
     from orwcfm_fast.data import source
-    from orwcfm_fast.rewards import make_reward
     from orwcfm_fast.settings import read_toml
 
     if not s.reward and found.run:
         written = read_toml(found.run.config)
-        names = ("reward", "prompt", "negative", "clip_model", "clip_weights")
-        s = s.model_copy(update={name: written[name] for name in names if name in written})
-    return make_reward(s.reward or [source(found.policy.data)[0].reward], s)
+        names = RewardOptions.model_fields.keys() - Settings.model_fields.keys()
+        keep = {"holdout_reward"} if s.holdout_reward else set()
+        s = s.model_copy(update={name: written[name] for name in names - keep if name in written})
+    return s if s.reward else s.model_copy(update={"reward": [source(found.policy.data)[0].reward]})
+
+
+def reward_for(s: RewardOptions, found: "Loaded") -> "RewardSum":
+    """The reward of `reward_options`."""
+    from orwcfm_fast.rewards import make_reward
+
+    options = reward_options(s, found)
+    return make_reward(options.reward, options)

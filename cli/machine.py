@@ -20,16 +20,17 @@ PANEL = "Machine"
 def _registries():
     from orwcfm_fast.data import DATA
     from orwcfm_fast.models import MODELS
+    from orwcfm_fast.recipe import RECIPES
     from orwcfm_fast.rewards import REWARDS
     from orwcfm_fast.samplers import SOLVERS
 
-    return {r.plural: r for r in (REWARDS, MODELS, DATA, SOLVERS)}
+    return {r.plural: r for r in (REWARDS, MODELS, DATA, SOLVERS, RECIPES)}
 
 
 @app.command("list", rich_help_panel=PANEL)
 def list_(
     kind: Annotated[
-        str, typer.Argument(metavar="[rewards|models|data|solvers]", help="one kind; default: all")
+        str, typer.Argument(metavar="[rewards|models|data|solvers|recipes]", help="one kind; default: all")
     ] = "",
     debug: Debug = False,
 ) -> None:
@@ -152,11 +153,7 @@ def bench(
         with console.progress(1, "loop", as_json) as bar:
             found["loop"] = loop.run(full, lambda case: bar.at(0, case))
         if not as_json:
-            say(f"\nloop on {found['loop']['device']}; {found['loop']['solver']}")
-            cells = [
-                [str(v) if isinstance(v, str) else f"{v:.3g}" for v in row.values()]
-                for row in found["loop"]["rows"]
-            ]
-            console.out.print(console.plain_table(["data", "phase", "way", "images/s", "× plain"], cells))
+            say(f"\nloop on {found['loop']['device']}; {found['loop']['solver']}; images/s and × plain")
+            console.out.print(console.plain_table(loop.COLUMNS, map(loop.cells, found["loop"]["rows"])))
     if as_json:
         print(json.dumps(found, indent=1))

@@ -73,7 +73,7 @@ def predict(
         reward = reward_for(s, loaded)
     say(f"model: {shown}; reward {reward.name}", quiet or as_json)
     if exact:
-        _show_exact(prediction.exact_grid(name, reward, s), as_json)
+        _show_exact(prediction.exact_grid(prediction.known_density(name), reward, s), as_json)
         return
     policy = _reference_of(loaded, loader)
     reference = prediction.draw_reference(policy, reward, s)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from orwcfm_fast.cli.app import app
-from orwcfm_fast.cli.common import Config, Debug, Out, Overwrite, Quiet, settings
+from orwcfm_fast.cli.common import Config, Debug, Out, Overwrite, Quiet, Recipe, settings
 from orwcfm_fast.cli.console import closing, progress, round_line, say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
@@ -21,6 +21,7 @@ Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="go on with thi
 @options_of(Pretrain)
 def pretrain(
     given: dict[str, Any],
+    recipe: Recipe = "",
     config: Config = None,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -30,25 +31,29 @@ def pretrain(
 ) -> None:
     """Train a flow-matching model on data; --data 8gaussians --model mlp takes a minute."""
     from orwcfm_fast.pretrain_run import PretrainRun
+    from orwcfm_fast.recipe import RECIPES
     from orwcfm_fast.run import Run
 
+    ingredients = RECIPES.get(recipe).pretrain if recipe else {}
     if resume:
-        _only_resume(config, out, overwrite)
+        _only_resume(config, out, overwrite, recipe)
         task = PretrainRun.resume(Run(resume), given)
     else:
-        task = PretrainRun.new(settings(Pretrain, config, given), out, overwrite)
+        task = PretrainRun.new(settings(Pretrain, config, given, ingredients), out, overwrite)
     say(f"run {task.run.path}: {task.settings.model} on {task.settings.data}", quiet)
     with progress(task.settings.steps, "pretraining", quiet) as bar:
         loss = task.train(lambda step, loss: bar.at(step, f"loss {loss:.4f}"))
     say(f"loss {loss:.4f}, {task.images_per_s():.0f} images/s", quiet)
     say(f"samples in {task.picture()}\nrun {task.run.path}", quiet)
-    say(f"next: orwcfm sample · orwcfm finetune --checkpoint {task.run.path}", quiet)
+    finetune = f"orwcfm finetune {f'--recipe {recipe} ' if recipe else ''}--checkpoint {task.run.path}"
+    say(f"next: orwcfm sample · {finetune}", quiet)
 
 
 @app.command(rich_help_panel=PANEL)
 @options_of(Finetune)
 def finetune(
     given: dict[str, Any],
+    recipe: Recipe = "",
     config: Config = None,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -61,10 +66,10 @@ def finetune(
 
     began = time.perf_counter()
     if resume:
-        _only_resume(config, out, overwrite)
+        _only_resume(config, out, overwrite, recipe)
     with progress(1, "pretraining the digits model, once", quiet) as bar:
         task = Finetuning.prepare(
-            None if resume else settings(Finetune, config, given),
+            None if resume else _finetune_settings(recipe, config, given),
             given,
             resume=resume,
             out=out,
@@ -88,8 +93,19 @@ def finetune(
     say(f"run {task.run.path}")
 
 
-def _only_resume(config: Path | None, out: Path | None, overwrite: bool) -> None:
-    if config or out or overwrite:
+def _finetune_settings(recipe: str, config: Path | None, given: dict[str, Any]) -> Finetune:
+    """A recipe starts from its own pretrained model, if no other is named."""
+    if not recipe:
+        return settings(Finetune, config, given)
+    from orwcfm_fast.recipe import RECIPES
+
+    found = RECIPES.get(recipe)
+    s = settings(Finetune, config, given, found.finetune)
+    return s if s.checkpoint else s.model_copy(update={"checkpoint": found.pretrained()})
+
+
+def _only_resume(config: Path | None, out: Path | None, overwrite: bool, recipe: str) -> None:
+    if config or out or overwrite or recipe:
         raise UserError(
-            "--resume takes its settings and place from the run; leave out --config, --out, --overwrite"
+            "--resume takes its settings and place from the run; leave out --config, --out, --overwrite, --recipe"
         )

@@ -19,6 +19,7 @@ class Batch:
         x1: samples [B, *shape]; t: times [B]; x_t: points [B, *shape] of the probability path.
         index: global numbers [B] of the draws; they name x0.
         w, a: loss weights [B] of the flow-matching term and of the anchor.
+        v_ref: the anchor's velocity at (t, x_t) where it is known from an earlier pass.
     """
 
     x1: Tensor
@@ -27,11 +28,12 @@ class Batch:
     index: Tensor
     w: Tensor
     a: Tensor
+    v_ref: Tensor | None = None
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Batches of at most `size` samples, in order."""
         for i in range(0, len(self.w), size):
-            yield Batch(*(x[i : i + size] for x in vars(self).values()))
+            yield Batch(*(None if x is None else x[i : i + size] for x in vars(self).values()))
 
 
 def couple(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 from orwcfm_fast import noise
 from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
 from orwcfm_fast.policy import Policy
-from orwcfm_fast.rollout import Reward, sample, score, start_noise
+from orwcfm_fast.rewards import RewardSum, Scores, make_reward
+from orwcfm_fast.rollout import Reward, sample, start_noise
 from orwcfm_fast.settings import Sampling
 
 EXACT_W2_MAX = 2048
 SPREAD_MAX = 2048
+GAP_MAX = 512
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Measures:
         w2_exact: exact W2 of the same two samples (POT); w2_floor: of two independent reference samples;
         velocity_gap: ∫E‖v − v_ref‖² dt along the model's trajectories; lipschitz: largest local slope L of
         v_ref met there, so that W2² ≤ e^{2L} · velocity_gap; diversity: mean pairwise distance in features;
-        pixel_std: mean over coordinates of the standard deviation; confidence: of the digits classifier.
+        pixel_std: mean over coordinates of the standard deviation; confidence: of the digits classifier;
+        rewards: each by itself where several add up; holdout: those that were not trained on.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Measures:
     diversity: float
     pixel_std: float
     confidence: float | None
+    rewards: dict[str, Interval] = field(default_factory=dict)
+    holdout: dict[str, Interval] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,12 +75,13 @@ class Judge:
     features: Callable[[Tensor], Tensor]
     confidence: Callable[[Tensor], Tensor] | None = None
     accuracy: float | None = None
+    holdout: RewardSum | None = None
 
 
-def judge_for(data: str, reward: Reward, name: str) -> Judge:
+def judge_for(data: str, reward: Reward, name: str, holdout: RewardSum | None = None) -> Judge:
     """Features and confidence by the data: the classifier's for digits, else the samples themselves."""
     if data.partition(":")[0] != "digits":
-        return Judge(reward, name, lambda x: x.flatten(1))
+        return Judge(reward, name, lambda x: x.flatten(1), holdout=holdout)
     from orwcfm_fast.rewards.digits import digit_classifier
 
     classifier = digit_classifier()
@@ -83,7 +89,7 @@ def judge_for(data: str, reward: Reward, name: str) -> Judge:
     def confidence(x: Tensor) -> Tensor:
         return classifier.probabilities(x).max(1).values
 
-    return Judge(reward, name, classifier.features, confidence, classifier.accuracy)
+    return Judge(reward, name, classifier.features, confidence, classifier.accuracy, holdout)
 
 
 def evaluate(
@@ -118,15 +124,18 @@ def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk
     elif policy is reference:
         x, gap = x_ref, 0.0
     else:
-        x, gap = sample_with_gap(policy, reference, x0, how, chunk)
+        x, gap = sample_with_gap(policy, reference, x0[:GAP_MAX], how, chunk)
+        x = torch.cat([x, sample(policy, x0[GAP_MAX:], how, chunk)]) if len(x0) > GAP_MAX else x
     seen = policy.decode(x)
     with torch.inference_mode():
         spread = pairwise_distance(judge.features(seen[:SPREAD_MAX]))
         confidence = float(judge.confidence(seen).mean()) if judge.confidence else None
+    scores = make_reward(judge.reward, name=judge.reward_name).scores(seen, name)
+    held_out = judge.holdout.scores(seen, name) if judge.holdout else None
     return Measures(
         name=name,
         n=len(x),
-        reward=Interval.of(score(judge.reward, seen, judge.reward_name, name)),
+        reward=Interval.of(scores.total),
         w2_coupled=None if x_ref is None else coupled_w2(x, x_ref),
         w2_exact=None if x_ref is None else exact_w2(x[:EXACT_W2_MAX], x_ref[:EXACT_W2_MAX]),
         w2_floor=floor,
@@ -135,7 +144,13 @@ def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk
         diversity=spread,
         pixel_std=float(seen.flatten(1).std(0).mean()),
         confidence=confidence,
+        rewards=_intervals(scores) if len(scores.values) > 1 else {},
+        holdout=_intervals(held_out) if held_out else {},
     )
+
+
+def _intervals(scores: Scores) -> dict[str, Interval]:
+    return {name: Interval.of(values) for name, values in scores.values.items()}
 
 
 def exact_w2(x: Tensor, y: Tensor) -> float:
@@ -155,7 +170,7 @@ def lipschitz(policy: Policy, x0: Tensor, how: Sampling, iterations: int = 6) ->
     """
     generator = torch.Generator().manual_seed(0)
     epsilon, largest = 1e-2, 0.0
-    exact = Policy(policy.network, policy.shape, policy.model, policy.data)  # float32: differences are small
+    exact = replace(policy, precision=torch.float32)  # differences are small
     with torch.inference_mode():
         x = x0
         for k in range(steps := 10):

@@ -97,6 +97,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+class Pointwise(nn.Conv1d):
+    """Conv1d over the positions of a map [B, C, H, W]: guided-diffusion's keys, no reshaping."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight[..., None], self.bias)
+
+
 class Downsample(nn.Module):
     def __init__(self, channels: int, conv: bool) -> None:
         super().__init__()
@@ -156,7 +163,7 @@ class ResBlock(nn.Module):
             scale, shift = emb[..., None, None].chunk(2, dim=1)
             h = F.silu(torch.addcmul(shift, norm_out(conv_in(h)), 1 + scale))
         else:
-            if emb.shape[0] == 1:  # one time for the batch: it is a bias
+            if emb.shape[0] == 1 and not conv_in._forward_hooks:  # one time for the batch: it is a bias
                 h = F.conv2d(h, conv_in.weight, conv_in.bias + emb[0], padding=1)
             else:
                 h = conv_in(h).add_(emb[..., None, None])
@@ -174,19 +181,18 @@ class AttentionBlock(nn.Module):
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         self.split_qkv_first = split_qkv_first
         self.norm = GroupNorm(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
+        self.qkv = Pointwise(channels, 3 * channels, 1)
+        self.proj_out = _zeroed(Pointwise(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
-        qkv = F.conv2d(self.norm(x), self.qkv.weight[..., None], self.qkv.bias)
-        qkv = qkv.flatten(2).transpose(1, 2)  # [B, HW, 3C], a view of channels_last
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [B, HW, 3C], a view of channels_last
         if self.split_qkv_first:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         else:
             q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
         h = _attention(q, k, v).transpose(1, 2).reshape(b, height, width, c).permute(0, 3, 1, 2)
-        return F.conv2d(h, self.proj_out.weight[..., None], self.proj_out.bias).add_(x)
+        return self.proj_out(h).add_(x)
 
 
 class Block(nn.Sequential):
@@ -308,14 +314,15 @@ class FastUNet(nn.Module):
     def forward(self, t: Tensor | float, x: Tensor, y: Tensor | None = None) -> Tensor:
         """t [B] or a number in [0, 1]; x [B, C, H, W]; labels y [B] if class-conditional → velocity like x.
 
-        One t for the whole batch (a number or 0-d) is cheaper than B equal ones. The output has x's memory
+        One t for the whole batch (a number, 0-d or expanded) is cheaper than B equal ones. The output has x's memory
         format, and the dtype of the computation: autocast's, else that of the weights.
         """
         if (y is None) != (self.num_classes is None):
             raise ValueError("y: labels are needed if, and only if, the model is class-conditional")
         dtype = cast(Tensor, self.time_embed[0].weight).dtype
         t = torch.as_tensor(t, device=x.device)
-        t = t.reshape(t.shape[0] if t.dim() else 1, -1)[:, 0]
+        one_time = t.dim() == 0 or t.stride(0) == 0
+        t = t.reshape(-1)[:1] if one_time else t.reshape(t.shape[0], -1)[:, 0]
         emb = self.time_embed(timestep_embedding(t, self.num_channels).to(dtype))
         if y is not None:
             emb = emb + self.label_emb(y)

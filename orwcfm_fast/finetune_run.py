@@ -1,6 +1,7 @@
 """A whole fine-tuning run: load, train, record, save, evaluate. What `orwcfm finetune` calls."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from orwcfm_fast.guard import Fault
 from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
 from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
-from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.rewards import make_holdout, make_reward
 from orwcfm_fast.run import Run, next_run_path, resumed_settings, write_text
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune
@@ -49,6 +50,7 @@ class Result:
             "images_per_s_train": _mean(self.records, "images_per_s_train"),
             "seconds": self.seconds,
             "seconds_by_phase": self.by_phase(),
+            "seconds_by_reward": self.by_reward(),
             "settings": self.settings.model_dump(),
             "versions": checkpoint.versions(),
         }
@@ -57,11 +59,17 @@ class Result:
         """Forecast and reached, where round 1 made a forecast."""
         if not self.run.forecast.is_file():
             return None
-        return reached_line(json.loads(self.run.forecast.read_text()), self.after.reward.mean)
+        found = json.loads(self.run.forecast.read_text())
+        return reached_line(found, self.after.reward.mean, len(self.records))
 
     def by_phase(self) -> dict[str, float]:
         """Seconds of the loop by phase, over all rounds."""
         return {p: sum(r[f"seconds_{p}"] for r in self.records) for p in (*PHASES, "probe")}
+
+    def by_reward(self) -> dict[str, float]:
+        """Seconds of each reward over all rounds, where there are several."""
+        names = self.records[-1].get("seconds_rewards", {})
+        return {name: sum(r["seconds_rewards"][name] for r in self.records) for name in names}
 
 
 def _mean(records: list[dict[str, Any]], key: str) -> float:
@@ -79,17 +87,16 @@ class Finetuning:
 
     def __init__(self, settings: Finetune, loaded: Loaded, run: Run) -> None:
         self.settings, self.loaded, self.run, self.resumed = settings, loaded, run, False
-        reward = make_reward(settings.reward, settings)
-        self.judge = judge_for(loaded.policy.data, reward, reward.name)
-        self.reference = loaded.policy.frozen_copy()
+        reward, holdout = make_reward(settings.reward, settings), make_holdout(settings)
+        self.judge = judge_for(loaded.policy.data, reward, reward.name, holdout)
         self.trainer = Trainer(
             loaded.policy,
             reward,
             settings,
-            reward_name=reward.name,
-            reference=self.reference,
+            holdout=holdout,
             features=self.judge.features,
         )
+        self.reference = self.trainer.reference
 
     @classmethod
     def prepare(
@@ -120,6 +127,7 @@ class Finetuning:
         device = resolve_device(settings.device)
         if settings.reward:
             make_reward(settings.reward, settings)
+        make_holdout(settings)
         loader = Loader(device, settings.precision, settings.model, settings.data, watch_pretraining)
         if resume:
             task = cls(settings, loader.load(str(run.reference)), run)
@@ -157,7 +165,7 @@ class Finetuning:
         self.run.samples.mkdir(exist_ok=True)
         policy = self.reference
         state = {"kind": "reference", "model": policy.model, "data": policy.data, "shape": list(policy.shape)}
-        checkpoint.save(self.run.reference, state, model=policy.network.state_dict())
+        checkpoint.save(self.run.reference, state, model=policy.weights())
         self._picture(0)
 
     def _go_on(self) -> None:
@@ -278,6 +286,9 @@ class Finetuning:
         before, after = trainer.oversight.in_chunks(
             lambda chunk: evaluate(models, self.reference, self.judge, s, s.eval_n, chunk)
         )
+        for rewards in (trainer.reward, trainer.holdout):
+            if rewards:
+                rewards.close()
         records = self.run.read_metrics()
         decode = trainer.policy.decode
         pictures = {
@@ -301,7 +312,8 @@ def _anchored(s: Finetune) -> str:
 def _name(settings: Finetune) -> str:
     """<data>-<reward>-a1-t0.5, for a run's directory."""
     anchored = f"a{settings.alpha:g}" if settings.target_w2 is None else f"w{settings.target_w2:g}"
-    name = f"{settings.data}-{'+'.join(settings.reward)}-{anchored}-t{settings.tau:g}"
+    rewards = re.sub(r"[^:+]*/", "", "+".join(settings.reward))[:100]  # without the folders of files
+    name = f"{settings.data}-{rewards}-{anchored}-t{settings.tau:g}"
     return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
 
 

@@ -25,9 +25,10 @@ ALPHAS = (0.0, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 4.0, 10.0)
 class ForecastRound:
     """The forecast after one round; round 0 is the start.
 
-    reward: E[r], reward_error: one standard error of the forecast's own sampling; w2_coupled: √E‖x − x_ref‖²
-    from common noise, no less than W2, and w2_error; w2: exact W2 between the masses (last round only, else
-    NaN); diversity: mean distance of two different samples; ess: effective sample size of the masses.
+    reward: E[r], reward_error: one standard error, of the first samples and of the trajectories;
+    w2_coupled: √E‖x − x_ref‖² from common noise, no less than W2, and w2_error; w2: exact W2 between the
+    masses (last round only, else NaN); diversity: mean distance of two different samples; ess: effective
+    sample size of the masses.
     """
 
     round: int
@@ -88,6 +89,7 @@ def forecast_many(
     weighting: str = "exp",
     normalize: bool = True,
     features: Any = None,
+    scored: Any = None,
     draws: int = 1024,
     exact_w2: bool = True,
     seed: int = 0,
@@ -101,6 +103,8 @@ def forecast_many(
     Args:
         samples: [S, …] of the reference. rewards: [S].
         settings: pairs (α, τ); they share noise, so that differences between them are sharper than each.
+        scored: [M] rewards of more samples of the reference, all that were scored. The samples' first masses
+            are tilted until their mean reward is that of these: most of a forecast's error is its start's.
         features: [S, F] in which diversity is measured; the samples where None.
         draws: least number of trajectories (a multiple of S).
         exact_w2: also the exact W2 (POT) between last and first masses.
@@ -124,22 +128,30 @@ def forecast_many(
             raise UserError(
                 f"forecast: α = {alpha:g}, τ = {tau:g}, {rounds} rounds: α ≥ 0, τ finite, 1 round or more"
             )
+    scored = rewards if scored is None else torch.as_tensor(scored).detach().cpu().double()
+    if not bool(scored.isfinite().all()):
+        raise UserError("forecast: rewards must be finite")
     spread = flat if features is None else torch.as_tensor(features).reshape(len(flat), -1).float()
     with single_threaded() as threads:
-        engine = _Engine(flat, rewards, torch.cdist(spread, spread).double(), rounds, draws, seed, threads)
+        engine = _Engine(
+            flat, rewards, scored, torch.cdist(spread, spread).double(), rounds, draws, seed, threads
+        )
         return [engine.run(a, t, weighting, normalize, exact_w2) for a, t in settings]
 
 
 class _Engine:
     """What all settings share: samples, noise, and the first round's way back to it."""
 
-    def __init__(self, flat, rewards, distance, rounds: int, draws: int, seed: int, threads: int) -> None:
+    def __init__(
+        self, flat, rewards, scored, distance, rounds: int, draws: int, seed: int, threads: int
+    ) -> None:
         self.flat, self.rewards, self.distance, self.threads = flat, rewards, distance, threads
         self.measure = Empirical(flat, seed)
         self.index = torch.arange(len(flat)).repeat(math.ceil(draws / len(flat)))
         self.ends = [self.measure.noised(self.measure.end, self.index) for _ in range(rounds)]
         self.probe = torch.randperm(len(self.index), generator=self.measure.generator)[:PROBE]
-        self.start = torch.full((len(flat),), 1 / len(flat), dtype=torch.float64)
+        self.start = tilted(rewards, float(scored.mean()))
+        self.start_error = float(scored.std()) / math.sqrt(len(scored))
         self.still = self.velocity(self.start, torch.ones_like(self.start), 0.0)
         self.first = self.still.flow(self.ends[0], forward=False, threads=threads)
 
@@ -147,8 +159,8 @@ class _Engine:
         return EmpiricalVelocity(self.measure, masses, weights, self.start, alpha)
 
     def run(self, alpha: float, tau: float, weighting: str, normalize: bool, exact_w2: bool) -> Forecast:
-        masses, variance, count = self.start, 0.0, len(self.flat)
-        log = [self.summary(0, masses, 0.0, (0.0, 0.0))]
+        masses, variance, count = self.start, self.start_error**2, len(self.flat)
+        log = [self.summary(0, masses, self.start_error, (0.0, 0.0))]
         for number, end in enumerate(self.ends, 1):
             weights = mass_weights(self.rewards, masses, tau, weighting, normalize)
             resting = self.velocity(masses, torch.ones_like(masses), 0.0)
@@ -188,6 +200,24 @@ class _Engine:
         mean = float(mass @ squares)
         error = float((mass * (squares - mean)).square().sum().sqrt())
         return math.sqrt(mean), error / (2 * math.sqrt(mean) + 1e-12)
+
+
+def tilted(rewards: Tensor, mean: float) -> Tensor:
+    """Masses ∝ exp(λ·r) [S] whose mean reward is `mean`: the least change of equal masses that gets there.
+
+    Equal masses where no λ does: rewards that are all alike, or a mean beyond them.
+    """
+    count = len(rewards)
+    equal = torch.full((count,), 1 / count, dtype=torch.float64)
+    scale = float(rewards.std(correction=0))
+    if scale == 0 or not float(rewards.min()) < mean < float(rewards.max()):
+        return equal
+    low, high = -50 / scale, 50 / scale
+    for _ in range(100):
+        middle = (low + high) / 2
+        masses = torch.softmax(middle * rewards, 0)
+        low, high = (middle, high) if float(masses @ rewards) < mean else (low, middle)
+    return masses
 
 
 def _exact_w2(samples: Tensor, masses: Tensor, start: Tensor) -> float:

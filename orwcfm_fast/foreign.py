@@ -55,6 +55,28 @@ def foreign_weights(
     return {k.removeprefix("module."): v for k, v in weights.items()}
 
 
+def read_weights(path: str | Path, what: str) -> dict[str, Tensor]:
+    """Weights by name of a .safetensors file or a `.pt`, bare or under "state_dict", "model" or torchcfm's keys.
+
+    Args:
+        what: how messages call the file, e.g. "classifier".
+
+    Raises:
+        UserError: missing, damaged, no weights, or a pickle that would run code.
+    """
+    path = Path(path)
+    try:
+        if path.suffix != ".safetensors" or not path.is_file():
+            return foreign_weights(read_pt(path), path, (*KEYS, "state_dict", "model"))
+        import safetensors.torch
+
+        return safetensors.torch.load_file(path)
+    except UserError as error:
+        raise UserError(f"{what}{str(error).removeprefix('checkpoint')}") from None
+    except Exception as error:
+        raise UserError(f"{what} {path}: not a safetensors file: {error}") from None
+
+
 def _short(found: dict[str, Any]) -> str:
     names = [str(k) for k in list(found)[:6]]
     return ", ".join(names) + (" …" if len(found) > 6 else "")

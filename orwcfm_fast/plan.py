@@ -22,6 +22,7 @@ from orwcfm_fast.data import source
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.load import DEFAULT, FOREIGN_DATA, Loader
+from orwcfm_fast.lora import add_lora
 from orwcfm_fast.memory import out_of_memory
 from orwcfm_fast.policy import Policy, make_policy
 from orwcfm_fast.rewards import make_reward
@@ -180,7 +181,10 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
     """
     device = policy.device
     limit = available(device) if limit is None else limit
-    learner = Learner(policy, policy.frozen_copy(), s)
+    if s.lora:
+        add_lora(policy.network, s.lora, seed=s.seed)
+    reference = policy.frozen_copy()
+    learner = Learner(policy, reference, s)
     seed = torch.tensor(s.seed, device=device)
 
     def step(size: int, parts: int = 1) -> None:
@@ -194,6 +198,7 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
     step(least)  # the optimiser's state comes into being
     reward(policy.decode(draw(policy, 2, 0, s.seed, s, 2).x1))
     weights = sum(x.numel() * x.element_size() for x in policy.network.state_dict().values())
+    anchor = 0 if reference.network is policy.network else weights  # under adapters they share one base
     moments = sum(
         x.numel() * x.element_size()
         for v in learner.optimizer.state.values()
@@ -201,7 +206,7 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
         if isinstance(x, Tensor)
     )
     # before the probes: recording takes memory of its own
-    process = 0 if device.type == "cuda" else max(0, resident() - 2 * weights - moments)
+    process = 0 if device.type == "cuda" else max(0, resident() - weights - anchor - moments)
     one = probe(lambda size: step(max(size, least)), s.batch, device)
     several = probe(lambda size: step(size, 2), s.batch // 2, device) if s.batch > 1 else one
     drawn = probe(lambda size: draw(policy, size, 0, s.seed, s, size), min(s.chunk, s.rollout), device)
@@ -212,7 +217,7 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
     one_sample = 4 * start_noise(policy, 1, s.seed).numel()
     held = {
         "weights": weights,
-        "reference": weights,
+        "reference": anchor,
         "optimizer": moments,
         "rollout kept": s.rollout * one_sample,
     }

@@ -1,11 +1,13 @@
 """A policy: a velocity network with what is needed to sample from it and to show its samples to a reward."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from orwcfm_fast import lora
 from orwcfm_fast.device import resolve_precision
 from orwcfm_fast.models import build_network
 
@@ -19,6 +21,7 @@ class Policy:
         shape: of one sample.
         model, data: names of the preset and of the data it was trained on.
         precision: float32, or bfloat16 by autocast.
+        base_only: with the network's low-rank adapters off: the reference that shares a policy's weights.
     """
 
     network: nn.Module
@@ -26,6 +29,7 @@ class Policy:
     model: str
     data: str
     precision: torch.dtype = torch.float32
+    base_only: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -34,8 +38,9 @@ class Policy:
     def velocity(self, t: Tensor | float, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Velocity at (t, x) in float32 or the autocast dtype; t [B] or one number for the whole batch."""
         if not isinstance(t, Tensor):
-            t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)
-        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+            t = torch.full((1,), t, device=x.device, dtype=torch.float32).expand(x.shape[0])
+        adapters = lora.base_only(self.network) if self.base_only else nullcontext()
+        with adapters, torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
             return self.network(t, x) if condition is None else self.network(t, x, condition)
 
     def decode(self, x1: Tensor) -> Tensor:
@@ -43,8 +48,18 @@ class Policy:
         return x1.clamp(-1, 1) if len(self.shape) == 3 else x1
 
     def frozen_copy(self) -> "Policy":
-        """The same policy with weights of its own that never train: the reference."""
+        """The reference: this policy with weights that never train, its own or those under its adapters."""
+        if lora.adapters_of(self.network):
+            return replace(self, base_only=True)
         return replace(self, network=copy.deepcopy(self.network).requires_grad_(False).eval())
+
+    def trainable_copy(self) -> "Policy":
+        """The same policy with weights of its own, to be trained."""
+        return replace(self, network=copy.deepcopy(self.network))
+
+    def weights(self) -> dict[str, Tensor]:
+        """State dict of a network without adapters that has this velocity."""
+        return lora.plain_state(self.network, merged=not self.base_only)
 
 
 def make_policy(

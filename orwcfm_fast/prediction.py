@@ -15,10 +15,10 @@ from orwcfm_fast.evaluate import judge_for
 from orwcfm_fast.forecast import AlphaInterval, Forecast, alpha_for, forecast_many
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.rewards import RewardSum
-from orwcfm_fast.rollout import Rollout, sample, score, start_noise
+from orwcfm_fast.rollout import Rollout, sample, start_noise
 from orwcfm_fast.run import Run
 from orwcfm_fast.settings import Finetune, Predict, build, read_toml
-from orwcfm_fast.theory import GaussianMixture, GridDensity, Recursion, exact_recursion
+from orwcfm_fast.theory import Density, GaussianMixture, GridDensity, Recursion, exact_recursion, refit
 
 
 def known_density(data: str) -> GaussianMixture | GridDensity:
@@ -53,7 +53,7 @@ def known_density(data: str) -> GaussianMixture | GridDensity:
 
 @dataclass(frozen=True)
 class Reference:
-    """Samples [S, *shape] of the model before training, their rewards [S] and features [S, F]."""
+    """Samples [S, *shape] of the model before training, their features [S, F], rewards [M] of these and more."""
 
     samples: Tensor
     rewards: Tensor
@@ -61,34 +61,43 @@ class Reference:
 
 
 def draw_reference(policy: Policy, reward: RewardSum, s: Predict) -> Reference:
-    """n samples of the policy, scored."""
-    x = sample(policy, start_noise(policy, s.n, s.seed), s, s.chunk)
+    """Samples of the policy: `scored` of them for the mean reward, the first `n` to carry the forecast."""
+    x = sample(policy, start_noise(policy, max(s.n, s.scored), s.seed), s, s.chunk)
     seen = policy.decode(x)
     with torch.inference_mode():
-        features = judge_for(policy.data, reward, reward.name).features(seen)
-    return Reference(x, score(reward, seen, reward.name), features)
+        features = judge_for(policy.data, reward, reward.name).features(seen[: s.n])
+    return Reference(x[: s.n], reward.scores(seen).total, features)
 
 
 def forecast_grid(reference: Reference, s: Predict) -> list[Forecast]:
     """One forecast for each pair of α and τ."""
     pairs = [(a, t) for t in s.tau for a in s.alpha]
     return forecast_many(
-        reference.samples, reference.rewards, pairs, s.rounds, weighting=s.weights,
-        normalize=s.normalize_weights, features=reference.features, seed=s.seed,
+        reference.samples, reference.rewards[: s.n], pairs, s.rounds, weighting=s.weights,
+        normalize=s.normalize_weights, features=reference.features, scored=reference.rewards, seed=s.seed,
     )  # fmt: skip
 
 
 def wanted_alpha(reference: Reference, s: Predict) -> AlphaInterval:
     """The interval of α for --want-reward or --want-w2 at the first τ."""
     return alpha_for(
-        reference.samples, reference.rewards, s.tau[0], s.rounds, want_reward=s.want_reward, want_w2=s.want_w2,
-        weighting=s.weights, normalize=s.normalize_weights, seed=s.seed,
+        reference.samples, reference.rewards[: s.n], s.tau[0], s.rounds, want_reward=s.want_reward,
+        want_w2=s.want_w2, weighting=s.weights, normalize=s.normalize_weights, scored=reference.rewards, seed=s.seed,
     )  # fmt: skip
 
 
-def exact_grid(data: str, reward: Callable[[Tensor], Tensor], s: Predict) -> list[Recursion]:
-    """The exact recursion for each pair of α and τ, from the data's own density."""
-    density = known_density(data)
+def own_density(policy: Policy, s: Predict) -> GridDensity:
+    """What the policy itself samples in 1-D or 2-D, refitted on half a million of its samples."""
+    each, batches = 50_000, 10
+
+    def drawn(k: int) -> Tensor:
+        return sample(policy, start_noise(policy, each, s.seed, first=k * each), s, each)
+
+    return refit(drawn(k) for k in range(batches))
+
+
+def exact_grid(density: Density, reward: Callable[[Tensor], Tensor], s: Predict) -> list[Recursion]:
+    """The exact recursion from a density, for each pair of α and τ."""
     return [
         exact_recursion(
             density,
@@ -105,18 +114,25 @@ def exact_grid(data: str, reward: Callable[[Tensor], Tensor], s: Predict) -> lis
 
 
 FORECAST_SAMPLES, FORECAST_ROUNDS = 512, 12
+STANDARDIZED = "its rewards are standardised anew each round, which no forecast knows"
 
 
 def forecast_run(rollout: Rollout, settings: Finetune) -> dict[str, Any]:
     """What a run will reach, from its first rollout, beside a third of its α; plain values for forecast.json.
 
     At most 12 rounds: a run that stays near its reference has settled by then.
+
+    Raises:
+        UserError: a run that cannot be forecast.
     """
+    if settings.standardize_rewards:
+        raise UserError(STANDARDIZED)
     rounds = min(settings.rounds, FORECAST_ROUNDS)
     alphas = [settings.alpha, round(0.3 * settings.alpha, 4)] if settings.alpha else [0.0]
     found = forecast_many(
         rollout.x1[:FORECAST_SAMPLES], rollout.reward[:FORECAST_SAMPLES], [(a, settings.tau) for a in alphas], rounds,
-        weighting=settings.weights, normalize=settings.normalize_weights, exact_w2=False, seed=settings.seed,
+        weighting=settings.weights, normalize=settings.normalize_weights, scored=rollout.reward,
+        exact_w2=False, seed=settings.seed,
     )  # fmt: skip
     rows = [
         {"alpha": f.alpha, "within_reach": f.within_reach, "rewards": [r.reward for r in f.rounds],
@@ -139,11 +155,15 @@ def forecast_line(found: dict[str, Any]) -> str:
     )
 
 
-def reached_line(found: dict[str, Any], reached: float) -> str:
-    """After: forecast, reached, and what a lower α would do."""
+def reached_line(found: dict[str, Any], reached: float, rounds: int) -> str:
+    """After: forecast, reached (where the run went on for longer, after how many rounds), and a lower α."""
     own, lower = found["own"], found["lower_alpha"]
     line = f"forecast {own['rewards'][-1]:.2f}" if own["within_reach"] else "forecast beyond reach"
+    if found["rounds"] < rounds:
+        line += f" after {found['rounds']} rounds"
     line += f", reached {reached:.2f}"
+    if found["rounds"] < rounds:
+        line += f" after {rounds}"
     if lower and lower["within_reach"]:
         line += f"; α={lower['alpha']:g} would reach about {lower['rewards'][-1]:.2f}"
     return line
@@ -191,6 +211,8 @@ def versus(
     if not run.config.is_file() or not run.summary.is_file():
         raise UserError(f"--versus {path}: not a finished run (no config.toml and summary.json)")
     settings = build(Finetune, read_toml(run.config), where=f"{run.config}: ")
+    if settings.standardize_rewards:
+        raise UserError(f"--versus {path}: {STANDARDIZED}")
     policy, reward = load(str(run.reference)), make(settings)
     records = run.read_metrics()
     own = s.model_copy(
@@ -200,10 +222,8 @@ def versus(
         }
     )  # fmt: skip
     (found,) = forecast_grid(draw_reference(policy, reward, own), own)
-    try:
-        exact = exact_grid(settings.data, reward, own)[0]
-    except UserError:
-        exact = None
+    low_dimensional = len(policy.shape) == 1 and policy.shape[0] <= 2
+    exact = exact_grid(own_density(policy, own), reward, own)[0] if low_dimensional else None
     after = json.loads(run.summary.read_text())["after"]["reward"]
     reached = [r["reward_mean"] for r in records] + [after["mean"]]
     return Verdict(run, settings, reached, after["mean"], after["high"] - after["mean"], found, exact)

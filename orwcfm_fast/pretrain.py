@@ -57,6 +57,9 @@ class Pretrainer:
         s, device = self.settings, self.policy.device
         index = noise.indices(self.steps * s.batch, s.batch, device)
         x1 = self.data[noise.choice(len(self.data), self.seed, index, noise.PRETRAIN_CHOICE)]
+        if s.flip:
+            mirror = noise.choice(2, self.seed, index, noise.FLIP).bool()
+            x1 = torch.where(mirror.view(-1, 1, 1, 1), x1.flip(-1), x1)
         t = noise.uniform((1,), self.seed, index, noise.T)[:, 0]
         x_t = interpolate(x1, t, self.seed, index)
         x0 = noise.normal(self.policy.shape, self.seed, index, noise.X0)

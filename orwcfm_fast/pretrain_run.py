@@ -45,6 +45,8 @@ class PretrainRun:
         settings = settings.model_copy(update={"model": settings.model or source(settings.data)[0].model})
         device = resolve_device(settings.device)
         data, _ = load_data(settings.data, settings.data_dir)
+        if settings.flip and data.dim() != 4:
+            raise UserError(f"--flip: mirrors images; '{settings.data}' has vectors")
         make_policy(
             settings.model, settings.data, tuple(data.shape[1:]), device
         )  # fits, before a directory is made

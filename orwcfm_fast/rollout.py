@@ -54,6 +54,8 @@ def score(reward: Reward, samples: Tensor, name: str, where: str = "") -> Tensor
     try:
         with torch.no_grad():
             values = torch.as_tensor(reward(samples))
+    except RewardError as error:  # one that says what happened itself, e.g. a worker process that died
+        raise RewardError(f"{at}: {error}") from error
     except Exception as error:
         text = str(error).split("\n")[0]
         raise RewardError(f"{at}: {type(error).__name__}: {text}") from error

@@ -145,7 +145,7 @@ def next_run_path(stem: str, root: Path = Path("runs")) -> Path:
     return path
 
 
-def newest_run(root: Path = Path("runs")) -> Path | None:
-    """The run under ./runs that was begun last and has a checkpoint."""
-    found = [p for p in root.glob("*") if is_run(p) and any((p / "checkpoints").glob("step_*"))]
+def newest_run(pattern: str = "*", root: Path = Path("runs")) -> Path | None:
+    """The run under ./runs, of a name like that, which was begun last and has a checkpoint."""
+    found = [p for p in root.glob(pattern) if is_run(p) and any((p / "checkpoints").glob("step_*"))]
     return max(found, key=lambda p: ((p / CONFIG).stat().st_mtime_ns, p.name), default=None)

@@ -14,6 +14,7 @@ Weights = Literal["exp", "linear", "advantage"]
 Coupling = Literal["independent", "ot"]
 Guarding = Literal["warn", "stop", "rollback", "off"]
 Precision = Literal["auto", "fp32", "bf16"]
+DATA_DIR = "where downloaded datasets lie; default under the cache"
 
 
 class Settings(BaseModel):
@@ -32,10 +33,29 @@ class RewardOptions(Settings):
     """Which reward, and what some rewards need besides their name."""
 
     reward: list[str] = Field([], description="NAME[:ARG][=WEIGHT], file.py:f or module:f; repeat to add up")
+    holdout_reward: list[str] = Field(
+        [], description="measured each round, never trained on: shows reward hacking; repeat for several"
+    )
+    reward_timeout: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="process: seconds to wait for its worker's answer"
+    )
     prompt: list[str] = Field([], description="clip: what the image should show; repeat for several")
     negative: list[str] = Field([], description="clip: what it should not show; repeat for several")
-    clip_model: str = Field("ViT-B-32", description="clip: open_clip architecture")
+    clip_score: Literal["probability", "cosine"] = Field(
+        "probability", description="clip: probability of the prompts minus the negatives; or mean cosines"
+    )
+    clip_model: str = Field("ViT-B-32", description="clip: open_clip architecture, or local-dir:FOLDER")
     clip_weights: str = Field("openai", description="clip: open_clip pretrained tag, or a weights file")
+    clip_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="clip: bf16 is faster on a GPU; features move by about 0.5 %"
+    )
+    data_dir: str = Field("", description=DATA_DIR)
+    classifier_size: int = Field(
+        0, ge=0, description="classifier: side that images are resized to; 0: the architecture's own"
+    )
+    classifier_pixels: Literal["own", "half", "unit"] = Field(
+        "own", description="classifier: the architecture's own mean and deviation, or [-1, 1], or [0, 1]"
+    )
 
 
 class Sampling(Settings):
@@ -62,6 +82,7 @@ class Predict(Sampling, RewardOptions):
     weights: Weights = Field("exp", description="from reward to weight: exp(τ·r); r; exp(τ·standardised r)")
     normalize_weights: bool = Field(True, description="divide weights by their mean over the round")
     n: int = Field(1024, ge=2, description="samples of the model that the forecast rests on")
+    scored: int = Field(4096, ge=2, description="samples for the mean reward that the forecast starts from")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     want_reward: float | None = Field(None, description="answer with the α that reaches this reward")
     want_w2: float | None = Field(None, description="answer with the α that ends at this coupled W2")
@@ -88,7 +109,7 @@ class Pretrain(Training):
     """Settings of `orwcfm pretrain`."""
 
     data: str = Field("digits", description="dataset (orwcfm list data); folder:PATH for a folder of images")
-    data_dir: str = Field("", description="where downloaded datasets lie; default under the cache")
+    data_dir: str = Field("", description=DATA_DIR)
     model: str = Field("", description="network preset (orwcfm list models); default: the data's")
     steps: int = Field(1000, ge=1, description="gradient steps")
     batch: int = Field(128, ge=1, description="samples a gradient step")
@@ -97,6 +118,7 @@ class Pretrain(Training):
     cooldown: float = Field(
         0.4, ge=0, le=1, description="share of the steps over which the rate falls to zero"
     )
+    flip: bool = Field(False, description="mirror images left to right, each other time by chance")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
 
 
@@ -114,6 +136,9 @@ class Finetune(Training, Sampling, RewardOptions):
     )
     weights: Weights = Field("exp", description="from reward to weight: exp(τ·r); r; exp(τ·standardised r)")
     normalize_weights: bool = Field(True, description="divide weights by their mean over the round")
+    standardize_rewards: bool = Field(
+        False, description="several rewards: each to mean 0, deviation 1 over the round before they add up"
+    )
     coupling: Coupling = Field(
         "independent", description="of noise and sample; ot: minibatch optimal transport"
     )
@@ -124,11 +149,11 @@ class Finetune(Training, Sampling, RewardOptions):
         description="choose α by round so that the coupled W2 comes to this and stays",
     )
     rounds: int = Field(8, ge=1, description="online rounds")
-    steps_per_round: int = Field(128, ge=1, description="gradient steps a round")
+    steps_per_round: int = Field(112, ge=1, description="gradient steps a round")
     cooldown: float = Field(
         0.5, ge=0, le=1, description="share of each round's steps over which the rate falls to zero"
     )
-    rollout: int = Field(768, ge=2, description="samples drawn a round")
+    rollout: int = Field(1536, ge=2, description="samples drawn a round")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     micro_batch: int = Field(0, ge=0, description="samples at once in a gradient step; 0: the whole batch")
     probe: int = Field(
@@ -149,6 +174,7 @@ class Finetune(Training, Sampling, RewardOptions):
         description="largest coupled W2; default: 0.7 of the mean distance of two reference samples",
     )
     guard_diversity: float = Field(0.85, ge=0, description="least diversity, as a share of the reference's")
+    lora: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains all weights")
     wandb: str = Field("", description="log to this Weights & Biases project as well")
 
 

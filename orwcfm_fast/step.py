@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from orwcfm_fast.coupling import Batch
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
+from orwcfm_fast.lora import trained_parameters
 from orwcfm_fast.memory import halving
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.settings import Finetune
@@ -40,10 +41,10 @@ class Learner:
 
     def __init__(self, policy: Policy, reference: Policy, settings: Finetune) -> None:
         self.policy, self.reference, self.grad_clip = policy, reference, settings.grad_clip
+        policy.network.eval()
+        self.parameters = trained_parameters(policy.network)
         self.micro_batch = min(settings.micro_batch or settings.batch, settings.batch)
         self.on_halved: Callable[[int], None] = lambda size: None
-        policy.network.eval().requires_grad_(True)
-        self.parameters = [p for p in policy.network.parameters() if p.requires_grad]
         self.optimizer = AdamW(self.parameters, settings.lr, weight_decay=0.0, fused=True)
         self.schedule = LambdaLR(self.optimizer, lambda step: rate(settings, step))
         self.phases = Phases(policy.device)
@@ -55,6 +56,11 @@ class Learner:
             self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
         ):
             group["lr"] = base * share(step)
+
+    def anchor(self, batch: Batch) -> Tensor:
+        """The reference's velocity at the batch's points, [B, *shape]."""
+        with self.phases("reference"), torch.no_grad():
+            return self.reference.velocity(batch.t, batch.x_t)
 
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
         """One step on a batch; returns (mean fm, mean w2, gradient norm) [3], float32 on the device."""
@@ -81,8 +87,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)  # of a try that ran out of memory
         fm, w2 = [], []
         for part in batch.split(micro_batch):
-            with self.phases("reference"), torch.no_grad():
-                v_ref = self.reference.velocity(part.t, part.x_t)
+            v_ref = self.anchor(part) if part.v_ref is None else part.v_ref
             with self.phases("policy"):
                 v = self.policy.velocity(part.t, part.x_t)
                 _, *means, dv = anchored_residual(

@@ -12,9 +12,11 @@ from orwcfm_fast import checkpoint, noise
 from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.oversight import Oversight
 from orwcfm_fast.policy import Policy
-from orwcfm_fast.rollout import Reward, Rollout, draw, sample, score, start_noise
+from orwcfm_fast.rewards import RewardSum, Scores, make_reward
+from orwcfm_fast.rollout import Reward, Rollout, draw, sample, start_noise
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
 from orwcfm_fast.weighting import check_bounded, check_positive, effective_sample_size
@@ -38,6 +40,8 @@ class Trainer:
         policy: pretrained; its network is trained in place.
         reward: decoded samples [B, …] → [B] numbers; no gradient needed.
         settings: all of `orwcfm finetune`.
+        reward_name: of a reward that is a bare function, in messages.
+        holdout: rewards that are measured on each rollout and never trained on.
         reference: the anchor; by default a frozen copy of the policy as it is now.
         features: samples → features [B, F] in which diversity is measured; pixels where None.
         watch: called with a Progress at each phase of each step.
@@ -50,14 +54,20 @@ class Trainer:
         settings: Finetune,
         *,
         reward_name: str = "reward",
+        holdout: RewardSum | None = None,
         reference: Policy | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
         watch: Callable[[Progress], None] | None = None,
     ) -> None:
         if settings.coupling == "ot" and settings.batch < 2:
             raise UserError("coupling 'ot' needs a batch of at least 2")
-        self.policy, self.reward, self.settings = policy, reward, settings
-        self.reward_name = reward_name
+        self.policy, self.settings = policy, settings
+        self.reward, self.holdout = make_reward(reward, name=reward_name), holdout
+        self.scores: Scores | None = None  # of the last rollout
+        self.held_out: Scores | None = None
+        if settings.lora:
+            add_lora(policy.network, settings.lora, seed=settings.seed)
+        self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
         self.reference = reference or policy.frozen_copy()
         self.features = features or (lambda x: x)
         self.watch = watch or (lambda progress: None)
@@ -110,7 +120,10 @@ class Trainer:
         self.watch(Progress(number, 0, "reward"))
         with self.phases("reward"):
             samples = self.policy.decode(rollout.x1)
-            rollout.reward = score(self.reward, samples, self.reward_name, f"round {number + 1}")
+            where = f"round {number + 1}"
+            self.scores = self.reward.scores(samples, where)
+            self.held_out = self.holdout.scores(samples, where) if self.holdout else None
+            rollout.reward = self.scores.standardized() if s.standardize_rewards else self.scores.total
         return rollout
 
     def minibatches(self, rollout: Rollout, w: Tensor, number: int) -> Iterator[Batch]:
@@ -140,11 +153,14 @@ class Trainer:
         seconds = self.phases.read()
         training = sum(seconds[p] for p in PHASES[2:])
         loss_fm, loss_w2, norm, norm_max = torch.cat([losses.mean(0), losses[:, 2:].amax(0)]).tolist()
+        assert self.scores
+        reward = self.scores.total
         return {
             "round": self.round,
-            "reward_mean": float(rollout.reward.mean()),
-            "reward_std": float(rollout.reward.std(correction=0)),
-            "reward_max": float(rollout.reward.max()),
+            "reward_mean": float(reward.mean()),
+            "reward_std": float(reward.std(correction=0)),
+            "reward_max": float(reward.max()),
+            **by_name(self.scores, self.held_out),
             "loss_fm": loss_fm,
             "loss_w2": loss_w2,
             "grad_norm_mean": norm,
@@ -167,15 +183,19 @@ class Trainer:
         checkpoint.save(
             path,
             state,
-            model=self.policy.network.state_dict(),
+            model=self.policy.weights(),
             optimizer=checkpoint.optimizer_tensors(self.learner.optimizer),
+            **({"lora": lora_state(self.policy.network)} if self.settings.lora else {}),
         )
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Go on from a checkpoint written by `save`, with the α, τ and sizes that were in force."""
         self.oversight.restore(found.state, str(found.path))
         self.learner.micro_batch = self.oversight.control.micro_batch
-        checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
+        if self.settings.lora:
+            load_lora(self.policy.network, found.tensors.get("lora", {}), str(found.path))
+        else:
+            checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
         checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
         self.round, self.steps = int(found.state["round"]), int(found.state["step"])
         self.probe = self.draw_probe(self.policy)
@@ -183,7 +203,10 @@ class Trainer:
 
     def start_over(self) -> None:
         """Back to before the first round."""
-        self.policy.network.load_state_dict(self.reference.network.state_dict())
+        if self.settings.lora:
+            load_lora(self.policy.network, self.start, "the start")
+        else:
+            self.policy.network.load_state_dict(self.reference.network.state_dict())
         self.learner.start_over()
         self.round = self.steps = 0
         self.probe = self.probe_reference
@@ -196,6 +219,19 @@ class Trainer:
     def diversity(self, x: Tensor) -> float:
         """Mean distance of two of the samples x [N, *shape] in features."""
         return pairwise_distance(self.features(self.policy.decode(x)))
+
+
+def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:
+    """Metrics of rewards one by one, where there are several or some are held out."""
+    found: dict[str, Any] = {}
+    if len(scores.values) > 1:
+        found["rewards"] = scores.means()
+    if held_out:
+        found["holdout_mean"] = float(held_out.total.mean())
+        if len(held_out.values) > 1:
+            found["holdout_rewards"] = held_out.means()
+    seconds = scores.seconds | (held_out.seconds if held_out else {})
+    return found | ({"seconds_rewards": seconds} if len(seconds) > 1 else {})
 
 
 def describe(policy: Policy) -> dict[str, Any]:

@@ -45,6 +45,34 @@ def run_cli(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """clip_folder(**of the vision tower): a random open_clip model saved to disk with its configuration."""
+    import json
+
+    import open_clip
+
+    def make(preprocess: dict | None = None, **vision) -> Path:
+        tower = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16, **vision}
+        text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+        config = {"embed_dim": 32, "vision_cfg": tower, "text_cfg": text}
+        folder = tmp_path_factory.mktemp("clip")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = open_clip.CLIP(**config)
+        for same_for_all in (network.visual.class_embedding, network.visual.positional_embedding):
+            torch.nn.init.zeros_(same_for_all)  # or every picture would look alike to it
+        torch.nn.init.constant_(
+            network.logit_scale, 3.0
+        )  # its cosines differ 5 times as much as trained ones
+        saved = {"model_cfg": config, "preprocess_cfg": preprocess or {}}
+        (folder / "open_clip_config.json").write_text(json.dumps(saved))
+        torch.save(network.state_dict(), folder / "open_clip_pytorch_model.bin")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def two_gaussians_weights():
     """State dict of an MLP pretrained on the two Gaussians: a few seconds, shared."""
     from orwcfm_fast.data import load_data
@@ -57,6 +85,22 @@ def two_gaussians_weights():
     policy = make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))
     settings = Pretrain(data="two-gaussians", model="mlp", steps=1500, batch=512)
     return pretrain(policy, data, settings, lambda step, loss: None).averaged().network.state_dict()
+
+
+@pytest.fixture(scope="session")
+def digits_model(cache):
+    """The default digits model in the cache, pretrained for a third of its steps: half a minute."""
+    from orwcfm_fast.data import load_data
+    from orwcfm_fast.policy import make_policy
+    from orwcfm_fast.pretrain import pretrain
+    from orwcfm_fast.settings import Pretrain
+
+    torch.set_num_threads(1)
+    data, _ = load_data("digits")
+    policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("cpu"))
+    trainer = pretrain(policy, data, Pretrain(steps=350, ema=0.99), lambda step, loss: None)
+    trainer.save(cache / "pretrained" / "unet-digits")
+    return trainer.averaged()
 
 
 @pytest.fixture

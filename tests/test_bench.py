@@ -39,13 +39,14 @@ def test_plain_loop_follows_the_same_gradient_as_the_learner():
 
 
 @pytest.mark.slow
-def test_bench_loop_reports_every_phase_of_digits():
-    found = loop.measure("digits", 8, 1, 0.03)
-    assert {r.phase for r in found} == {"rollout", "gradient step", "one fresh batch a step"}
-    assert {r.way for r in found} == {"plain", "ours fp32", "ours bf16"}
-    assert all(r.images_per_s > 0 for r in found)
-    fresh = {r.way: r.ratio for r in found if r.phase == "one fresh batch a step"}
-    assert fresh["ours fp32"] > 3, "99 Euler steps against a dozen"
+def test_bench_loop_climbs_every_rung_on_digits():
+    found = {r.way: r for r in loop.measure("digits", 8, 1, 0.03)}
+    assert [*found] == [rung.way for rung in loop.LADDER]
+    plain = found.pop("plain")
+    assert plain.rollout_ratio == plain.step_ratio == plain.loop_ratio == 1
+    assert all(min(r.rollout, r.step, r.loop) > 0 for r in found.values())
+    assert found["+ solver"].rollout_ratio > 3, "99 Euler steps against a dozen and two"
+    assert found["+ rollout reuse"].loop_ratio > 2
 
 
 def test_bench_refuses_what_it_does_not_know(run_cli):
@@ -56,8 +57,7 @@ def test_bench_refuses_what_it_does_not_know(run_cli):
 @pytest.mark.slow
 def test_bench_loop_prints_json(run_cli, monkeypatch):
     monkeypatch.setattr(loop, "SIZES", {"digits": loop.SIZES["digits"]})
-    monkeypatch.setattr(
-        loop, "measure", lambda data, *a: loop.rows(data, "rollout", {"plain": [1.0], "ours": [2.0]})
-    )
+    monkeypatch.setattr(loop, "measure", lambda data, *a: [loop.Row(data, "plain", 3, 2, 1, 1, 1, 1, 0.5)])
     found = json.loads(run_cli("bench", "loop", "--json").out)["loop"]
-    assert found["rows"][1]["ratio"] == 2.0 and "torch" in found["versions"]
+    assert found["rows"][0]["rollout"] == 3 and "torch" in found["versions"]
+    assert "of matrix rate" in run_cli("bench", "loop").out

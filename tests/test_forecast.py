@@ -182,3 +182,16 @@ def test_twelve_settings_on_digits_take_under_a_minute(digits, stopwatch):
     found = forecast_many(*digits, settings, 6)
     assert stopwatch() < 60
     assert len(front(found)) > 3
+
+
+def test_more_scored_samples_correct_the_start_of_a_small_forecast():
+    """256 samples that happen to hold too many good ones end where the true mean leads."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.where(torch.rand(256, 1, generator=g) < 0.57, 1.5, -1.5) + 0.3 * torch.randn(
+        256, 1, generator=g
+    )
+    r, many = (x[:, 0] > 0).float(), torch.tensor([0.0, 1.0]).repeat(2000)
+    plain, tilted = (forecast(x, r, 1.0, 0.5, 5, scored=s) for s in (None, many))
+    assert plain.rounds[0].reward > 0.54 and abs(tilted.rounds[0].reward - 0.5) < 1e-6
+    assert abs(tilted.final.reward - 0.610) < 0.03 < plain.final.reward - 0.610
+    assert tilted.rounds[0].reward_error < 0.3 * plain.rounds[0].reward_error

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -27,34 +26,80 @@ def orwcfm(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     )
 
 
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
 @pytest.fixture(scope="module")
-def finished(cache, tmp_path_factory):
-    """`orwcfm finetune --alpha 1 --tau 0.5`, typed once in an empty directory."""
+def finished(digits_model, tmp_path_factory):
+    """`orwcfm finetune --tau 2`, three short rounds, typed in an empty directory."""
     cwd = tmp_path_factory.mktemp("user")
-    shutil.rmtree(cache / "pretrained", ignore_errors=True)
-    result = orwcfm("finetune", "--alpha", "1", "--tau", "0.5", cwd=cwd)
+    less = ("--rounds", "3", "--rollout", "640", "--steps-per-round", "60", "--eval-n", "1024")
+    result = orwcfm("finetune", "--tau", "2", *less, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return cwd, result.stdout
 
 
 @pytest.mark.slow
-def test_default_finetune_raises_the_reward_and_keeps_digits(finished):
+def test_finetune_raises_the_reward_and_keeps_digits(finished):
     cwd, out = finished
-    run = cwd / "runs/digits-even-digits-a1-t0.5-001"
-    assert out.splitlines()[0].startswith("run runs/digits-even-digits-a1-t0.5-001")
-    assert out.splitlines()[-1] == "run runs/digits-even-digits-a1-t0.5-001"
-    found = json.loads((run / "summary.json").read_text())
-    before, after = found["before"], found["after"]
-    assert abs(before["reward"]["mean"] - 0.5) <= 0.04
+    run = "runs/digits-even-digits-a1-t2-001"
+    assert out.splitlines()[0].startswith(f"run {run}: even-digits on the cached unet-digits model")
+    assert out.splitlines()[-1] == f"run {run}"
+    before, after = (summary(cwd / run)[k] for k in ("before", "after"))
     assert after["reward"]["low"] > before["reward"]["high"]
-    assert after["confidence"] >= 0.93
+    assert after["confidence"] >= before["confidence"] - 0.03 > 0.85
     assert after["w2_exact"] <= after["w2_coupled"] + 1e-6
     for word in ("W2 coupled", "diversity", "ESS", "images/s", "next:", "before_after.png"):
         assert word in out
 
 
+def test_first_use_pretrains_and_the_second_takes_it_from_the_cache(tmp_path, monkeypatch):
+    import torch
+
+    from orwcfm_fast import load
+    from orwcfm_fast.settings import Pretrain
+
+    monkeypatch.setenv("ORWCFM_CACHE", str(tmp_path))
+    monkeypatch.setattr(load, "Pretrain", lambda: Pretrain(steps=2, batch=4))
+    first, second = (load.Loader(torch.device("cpu")).default() for _ in range(2))
+    assert "pretrained now" in first.name and "cached" in second.name
+    for a, b in zip(first.policy.network.parameters(), second.policy.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.soak
-def test_median_of_three_seeds_reaches_058_at_alpha_1_and_080_at_alpha_0(cache, tmp_path):
+def test_default_command_keeps_its_promises_in_an_empty_directory(tmp_path):
+    """The README's first command on two cores, nothing cached: under 4 minutes, then under 2."""
+    for limit, run in ((240, "001"), (120, "002")):
+        began = time.perf_counter()
+        result = orwcfm(
+            "finetune", "--alpha", "1", "--tau", "0.5", cwd=tmp_path, ORWCFM_CACHE=str(tmp_path / "cache")
+        )
+        seconds = time.perf_counter() - began
+        assert result.returncode == 0, result.stderr
+        found = summary(tmp_path / f"runs/digits-even-digits-a1-t0.5-{run}")
+        before, after = found["before"], found["after"]
+        assert abs(before["reward"]["mean"] - 0.5) <= 0.04
+        assert after["reward"]["low"] > before["reward"]["high"]
+        assert after["confidence"] >= 0.93
+        assert seconds < limit
+
+
+@pytest.mark.soak
+def test_reward_and_w2_fall_with_alpha(tmp_path):
+    ends = []
+    for alpha in ("0", "0.1", "0.3", "1"):
+        result = orwcfm("finetune", "--alpha", alpha, "--tau", "0.5", "--out", alpha, "--quiet", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        after = summary(tmp_path / alpha)["after"]
+        ends.append((after["reward"]["mean"], after["w2_coupled"]))
+    assert ends == sorted(ends, reverse=True)
+    assert [w2 for _, w2 in ends] == sorted((w2 for _, w2 in ends), reverse=True)
+
+
+@pytest.mark.soak
+def test_median_of_three_seeds_reaches_058_at_alpha_1_and_080_at_alpha_0(tmp_path):
     """The bars of the default run; a quarter of an hour."""
     for alpha, bar in (("1", 0.58), ("0", 0.80)):
         rewards = []
@@ -64,9 +109,7 @@ def test_median_of_three_seeds_reaches_058_at_alpha_1_and_080_at_alpha_0(cache, 
                 "finetune", "--alpha", alpha, "--seed", seed, "--out", out, "--quiet", cwd=tmp_path
             )
             assert result.returncode == 0, result.stderr
-            rewards.append(
-                json.loads((tmp_path / out / "summary.json").read_text())["after"]["reward"]["mean"]
-            )
+            rewards.append(summary(tmp_path / out)["after"]["reward"]["mean"])
         assert statistics.median(rewards) >= bar, f"α={alpha}: {rewards}"
 
 
@@ -74,7 +117,7 @@ def test_median_of_three_seeds_reaches_058_at_alpha_1_and_080_at_alpha_0(cache, 
 def test_sample_and_evaluate_with_no_argument_speak_of_that_run(finished):
     cwd, _ = finished
     sampled = orwcfm("sample", cwd=cwd)
-    assert sampled.returncode == 0 and "model: runs/digits-even-digits-a1-t0.5-001" in sampled.stdout
+    assert sampled.returncode == 0 and "model: runs/digits-even-digits-a1-t2-001" in sampled.stdout
     assert (cwd / sampled.stdout.splitlines()[-1]).read_bytes().startswith(b"\x89PNG")
     measured = json.loads(orwcfm("evaluate", "-n", "512", "--json", cwd=cwd).stdout)
     reference, tuned = measured["models"]

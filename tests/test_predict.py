@@ -65,7 +65,8 @@ def test_the_closing_line_compares_and_offers_a_lower_alpha():
     }
     lower = own | {"alpha": 0.3, "rewards": [0.5, 0.78]}
     found = {"rounds": 8, "own": own, "lower_alpha": lower}
-    assert reached_line(found, 0.6) == "forecast 0.61, reached 0.60; α=0.3 would reach about 0.78"
+    assert reached_line(found, 0.6, 8) == "forecast 0.61, reached 0.60; α=0.3 would reach about 0.78"
+    assert "forecast 0.61 after 8 rounds, reached 0.60 after 40;" in reached_line(found, 0.6, 40)
     assert "0.610 ± 0.020 after 8 rounds" in forecast_line(found)
     assert "beyond reach" in forecast_line(found | {"own": own | {"within_reach": False}})
 

@@ -13,7 +13,7 @@ CHEAP = {
     "finetune": ("--rollout", "32", "--batch", "16", "--steps-per-round", "2", "--eval-n", "32", "--probe", "8"),
     "pretrain": ("--batch", "16",),
     "evaluate": ("-n", "32"),
-    "predict": ("-n", "200", "--rounds", "2", "--nfe", "6"),
+    "predict": ("-n", "200", "--scored", "200", "--rounds", "2", "--nfe", "6"),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.theory import GaussianMixture, GridDensity, bound_chain, exact_recursion
+from orwcfm_fast.theory import GaussianMixture, GridDensity, bound_chain, exact_recursion, refit
 from orwcfm_fast.theory.density import on_grid
 from orwcfm_fast.theory.transport import w2_plane
 
@@ -255,3 +255,26 @@ def test_five_rounds_on_a_96_by_96_grid_take_under_a_minute(stopwatch):
     found = exact_recursion(ring, right, 1.0, 0.5, 5)
     assert stopwatch() < 60
     assert found.error["reward"] < 0.005 and abs(found.rounds[-1].mass - 1) < 1e-3
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_density_refitted_on_samples_gives_the_recursion_of_the_true_one(dim):
+    true = GaussianMixture([0.3, 0.7], [[-1.5] * dim, [1.5] * dim], 0.4)
+    g = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(4):
+        mode = (torch.rand(100_000, 1, generator=g) < 0.7).double()
+        batches.append(3 * mode - 1.5 + 0.4 * torch.randn(100_000, dim, generator=g).double())
+    rounds = 3 if dim == 1 else 1
+    found, expected = (
+        exact_recursion(d, lambda x: (x[:, 0] > 0).double(), 0.3, 0.5, rounds, check=False).rounds[-1]
+        for d in (refit(batches), true)
+    )
+    assert abs(found.reward - expected.reward) < 0.003
+    assert abs(found.w2 - expected.w2) < 0.02
+
+
+@pytest.mark.parametrize("samples", [[], [torch.zeros(4, 3)], [torch.full((4, 1), math.nan)]])
+def test_refitting_refuses_what_is_no_sample_of_a_density(samples):
+    with pytest.raises(UserError, match="density"):
+        refit(samples)

@@ -1,6 +1,7 @@
-"""Text alignment by CLIP (Radford et al., ICML 2021) through open_clip."""
+"""Text alignment by CLIP (Radford et al., ICML 2021) through open_clip, and a linear head on its features."""
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +10,80 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.registry import unknown
+from orwcfm_fast.rewards.pixels import Transform
 from orwcfm_fast.rewards.registry import Score, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
+CHUNK = 256
 
-@functools.lru_cache(maxsize=2)
-def load_clip(model: str, weights: str, device: torch.device) -> tuple[Any, Tensor, Tensor]:
-    """An open_clip model in eval mode, and the mean and deviation [3, 1, 1] that its images are scaled by.
+
+@dataclass(frozen=True)
+class Clip:
+    """An open_clip model in eval mode with its own image transform; goes to where its images are."""
+
+    network: Any
+    tokenizer: Any
+    transform: Transform
+    dtype: torch.dtype
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Images [B, 1 or 3, H, W] in [-1, 1] → unit features [B, F], float32."""
+        network = self.network.to(images.device)
+        with torch.no_grad():
+            parts = [
+                network.encode_image(self.transform(part).to(self.dtype)).float()
+                for part in images.split(CHUNK)
+            ]
+            return F.normalize(torch.cat(parts), dim=-1)
+
+    def text_features(self, texts: tuple[str, ...], device: torch.device) -> Tensor:
+        """Unit features [len(texts), F], float32."""
+        with torch.no_grad():
+            found = self.network.to(device).encode_text(self.tokenizer(list(texts)).to(device))
+            return F.normalize(found.float(), dim=-1)
+
+
+def clip_of(options: RewardOptions) -> Clip:
+    """The model of --clip-model, --clip-weights and --clip-precision.
 
     Raises:
-        UserError: unknown architecture; weights that are neither on disk nor downloadable.
+        UserError: unknown architecture; weights of another model, not on disk and not downloadable.
     """
+    return _load(options.clip_model, options.clip_weights, options.clip_precision)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(model: str, weights: str, precision: str) -> Clip:
     import open_clip
 
-    if model not in open_clip.list_models():
-        raise UserError(f"clip model '{model}': not one of open_clip's (e.g. ViT-B-32, ViT-L-14)")
+    whole = model.startswith(("local-dir:", "hf-hub:"))  # bring their own weights
+    if not whole and model not in open_clip.list_models():
+        raise UserError(str(unknown("clip-model", model, open_clip.list_models(), "or local-dir:FOLDER")))
+    tag = {} if whole else open_clip.get_pretrained_cfg(model, weights) or {}
     try:
-        network = (
-            open_clip.create_model(model, pretrained=weights, device=device).eval().requires_grad_(False)
-        )
+        network = open_clip.create_model(
+            model, pretrained=None if whole else weights, precision=precision, require_pretrained=True,
+            force_quick_gelu=bool(tag.get("quick_gelu")),  # OpenAI's weights are wrong without
+        )  # fmt: skip
+        tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:
-        where = "" if Path(weights).is_file() else f" and not a file; tags: {_tags(model)}"
-        reason = str(error).split("\n")[0]
+        reason = " ".join(str(error).split())[:200]
+        if whole:
+            raise UserError(f"clip-model '{model}' could not be loaded ({reason})") from None
+        where = "" if Path(weights).is_file() else f"; not a file; tags: {_tags(model)}"
         raise UserError(
-            f"clip weights '{weights}' for {model} could not be loaded ({reason}){where}"
+            f"clip-weights '{weights}' for {model} could not be loaded ({reason}){where}"
         ) from None
-    visual = network.visual
-    mean, std = (
-        torch.tensor(getattr(visual, name, None) or getattr(open_clip, default), device=device).view(3, 1, 1)
-        for name, default in (("image_mean", "OPENAI_DATASET_MEAN"), ("image_std", "OPENAI_DATASET_STD"))
-    )
-    return network, mean, std
+    own = open_clip.get_model_preprocess_cfg(network)
+    size, fill = own["size"], own.get("fill_color", 0)
+    transform = Transform(
+        size if isinstance(size, tuple) else tuple(size) if isinstance(size, list) else (size, size),
+        tuple(own["mean"]), tuple(own["std"]), own.get("interpolation", "bicubic"),
+        own.get("resize_mode", "shortest"), fill[0] if isinstance(fill, list | tuple) else fill,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Clip(network.eval().requires_grad_(False), tokenizer, transform, dtype)
 
 
 def _tags(model: str) -> str:
@@ -48,51 +92,33 @@ def _tags(model: str) -> str:
     return ", ".join(open_clip.list_pretrained_tags_by_model(model)[:4])
 
 
-@functools.lru_cache(maxsize=8)
-def encode_prompts(model: str, weights: str, device: torch.device, prompts: tuple[str, ...]) -> Tensor:
-    """Unit text features [P, F]."""
-    import open_clip
-
-    network = load_clip(model, weights, device)[0]
-    with torch.inference_mode():
-        return F.normalize(
-            network.encode_text(open_clip.get_tokenizer(model)(list(prompts)).to(device)), dim=-1
-        )
-
-
-def preprocess(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Images [B, 1 or 3, H, W] in [-1, 1] as open_clip's transform would give them from 8-bit pictures."""
-    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).expand(-1, 3, -1, -1)
-    scale = size / min(pixels.shape[-2:])
-    shape = [max(size, round(side * scale)) for side in pixels.shape[-2:]]
-    pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True).round().clamp(0, 255)
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return (pixels[..., top : top + size, left : left + size] / 255 - mean) / std
-
-
 @reward_factory("clip")
 def clip(argument: str, options: RewardOptions) -> Score:
     """probability of the --prompt texts minus that of the --negative ones, by CLIP; or clip:PROMPT|NEGATIVE"""
     given = [text.strip() for text in argument.split("|")] if argument else []
     positive, negative = (given[:1], given[1:]) if given else (options.prompt, options.negative)
-    if not positive or not negative or not all([*positive, *negative]):
-        raise UserError("reward 'clip': give it --prompt TEXT and --negative TEXT, or clip:TEXT|TEXT")
     texts = (*positive, *negative)
-    sign = torch.tensor([1.0] * len(positive) + [-1.0] * len(negative))
-    model, weights = options.clip_model, options.clip_weights
-    load_clip(model, weights, torch.device("cpu"))  # fail before any work
+    if not positive or not all(text.strip() for text in texts):
+        raise UserError(
+            "reward 'clip': no prompt; give it --prompt TEXT (and --negative TEXT), or clip:TEXT|TEXT"
+        )
+    if not negative and options.clip_score == "probability":
+        raise UserError(
+            "reward 'clip': a probability is of --prompt against --negative; give it one, or --clip-score cosine"
+        )
+    model = clip_of(options)
+    shares = torch.tensor([1.0] * len(positive) + [-1.0] * len(negative))
+    if options.clip_score == "cosine":  # means, so that the number of prompts does not matter
+        shares[: len(positive)] /= len(positive)
+        shares[len(positive) :] /= max(len(negative), 1)
+    text_features = functools.cache(lambda device: model.text_features(texts, device))
 
     def score(images: Tensor) -> Tensor:
-        network, mean, std = load_clip(model, weights, images.device)
-        size = network.visual.image_size
-        size = size[0] if isinstance(size, tuple) else size
-        text = encode_prompts(model, weights, images.device, texts)
-        with torch.inference_mode():
-            parts = []
-            for part in images.split(256):
-                features = F.normalize(network.encode_image(preprocess(part, size, mean, std)), dim=-1)
-                probability = (network.logit_scale.exp() * features @ text.T).softmax(-1)
-                parts.append(probability @ sign.to(images.device))
-            return torch.cat(parts).clone()
+        with torch.no_grad():
+            cosine = model.image_features(images) @ text_features(images.device).T
+            if options.clip_score == "cosine":
+                return cosine @ shares.to(images.device)
+            logits = model.network.logit_scale.float().exp() * cosine
+            return logits.softmax(-1) @ shares.to(images.device)
 
     return score

@@ -1,82 +1,157 @@
 """From what the user asked for, NAME[:ARG][=WEIGHT] once or more, to one reward."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.registry import REWARDS, Score
 from orwcfm_fast.rewards.user import is_user_reward, load_user_reward
+from orwcfm_fast.rollout import score
 from orwcfm_fast.settings import RewardOptions
 
 
-@dataclass
+@dataclass(frozen=True)
+class Scores:
+    """What each reward says of N samples.
+
+    Attributes:
+        values: by name, [N], as the reward gave them.
+        weights: by name.
+        seconds: by name, wall clock.
+    """
+
+    values: dict[str, Tensor]
+    weights: dict[str, float]
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> Tensor:
+        """Σ weight · reward [N]."""
+        return self._add_up(self.values)
+
+    def standardized(self) -> Tensor:
+        """Σ weight · (reward − mean) / deviation [N]: each reward counts by its weight alone, whatever its unit.
+
+        A reward that is the same for all N says nothing and adds 0.
+        """
+        centred = {name: v - v.mean() for name, v in self.values.items()}
+        return self._add_up({name: v / v.std(correction=0).clamp_min(1e-12) for name, v in centred.items()})
+
+    def _add_up(self, values: dict[str, Tensor]) -> Tensor:
+        first, *others = (self.weights[name] * v for name, v in values.items())
+        for other in others:
+            first = first + other
+        return first
+
+    def means(self) -> dict[str, float]:
+        return {name: float(values.mean()) for name, values in self.values.items()}
+
+
+@dataclass(frozen=True)
 class RewardSum:
-    """Σ weight_k · reward_k of decoded samples [B, …] → [B]; `parts` holds the last call's values by name."""
+    """Σ weight_k · reward_k of decoded samples [B, …] → [B]; `terms` are (name, weight, function)."""
 
     terms: list[tuple[str, float, Score]]
-    parts: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return "+".join(name for name, _, _ in self.terms)
 
+    def scores(self, samples: Tensor, where: str = "") -> Scores:
+        """Every reward of the samples; `where` is named in errors.
+
+        Raises:
+            RewardError: one of them raised, or returned what is no reward; names it.
+        """
+        found = Scores({}, {}, {})
+        for name, weight, function in self.terms:
+            began = time.perf_counter()
+            found.values[name] = score(function, samples, name, where)  # its checks wait for the device
+            found.seconds[name] = time.perf_counter() - began
+            found.weights[name] = weight
+        return found
+
     def __call__(self, samples: Tensor) -> Tensor:
-        total: Tensor | None = None
-        for name, weight, score in self.terms:
-            values = torch.as_tensor(score(samples)).to(samples.device, torch.float32)
-            if len(self.terms) > 1 and values.shape != (len(samples),):
-                raise ValueError(f"{name} returned shape {tuple(values.shape)}, should be ({len(samples)},)")
-            self.parts[name] = values
-            total = weight * values if total is None else total + weight * values
-        assert total is not None
-        return total
+        return self.scores(samples).total
+
+    def close(self) -> None:
+        """End what the rewards keep running, e.g. worker processes."""
+        for _, _, function in self.terms:
+            if callable(end := getattr(function, "close", None)):
+                end()
 
 
-def make_reward(specs: Sequence[str] | str | Callable, options: RewardOptions | None = None) -> RewardSum:
+def make_reward(
+    specs: Sequence[str] | str | Callable, options: RewardOptions | None = None, name: str = ""
+) -> RewardSum:
     """The reward that the user named.
 
     Args:
         specs: one or several NAME[:ARG][=WEIGHT]; NAME of the registry, file.py:function or
             package.module:function; or a callable.
         options: what some rewards need besides, e.g. clip its prompts.
+        name: of a callable in messages; by default its own.
 
     Raises:
-        UserError: unknown name (the nearest known one), bad argument or weight.
+        UserError: unknown name (the nearest known one), bad argument or weight, a name given twice.
     """
+    if isinstance(specs, RewardSum):
+        return specs
     if callable(specs):
-        return RewardSum([(getattr(specs, "__name__", "reward"), 1.0, specs)])
+        return RewardSum([(name or getattr(specs, "__name__", "reward"), 1.0, specs)])
     specs = [specs] if isinstance(specs, str) else specs
     if not specs:
         raise UserError("no reward named (orwcfm list rewards)")
     options = options or RewardOptions()
-    return RewardSum([_term(spec, options) for spec in specs])
+    split = [split_weight(spec) for spec in specs]
+    names = [name for name, _ in split]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"reward '{name}': named twice; give it one weight, e.g. {name}=2")
+    return RewardSum([(name, weight, _function(name, options)) for name, weight in split])
 
 
-def _term(spec: str, options: RewardOptions) -> tuple[str, float, Score]:
-    name, weight = spec, 1.0
+def make_holdout(options: RewardOptions) -> RewardSum | None:
+    """The rewards of --holdout-reward, measured but never trained on; None without any.
+
+    Raises:
+        UserError: as `make_reward`, and for one that is trained on as well.
+    """
+    trained = {split_weight(spec)[0] for spec in options.reward}
+    for spec in options.holdout_reward:
+        if (name := split_weight(spec)[0]) in trained:
+            raise UserError(f"holdout-reward '{name}': is trained on as well; hold out another one")
+    return make_reward(options.holdout_reward, options) if options.holdout_reward else None
+
+
+def split_weight(spec: str) -> tuple[str, float]:
+    """NAME[=WEIGHT] to its parts."""
     head, equals, tail = spec.rpartition("=")
-    if equals:
-        try:
-            name, weight = head, float(tail)
-        except ValueError:
-            raise UserError(
-                f"reward '{spec}': the weight after = should be a number, e.g. {head}=0.5"
-            ) from None
-        if not math.isfinite(weight):
-            raise UserError(f"reward '{spec}': the weight after = should be finite")
+    if not equals:
+        return spec, 1.0
+    try:
+        weight = float(tail)
+    except ValueError:
+        raise UserError(f"reward '{spec}': the weight after = should be a number, e.g. {head}=0.5") from None
+    if not math.isfinite(weight):
+        raise UserError(f"reward '{spec}': the weight after = should be finite")
+    return head, weight
+
+
+def _function(name: str, options: RewardOptions) -> Score:
     base, colon, argument = name.partition(":")
     if base not in REWARDS.names():
         if is_user_reward(name):
-            return name, weight, load_user_reward(name)
+            return load_user_reward(name)
         raise unknown("reward", name, REWARDS.names(), "orwcfm list rewards")
     entry = REWARDS.get(base)
     if getattr(entry, "is_factory", False):
-        return name, weight, entry(argument, options)
+        return entry(argument, options)
     if colon:
         raise UserError(f"reward '{name}': '{base}' takes no argument after ':'")
-    return name, weight, entry
+    return entry

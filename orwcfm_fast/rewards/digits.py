@@ -1,4 +1,4 @@
-"""A small classifier of handwritten digits, trained on first use, and the rewards it gives."""
+"""Small classifiers of handwritten digits, trained on first use, and the rewards they give."""
 
 import functools
 import hashlib
@@ -12,23 +12,44 @@ from orwcfm_fast import checkpoint
 from orwcfm_fast.data import load_data
 from orwcfm_fast.device import cache_dir
 from orwcfm_fast.errors import UserError, WorkError
-from orwcfm_fast.rewards.registry import Score, reward, reward_factory
+from orwcfm_fast.rewards.registry import Score, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
-HELD_OUT, EPOCHS, BATCH = 360, 40, 64
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the classifier of one dataset is made: real digits held out to judge it, passes over the others."""
+
+    shape: tuple[int, int, int]
+    held_out: int
+    passes: int
+
+    def network(self) -> nn.Sequential:
+        """At 28×28 the first layer halves the side, so that it costs little more than at 8×8."""
+        side, stride = (4, 1) if self.shape[1] == 8 else (7, 2)
+        return nn.Sequential(
+            nn.Conv2d(1, 32, 3, stride, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
+            nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * side**2, 128), nn.ReLU(), nn.Linear(128, 10),
+        )  # fmt: skip
+
+
+TRAINING = {"digits": Training((1, 8, 8), 360, 40), "mnist": Training((1, 28, 28), 5000, 3)}
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Probabilities and features of digits 1×8×8; `accuracy` on 360 held-out real digits."""
+    """Probabilities and features of digits of its dataset's shape; `accuracy` on held-out real digits."""
 
     network: nn.Sequential
     accuracy: float
+    shape: tuple[int, int, int] = (1, 8, 8)
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Images [B, 1, 8, 8] in [-1, 1] → [B, 10]."""
-        if images.shape[1:] != (1, 8, 8):
-            raise UserError(f"needs digits 1×8×8, these samples are {'×'.join(map(str, images.shape[1:]))}")
+        """Images [B, *shape] in [-1, 1] → [B, 10]."""
+        if images.shape[1:] != self.shape:
+            raise UserError(f"needs digits {_by(self.shape)}, these samples are {_by(images.shape[1:])}")
         return self._on(images)(images.float()).softmax(1)
 
     def features(self, images: Tensor) -> Tensor:
@@ -39,43 +60,42 @@ class Classifier:
         return self.network.to(images.device)
 
 
-def _network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(64 * 16, 128), nn.ReLU(), nn.Linear(128, 10),
-    )  # fmt: skip
+def _by(shape) -> str:
+    return "×".join(map(str, shape))
 
 
 @functools.cache
-def digit_classifier() -> Classifier:
-    """The cached classifier; trained first (a few seconds) where there is none.
+def digit_classifier(data: str = "digits", data_dir: str = "") -> Classifier:
+    """The cached classifier of "digits" or "mnist"; trained first where there is none: seconds, or a minute.
 
-    Fixed seed and split: 1,437 real digits train it, 360 judge it.
+    Fixed seed and split: of digits 1,437 train it and 360 judge it; of MNIST 55,000 and 5,000.
     """
-    folder = cache_dir() / "digits-classifier"
-    network = _network()
+    folder = cache_dir() / f"{data}-classifier"
+    training = TRAINING[data]
+    network = training.network()
     try:
         found = checkpoint.load(folder)
         checkpoint.load_weights(network, found.tensors["model"], str(folder))
         accuracy = float(found.state["accuracy"])
     except (UserError, KeyError, ValueError):
-        accuracy = _train(network)
+        accuracy = _train(network, data, data_dir)
         checkpoint.save(folder, {"kind": "classifier", "accuracy": accuracy}, model=network.state_dict())
-    return Classifier(network.eval().requires_grad_(False), accuracy)
+    return Classifier(network.eval().requires_grad_(False), accuracy, training.shape)
 
 
-def _train(network: nn.Sequential) -> float:
-    images, labels = load_data("digits")
+def _train(network: nn.Sequential, data: str, data_dir: str) -> float:
+    images, labels = load_data(data, data_dir)
     assert labels is not None
+    name, held_out_size = f"{data}-classifier", min(TRAINING[data].held_out, len(images) // 4)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(int.from_bytes(hashlib.sha256(b"digits-classifier").digest()[:4], "big"))
+        torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
         for layer in network:
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.reset_parameters()
         order = torch.randperm(len(images))
-        train, held_out = order[HELD_OUT:], order[:HELD_OUT]
+        train, held_out = order[held_out_size:], order[:held_out_size]
         optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
-        for _ in range(EPOCHS):
+        for _ in range(TRAINING[data].passes):
             for pick in train[torch.randperm(len(train))].split(BATCH):
                 # noise as a sampler leaves it must not change the class
                 x = images[pick] + 0.1 * torch.randn_like(images[pick])
@@ -85,14 +105,29 @@ def _train(network: nn.Sequential) -> float:
     with torch.no_grad():
         accuracy = float((network.eval()(images[held_out]).argmax(1) == labels[held_out]).float().mean())
     if accuracy < 0.95:
-        raise WorkError(f"the digits classifier reached only {accuracy:.1%} on held-out digits")
+        raise WorkError(f"the {data} classifier reached only {accuracy:.1%} on held-out digits")
     return accuracy
 
 
-@reward("even-digits")
-def even_digits(images: Tensor) -> Tensor:
+def classifier_for(images: Tensor, data_dir: str) -> Classifier:
+    """The classifier of the dataset whose digits have this shape.
+
+    Raises:
+        UserError: no dataset has.
+    """
+    for data, training in TRAINING.items():
+        if images.shape[1:] == training.shape:
+            return digit_classifier() if data == "digits" else digit_classifier(data, data_dir)
+    shapes = " or ".join(_by(training.shape) for training in TRAINING.values())
+    raise UserError(f"needs digits {shapes}, these samples are {_by(images.shape[1:])}")
+
+
+@reward_factory("even-digits")
+def even_digits(argument: str, options: RewardOptions) -> Score:
     """probability that a digit is even, by an independent classifier"""
-    return digit_classifier().probabilities(images)[:, ::2].sum(1)
+    if argument:
+        raise UserError("reward 'even-digits' takes no argument after ':'")
+    return lambda images: classifier_for(images, options.data_dir).probabilities(images)[:, ::2].sum(1)
 
 
 @reward_factory("digit")
@@ -100,4 +135,4 @@ def digit(argument: str, options: RewardOptions) -> Score:
     """digit:K, probability that a digit is K, by an independent classifier"""
     if not (argument.isdigit() and int(argument) < 10):
         raise UserError(f"reward 'digit:{argument}': write digit:K with K from 0 to 9")
-    return lambda images: digit_classifier().probabilities(images)[:, int(argument)]
+    return lambda images: classifier_for(images, options.data_dir).probabilities(images)[:, int(argument)]

@@ -3,6 +3,7 @@
 from orwcfm_fast.theory.density import Density, GaussianMixture, Grid, GridDensity
 from orwcfm_fast.theory.drift import BoundChain, bound_chain, paper_drift
 from orwcfm_fast.theory.recursion import Recursion, Round, exact_recursion, mass_weights
+from orwcfm_fast.theory.refit import refit
 from orwcfm_fast.theory.velocity import ExactVelocity
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "exact_recursion",
     "mass_weights",
     "paper_drift",
+    "refit",
 ]

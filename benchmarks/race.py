@@ -1,0 +1,153 @@
+"""Seconds to a wanted reward, ours against the plain loop: `python -m orwcfm_fast.benchmarks.race --out FILE.json`.
+
+The same pretrained digits model, reward, α, τ, raw weights, seed and device. Each loop is looked at every few
+gradient steps on 256 held-out samples, with the clock stopped; it is there at the first of three looks in a row that
+reach the reward. Then drift and confidence are measured on the same noise.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orwcfm_fast import checkpoint
+from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
+from orwcfm_fast.drift import coupled_w2
+from orwcfm_fast.load import Loader
+from orwcfm_fast.policy import Policy
+from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.rewards.digits import digit_classifier
+from orwcfm_fast.rollout import sample, start_noise
+from orwcfm_fast.settings import Finetune, Sampling
+from orwcfm_fast.trainer import Progress, Trainer
+
+ALPHA, TAU, GOAL, HELD_OUT, IN_A_ROW = 1.0, 2.0, 0.65, 256, 3
+EPOCH = 24  # plain steps between hard copies: as many samples as our rollout
+OURS: dict[str, Any] = dict(rollout=384, steps_per_round=48, batch=64, warmup=4, cooldown=0.9, probe=2)
+
+
+@dataclass
+class Finish:
+    """seconds and gradient steps to the goal (None: not in time); the rest at the end."""
+
+    way: str
+    seed: int
+    seconds: float | None
+    steps: int
+    reward: float
+    w2_coupled: float
+    confidence: float
+
+
+class Looks:
+    """A clock that stops while the samples are looked at."""
+
+    def __init__(self, policy: Policy, reference: Policy, seed: int, limit: float) -> None:
+        self.policy, self.seed, self.limit = policy, seed, limit
+        self.reward, self.classifier = make_reward("even-digits"), digit_classifier()
+        self.x0 = start_noise(policy, HELD_OUT, seed + 1000)
+        self.x_ref = sample(reference, self.x0, Sampling(), HELD_OUT)
+        self.running = 0.0
+        self.seen: list[tuple[float, float]] = []
+        self.began = time.perf_counter()
+
+    def look(self) -> bool:
+        """Whether the race is over."""
+        self.running += time.perf_counter() - self.began
+        self.x = sample(self.policy, self.x0, Sampling(), HELD_OUT)
+        self.seen.append((self.running, float(self.reward(self.policy.decode(self.x)).mean())))
+        print(f"  {self.running:.1f} s: {self.seen[-1][1]:.3f}", flush=True)
+        over = self.there() is not None or self.running > self.limit
+        self.began = time.perf_counter()
+        return over
+
+    def there(self) -> float | None:
+        last = self.seen[-IN_A_ROW:]
+        return last[0][0] if len(last) == IN_A_ROW and all(r >= GOAL for _, r in last) else None
+
+    def finish(self, way: str, steps: int) -> Finish:
+        confidence = float(self.classifier.probabilities(self.policy.decode(self.x)).max(1).values.mean())
+        drift = coupled_w2(self.x, self.x_ref)
+        return Finish(way, self.seed, self.there(), steps, self.seen[-1][1], drift, confidence)
+
+
+def race_plain(base: Policy, seed: int, limit: float, every: int = 8) -> Finish:
+    """The paper's loop from the same weights."""
+    torch.manual_seed(seed)
+    network = torchcfm_network(base.model, base.network.state_dict())
+    loop = PlainLoop(network, make_reward("even-digits"), base.shape, ALPHA, TAU)
+    looks = Looks(Policy(network, base.shape, base.model, base.data), base, seed, limit)
+    for step in range(1, 100_000):
+        loop.step()
+        if step % EPOCH == 0:
+            loop.end_epoch()
+        if step % every == 0 and looks.look():
+            break
+    return looks.finish("plain", step)
+
+
+class Over(Exception):
+    """The goal is reached in the middle of a round."""
+
+
+def race_ours(base: Policy, seed: int, limit: float, every: int = 8, **change: Any) -> Finish:
+    """`finetune`'s trainer, in rounds short enough for a few minutes."""
+    policy = base.trainable_copy()
+    s = Finetune(**OURS | {"alpha": ALPHA, "tau": TAU, "seed": seed, "normalize_weights": False} | change)
+    steps = 0
+
+    def watch(progress: Progress) -> None:
+        nonlocal steps
+        if progress.phase == "step":
+            steps += 1
+            if steps % every == 0 and looks.look():
+                raise Over
+
+    trainer = Trainer(policy, make_reward("even-digits"), s, reference=base, watch=watch)
+    looks = Looks(policy, base, seed, limit)
+    try:
+        for _ in trainer.train(1000):
+            pass
+    except Over:
+        pass
+    return looks.finish("ours", steps)
+
+
+def race(seeds: int, limit: float) -> dict[str, Any]:
+    """Both ways, alternating, seed by seed."""
+    base = Loader(torch.device("cpu"), "fp32").default().policy
+    finishes = [run(base, seed, limit) for seed in range(seeds) for run in (race_ours, race_plain)]
+    ratios = [
+        (plain.seconds or limit) / ours.seconds
+        for ours, plain in zip(finishes[::2], finishes[1::2], strict=True)
+        if ours.seconds
+    ]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": f"cpu, {torch.get_num_threads()} threads",
+        "versions": checkpoint.versions(),
+        "goal": GOAL, "alpha": ALPHA, "tau": TAU, "limit": limit,
+        "ratio": statistics.median(ratios) if ratios else None,
+        "finishes": [asdict(f) for f in finishes],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=1200.0, help="seconds a loop may run")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    found = race(arguments.seeds, arguments.limit)
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

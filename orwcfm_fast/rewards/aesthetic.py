@@ -1,0 +1,57 @@
+"""Aesthetic score: a linear head on CLIP features (the LAION-Aesthetics predictor and its like)."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.foreign import read_weights
+from orwcfm_fast.rewards.clip import clip_of
+from orwcfm_fast.rewards.registry import Score, reward_factory
+from orwcfm_fast.settings import RewardOptions
+
+
+def read_head(path: str) -> tuple[Tensor, Tensor]:
+    """A chain of linear layers with nothing between them, as the one affine map that it is: weight [F], bias [].
+
+    LAION's sac+logos+ava1-l14-linearMSE (layers.0, 2, 4, 6, 7; dropout between them in training) and a plain
+    nn.Linear(F, 1) are such chains; layers are taken in the order of the numbers in their names.
+
+    Raises:
+        UserError: no such file, or weights that are no chain ending in one number.
+    """
+    weights = read_weights(path, "aesthetic head")
+    names = [name.removesuffix("weight") for name, value in weights.items() if name.endswith("weight")]
+    names.sort(key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
+    total, offset = torch.eye(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for name in reversed(names):
+        layer = weights[name + "weight"].double()
+        bias = weights.get(name + "bias", torch.zeros(layer.shape[:1])).double()
+        if layer.dim() != 2 or layer.shape[0] != total.shape[1] or bias.shape != layer.shape[:1]:
+            names = []
+            break
+        offset = offset + total @ bias
+        total = total @ layer
+    if not names or len(weights) > 2 * len(names):
+        keys = ", ".join(list(weights)[:4])
+        raise UserError(f"aesthetic head {path}: not linear layers that end in one number (has: {keys} …)")
+    return total[0].float(), offset[0].float()
+
+
+@reward_factory("aesthetic")
+def aesthetic(argument: str, options: RewardOptions) -> Score:
+    """aesthetic:FILE, a linear head on the unit features of --clip-model (LAION's heads: ViT-L-14, openai)"""
+    if not argument:
+        raise UserError(
+            "reward 'aesthetic': write aesthetic:FILE, the weights of a linear head on CLIP features"
+        )
+    weight, bias = read_head(argument)
+    model = clip_of(options)
+    width = model.image_features(torch.zeros(1, 3, 8, 8)).shape[1]
+    if len(weight) != width:
+        raise UserError(
+            f"aesthetic head {argument}: for {len(weight)} features, {options.clip_model} gives {width}; "
+            "name its model with --clip-model"
+        )
+    return lambda images: model.image_features(images) @ weight.to(images.device) + bias.to(images.device)
