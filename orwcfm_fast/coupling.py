@@ -1,7 +1,7 @@
 """Couplings: which noise goes with which sample of a minibatch, and with what loss weights."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Batch:
     def split(self, size: int) -> Iterator["Batch"]:
         """Batches of at most `size` samples, in order."""
         for i in range(0, len(self.w), size):
-            yield Batch(*(None if x is None else x[i : i + size] for x in vars(self).values()))
+            yield replace(self, **{k: x[i : i + size] for k, x in vars(self).items() if x is not None})
 
 
 def couple(

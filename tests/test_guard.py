@@ -11,6 +11,7 @@ from orwcfm_fast import checkpoint
 from orwcfm_fast.control import Control
 from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.guard import MAX_ROLLBACKS, Guard
+from orwcfm_fast.rollout import sample
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.trainer import Trainer
 
@@ -167,6 +168,20 @@ def test_a_round_that_is_not_finite_is_taken_back_to_the_last_good_checkpoint(ba
         "goes on with τ 0.5 → 0.25",
     ]
     assert found[2]["tau"] == 0.25 and math.isfinite(found[2]["loss_fm"])
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_taken_back_to_the_start_the_policy_is_its_reference_and_trains_as_at_first(two_gaussians, lora):
+    settings = Finetune(**COLLAPSE | {"lora": lora, "steps_per_round": 5})
+    loop = Trainer(two_gaussians, right, settings)
+    first = loop.one_round()
+    assert first["w2_coupled"] > 0
+    loop.start_over()
+    assert torch.equal(sample(loop.policy, loop.probe_noise, settings, 64), loop.probe_reference)
+    again = loop.one_round()
+    assert {k: again[k] for k in ("loss_fm", "loss_w2", "w2_coupled", "ess")} == {
+        k: first[k] for k in ("loss_fm", "loss_w2", "w2_coupled", "ess")
+    }
 
 
 def test_it_gives_up_after_a_number_of_rollbacks_and_says_what_it_tried(base, run_cli):
