@@ -255,7 +255,9 @@ class Finetuning:
         """Forecast this run from its first rollout, at no extra samples; one line."""
         assert self.trainer.rollout
         try:
-            found = forecast_run(self.trainer.rollout, self.settings)
+            control = self.trainer.oversight.control
+            own = self.settings.model_copy(update={"alpha": control.alpha, "tau": control.tau})
+            found = forecast_run(self.trainer.rollout, own)
         except UserError as error:  # a forecast is a comment on the run, never its end
             return f"no forecast: {error}"
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
