@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from orwcfm_fast.table import measure_rows
+
 if TYPE_CHECKING:
-    from orwcfm_fast.evaluate import Interval, Measures
+    from orwcfm_fast.evaluate import Measures
     from orwcfm_fast.finetune_run import Result
 
 out = Console(highlight=False, soft_wrap=True)
@@ -69,16 +71,6 @@ def round_line(record: dict[str, Any], rounds: int) -> str:
     )
 
 
-def interval(value: "Interval") -> str:
-    half = value.high - value.mean
-    digits = 4 if half < 0.001 else 3
-    return f"{value.mean:.{digits}f} ± {half:.{digits}f}"
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
-
-
 def plain_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     """Texts in columns, without lines."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -95,23 +87,8 @@ def measures_table(measures: list["Measures"], reward: str) -> Table:
     table.add_column("")
     for m in measures:
         table.add_column(m.name, justify="right")
-    n = measures[0].n
-    rows = [
-        (f"reward {reward} (95 %, n={n})", [interval(m.reward) for m in measures]),
-        *((f"  {name}", [interval(m.rewards[name]) for m in measures]) for name in measures[0].rewards),
-        *((f"holdout {name}", [interval(m.holdout[name]) for m in measures]) for name in measures[0].holdout),
-        ("W2 coupled, ≥ W2", [number(m.w2_coupled) for m in measures]),
-        ("W2 exact on samples", [number(m.w2_exact) for m in measures]),
-        ("  floor: two reference samples", [number(m.w2_floor) for m in measures]),
-        ("velocity gap ∫E‖v−v_ref‖²dt", [number(m.velocity_gap) for m in measures]),
-        ("  times e^2L bounds W2²; L", [number(m.lipschitz) for m in measures]),
-        ("diversity (pairwise distance)", [number(m.diversity) for m in measures]),
-        ("standard deviation a coordinate", [number(m.pixel_std) for m in measures]),
-        ("classifier confidence", [number(m.confidence) for m in measures]),
-    ]
-    for label, cells in rows:
-        if any(cell != "–" for cell in cells):
-            table.add_row(label, *cells)
+    for row in measure_rows(measures, reward):
+        table.add_row(*row)
     return table
 
 
@@ -133,6 +110,6 @@ def closing(result: "Result") -> None:
     if forecast := result.forecast():
         say(forecast)
     say(
-        f"look at {result.run.samples / 'before_after.png'} and {result.run.path / 'curves.png'}\n"
+        f"look at {result.run.path / 'report.html'} and {result.run.samples / 'before_after.png'}\n"
         "next: orwcfm sample · orwcfm evaluate · orwcfm finetune --alpha 0.3 (more reward, more drift)"
     )

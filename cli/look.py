@@ -88,10 +88,10 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Reward, W2 three ways, diversity and confidence on held-out noise, models side by side."""
+    """Reward, W2 three ways, diversity and fidelity with intervals on held-out noise, models side by side."""
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.evaluate import evaluate as measure
-    from orwcfm_fast.evaluate import judge_for
+    from orwcfm_fast.evaluate import judge_for, target_for
     from orwcfm_fast.load import Loader
     from orwcfm_fast.rewards import make_holdout, make_reward
     from orwcfm_fast.samplers import times
@@ -120,8 +120,12 @@ def evaluate(
     policies = {item.name: item.policy for item in found}
     if anchor and not reference:
         policies = {"reference": anchor, **policies}
-    judge = judge_for(first.policy.data, reward, reward.name, holdout)
-    measures = measure(policies, anchor, judge, s, s.n, s.chunk)
+    known = first.policy.data
+    judge = judge_for(known, reward, reward.name, holdout, s.features, s)
+    target = target_for(s.against, known, s.n)
+    measures = measure(
+        policies, anchor, judge, s, s.n, s.chunk, target=target, against_reference=s.against == "reference"
+    )
     if as_json:
         print(json.dumps({"reward": reward.name, "models": [m.to_dict() for m in measures]}, indent=1))
     else:

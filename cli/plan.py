@@ -9,11 +9,12 @@ import typer
 from orwcfm_fast.cli import console
 from orwcfm_fast.cli.app import app
 from orwcfm_fast.cli.common import Config, Debug, Json, Model, Quiet, settings
-from orwcfm_fast.cli.console import number, plain_table, say
+from orwcfm_fast.cli.console import plain_table, say
 from orwcfm_fast.cli.look import Data, Preset, load, reward_for
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Predict
+from orwcfm_fast.table import number
 
 if TYPE_CHECKING:
     from orwcfm_fast.forecast import Forecast

@@ -1,4 +1,4 @@
-"""Panel Train: pretrain, finetune."""
+"""Panel Train: pretrain, finetune, sweep."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,8 @@ from orwcfm_fast.cli.common import Config, Debug, Out, Overwrite, Quiet, Recipe,
 from orwcfm_fast.cli.console import closing, progress, round_line, say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.settings import Finetune, Pretrain
+from orwcfm_fast.settings import Finetune, Pretrain, Sweep
+from orwcfm_fast.table import interval
 
 PANEL = "Train"
 Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="go on with this run, with its settings")]
@@ -91,6 +92,47 @@ def finetune(
     if not quiet:
         closing(result)
     say(f"run {task.run.path}")
+
+
+@app.command(rich_help_panel=PANEL)
+@options_of(Sweep)
+def sweep(
+    given: dict[str, Any],
+    config: Config = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune over a grid of α, τ and more, and draw the fronts; into the same --out it goes on."""
+    from orwcfm_fast.settings import read_toml
+    from orwcfm_fast.sweep import Sweeping
+
+    given = (read_toml(config) if config else {}) | given
+    with progress(1, "pretraining the digits model, once", quiet) as bar:
+        task = Sweeping.prepare(
+            settings(Sweep, None, given),
+            given,
+            out,
+            overwrite,
+            watch_pretraining=lambda step, steps, loss: bar.at(step / steps, f"loss {loss:.4f}"),
+        )
+    s, runs = task.settings, task.runs
+    say(f"sweep {task.run.path}: {len(runs)} runs of {'+'.join(s.reward)} on {task.base.name}", quiet)
+    if done := task.finished():
+        say(f"done before: {', '.join(done)}", quiet)
+    say(task.forecast(), quiet)
+    with progress(len(runs), "sweep", quiet) as bar:
+        task.train_all(
+            watch=lambda run, share: bar.at(len(task.finished()) + share, run),
+            on_result=lambda o: bar.line(
+                f"{o.path.name}: reward {interval(o.after.reward)}, W2 {interval(o.after.w2_coupled)}, "
+                f"diversity {interval(o.after.diversity)}, {o.seconds:.0f} s"
+            ),
+        )
+    task.write()
+    say(f"look at {task.run.path / 'report.html'}, fronts.png and fronts.csv beside it", quiet)
+    say(f"sweep {task.run.path}")
 
 
 def _finetune_settings(recipe: str, config: Path | None, given: dict[str, Any]) -> Finetune:

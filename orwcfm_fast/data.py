@@ -14,6 +14,7 @@ from orwcfm_fast.registry import Registry
 
 DATA = Registry("data", group="orwcfm.data")
 TOY_SAMPLES = 50_000
+SHIPPED = ("digits", "two-gaussians", "8gaussians", "moons", "checkerboard")  # at hand on every machine
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,17 @@ import torch
 
 from orwcfm_fast.device import cache_dir, fast_bf16, resolve_device
 
-PACKAGES = ("orwcfm-fast", "torch", "triton", "torchvision", "torchcfm", "open_clip_torch", "POT", "wandb")
+PACKAGES = (
+    "orwcfm-fast",
+    "torch",
+    "triton",
+    "torchvision",
+    "torchcfm",
+    "open_clip_torch",
+    "POT",
+    "torch-fidelity",
+    "wandb",
+)
 
 
 def examine() -> dict[str, dict[str, str]]:

@@ -1,6 +1,5 @@
 """Evaluation on held-out samples: reward, W2 three ways, diversity, confidence; models side by side."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -9,30 +8,20 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast import noise
-from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
+from orwcfm_fast.data import SHIPPED, load_data
+from orwcfm_fast.drift import sample_with_gap
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.features import Features, features_for
+from orwcfm_fast.fidelity import FIDELITY_MIN, fidelity, mode_coverage, vendi_score
+from orwcfm_fast.intervals import Interval, half_sampled, mean_pairwise_distance
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
 from orwcfm_fast.rollout import Reward, sample, start_noise
-from orwcfm_fast.settings import Sampling
+from orwcfm_fast.settings import RewardOptions, Sampling
 
 EXACT_W2_MAX = 2048
 SPREAD_MAX = 2048
 GAP_MAX = 512
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % confidence interval, 1.96 standard errors each side."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Tensor) -> "Interval":
-        """Of independent values [N]."""
-        mean, half = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
-        return cls(mean, mean - half, mean + half)
 
 
 @dataclass(frozen=True)
@@ -44,6 +33,8 @@ class Measures:
         w2_exact: exact W2 of the same two samples (POT); w2_floor: of two independent reference samples;
         velocity_gap: ∫E‖v − v_ref‖² dt along the model's trajectories; lipschitz: largest local slope L of
         v_ref met there, so that W2² ≤ e^{2L} · velocity_gap; diversity: mean pairwise distance in features;
+        vendi: Vendi score in those features, images only; fid, kid, precision, recall: in them, `against` data
+        or reference; modes, on_data: modes of labelled 1-D and 2-D data that are covered, share of samples on it;
         pixel_std: mean over coordinates of the standard deviation; confidence: of the digits classifier;
         rewards: each by itself where several add up; holdout: those that were not trained on.
     """
@@ -51,19 +42,39 @@ class Measures:
     name: str
     n: int
     reward: Interval
-    w2_coupled: float | None
+    w2_coupled: Interval | None
     w2_exact: float | None
     w2_floor: float | None
     velocity_gap: float | None
     lipschitz: float | None
-    diversity: float
+    diversity: Interval
     pixel_std: float
     confidence: float | None
     rewards: dict[str, Interval] = field(default_factory=dict)
     holdout: dict[str, Interval] = field(default_factory=dict)
+    features: str = ""
+    vendi: Interval | None = None
+    against: str = ""
+    fid: Interval | None = None
+    kid: Interval | None = None
+    precision: Interval | None = None
+    recall: Interval | None = None
+    modes: Interval | None = None
+    on_data: Interval | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Measures":
+        """What `to_dict` gave."""
+        found: dict[str, Any] = dict(values)
+        for key, value in values.items():
+            if key in ("rewards", "holdout"):
+                found[key] = {name: Interval(**v) for name, v in value.items()}
+            elif isinstance(value, dict):
+                found[key] = Interval(**value)
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -72,16 +83,24 @@ class Judge:
 
     reward: Reward
     reward_name: str
-    features: Callable[[Tensor], Tensor]
+    features: Features
     confidence: Callable[[Tensor], Tensor] | None = None
     accuracy: float | None = None
     holdout: RewardSum | None = None
 
 
-def judge_for(data: str, reward: Reward, name: str, holdout: RewardSum | None = None) -> Judge:
-    """Features and confidence by the data: the classifier's for digits, else the samples themselves."""
+def judge_for(
+    data: str,
+    reward: Reward,
+    name: str,
+    holdout: RewardSum | None = None,
+    features: str = "auto",
+    options: RewardOptions | None = None,
+) -> Judge:
+    """Features by choice and data; confidence by the classifier for digits."""
+    found = features_for(features, data, options)
     if data.partition(":")[0] != "digits":
-        return Judge(reward, name, lambda x: x.flatten(1), holdout=holdout)
+        return Judge(reward, name, found, holdout=holdout)
     from orwcfm_fast.rewards.digits import digit_classifier
 
     classifier = digit_classifier()
@@ -89,11 +108,45 @@ def judge_for(data: str, reward: Reward, name: str, holdout: RewardSum | None = 
     def confidence(x: Tensor) -> Tensor:
         return classifier.probabilities(x).max(1).values
 
-    return Judge(reward, name, classifier.features, confidence, classifier.accuracy, holdout)
+    return Judge(reward, name, found, confidence, classifier.accuracy, holdout)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What fidelity is measured against: real or reference samples, decoded, with labels where there are some.
+
+    `strict`: asked for by the user, so that too few samples are an error.
+    """
+
+    name: str
+    samples: Tensor
+    labels: Tensor | None = None
+    strict: bool = False
+
+
+def target_for(against: str, data: str, n: int, data_dir: str = "") -> Target | None:
+    """At most n real samples of the data; None where fidelity is not measured against data.
+
+    Raises:
+        UserError: the data is not there, and cannot be had.
+    """
+    if against not in ("auto", "data") or (against == "auto" and data.partition(":")[0] not in SHIPPED):
+        return None
+    samples, labels = load_data(data, data_dir)
+    pick = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))[:n]
+    return Target("data", samples[pick], None if labels is None else labels[pick], against == "data")
 
 
 def evaluate(
-    models: dict[str, Policy], reference: Policy | None, judge: Judge, how: Sampling, n: int, chunk: int
+    models: dict[str, Policy],
+    reference: Policy | None,
+    judge: Judge,
+    how: Sampling,
+    n: int,
+    chunk: int,
+    *,
+    target: Target | None = None,
+    against_reference: bool = False,
 ) -> list[Measures]:
     """Measure each model on the same n start noises (those of `orwcfm sample` with that seed).
 
@@ -101,24 +154,29 @@ def evaluate(
         models: by the name to show.
         reference: what W2 is measured against; a model that is the reference gets zeros.
         how: solver, evaluations, seed.
+        target: real samples that fidelity is measured against.
+        against_reference: measure fidelity against the reference, on samples of other noise.
     """
     first = next(iter(models.values()))
     x0 = start_noise(first, n, how.seed)
     x_ref = sample(reference, x0, how, chunk) if reference else None
     floor = slope = None
     if reference and x_ref is not None:
-        other = sample(
-            reference, start_noise(first, min(n, EXACT_W2_MAX), how.seed, noise.SAMPLE, n), how, chunk
-        )
-        floor = exact_w2(x_ref[:EXACT_W2_MAX], other)
+        count = n if against_reference else min(n, EXACT_W2_MAX)
+        other = sample(reference, start_noise(first, count, how.seed, noise.SAMPLE, n), how, chunk)
+        floor = exact_w2(x_ref[:EXACT_W2_MAX], other[:EXACT_W2_MAX])
         slope = lipschitz(reference, x0[:64], how)
+        if against_reference:
+            target = Target("reference", reference.decode(other), strict=True)
+    elif against_reference:
+        raise UserError("--against reference: these models have none; name one with --reference")
     return [
-        _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk)
+        _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk, target)
         for name, policy in models.items()
     ]
 
 
-def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk) -> Measures:
+def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk, target) -> Measures:
     if reference is None:
         x, gap = sample(policy, x0, how, chunk), None
     elif policy is reference:
@@ -127,26 +185,47 @@ def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk
         x, gap = sample_with_gap(policy, reference, x0[:GAP_MAX], how, chunk)
         x = torch.cat([x, sample(policy, x0[GAP_MAX:], how, chunk)]) if len(x0) > GAP_MAX else x
     seen = policy.decode(x)
+    features = judge.features(seen)
     with torch.inference_mode():
-        spread = pairwise_distance(judge.features(seen[:SPREAD_MAX]))
         confidence = float(judge.confidence(seen).mean()) if judge.confidence else None
     scores = make_reward(judge.reward, name=judge.reward_name).scores(seen, name)
     held_out = judge.holdout.scores(seen, name) if judge.holdout else None
-    return Measures(
+    found = Measures(
         name=name,
         n=len(x),
         reward=Interval.of(scores.total),
-        w2_coupled=None if x_ref is None else coupled_w2(x, x_ref),
+        w2_coupled=None if x_ref is None else Interval.of((x - x_ref).square().flatten(1).sum(1)).root(),
         w2_exact=None if x_ref is None else exact_w2(x[:EXACT_W2_MAX], x_ref[:EXACT_W2_MAX]),
         w2_floor=floor,
         velocity_gap=gap,
         lipschitz=slope,
-        diversity=spread,
+        diversity=mean_pairwise_distance(features[:SPREAD_MAX]),
         pixel_std=float(seen.flatten(1).std(0).mean()),
         confidence=confidence,
         rewards=_intervals(scores) if len(scores.values) > 1 else {},
         holdout=_intervals(held_out) if held_out else {},
+        features=judge.features.name,
+        vendi=_vendi(features) if seen.dim() == 4 else None,
     )
+    return found if target is None else replace(found, **_against(seen, features, judge, target))
+
+
+def _vendi(features: Tensor) -> Interval:
+    return half_sampled(lambda x: [vendi_score(x)], features[:SPREAD_MAX], repeats=32)[0]
+
+
+def _against(seen: Tensor, features: Tensor, judge: Judge, target: Target) -> dict[str, Any]:
+    """The figures that compare with other samples."""
+    real = target.samples.to(seen.device)
+    if real.shape[1:] != seen.shape[1:]:
+        shapes = ["×".join(map(str, v.shape[1:])) for v in (real, seen)]
+        raise UserError(f"--against data: its samples are {shapes[0]}, the model's {shapes[1]}")
+    found: dict[str, Any] = {"against": f"{len(real)} of the {target.name}"}
+    if seen.dim() == 2 and seen.shape[1] <= 2 and target.labels is not None:
+        found["modes"], found["on_data"] = mode_coverage(seen, real, target.labels)
+    if min(len(seen), len(real)) < FIDELITY_MIN and not target.strict:
+        return found
+    return found | vars(fidelity(features, judge.features(real), target.name, target.strict))
 
 
 def _intervals(scores: Scores) -> dict[str, Interval]:

@@ -19,11 +19,12 @@ from orwcfm_fast.guard import Fault
 from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
 from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
+from orwcfm_fast.report import run_report
 from orwcfm_fast.rewards import make_holdout, make_reward
 from orwcfm_fast.run import Run, next_run_path, resumed_settings, write_text
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.tracking import tracker
+from orwcfm_fast.tracking import Log, check_loggers, loggers
 from orwcfm_fast.trainer import PHASES, Progress, Trainer
 
 PICTURE_SAMPLES = 64
@@ -124,18 +125,24 @@ class Finetuning:
             settings = resumed_settings(run, Finetune, given, RESUME_MAY_CHANGE)
         assert settings is not None
         solver_times(settings.nfe, settings.solver, settings.grid)
+        check_loggers(settings.log)
         device = resolve_device(settings.device)
         if settings.reward:
             make_reward(settings.reward, settings)
         make_holdout(settings)
         loader = Loader(device, settings.precision, settings.model, settings.data, watch_pretraining)
         if resume:
-            task = cls(settings, loader.load(str(run.reference)), run)
-            task._go_on()
-            return task
+            return cls.go_on(settings, loader.load(str(run.reference)), run)
         loaded = loader.load(settings.checkpoint) if settings.checkpoint else loader.default()
-        settings = _resolved(settings, loaded)
-        run = Run(out or next_run_path(_name(settings)))
+        return cls.begin(settings, loaded, out, overwrite)
+
+    @classmethod
+    def begin(
+        cls, settings: Finetune, loaded: Loaded, out: Path | None = None, overwrite: bool = False
+    ) -> "Finetuning":
+        """A new run of a model that is loaded."""
+        settings = resolved(settings, loaded)
+        run = Run(out or next_run_path(run_name(settings)))
         task = cls(settings, loaded, run)
         task.run = Run.create(run.path, overwrite)
         try:
@@ -145,8 +152,20 @@ class Finetuning:
             raise
         return task
 
+    @classmethod
+    def go_on(cls, settings: Finetune, loaded: Loaded, run: Run) -> "Finetuning":
+        """A run that was begun, from its newest checkpoint; `loaded` is its reference."""
+        task = cls(settings, loaded, run)
+        task._go_on()
+        return task
+
     def notes(self) -> list[str]:
         """What the user should know before the first round."""
+        resumed = [f"resumed after round {self.trainer.round}"] if self.trainer.round else []
+        return self.about() + resumed
+
+    def about(self) -> list[str]:
+        """What is run, in words."""
         s = self.settings
         lines = [
             f"{_anchored(s)} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {s.rounds} rounds of {s.rollout} "
@@ -155,8 +174,6 @@ class Finetuning:
         ]
         if self.judge.accuracy is not None:
             lines.append(f"digits classifier: {self.judge.accuracy:.1%} on 360 held-out real digits")
-        if self.trainer.round:
-            lines.append(f"resumed after round {self.trainer.round}")
         return lines
 
     def _begin(self) -> None:
@@ -183,7 +200,7 @@ class Finetuning:
     def train(
         self,
         watch: Callable[[Progress], None] | None = None,
-        on_round: Callable[[dict[str, Any]], None] | None = None,
+        on_round: Log | None = None,
         on_line: Callable[[str], None] | None = None,
     ) -> None:
         """All rounds that are left; each is recorded, saved and shown, `on_line` told what there is to say.
@@ -191,14 +208,18 @@ class Finetuning:
         Raises:
             WorkError: the reward failed, or something became non-finite; says where the run is saved.
         """
-        s = self.settings
-        log = tracker(s, self.run.path.name, str(self.run.path))
         if watch:
             self.trainer.watch = watch
         on_line = on_line or (lambda text: None)
         self.trainer.oversight.tell(on_line)
+        s = self.settings
+        with loggers(s.log, self.run.path, self.run.path.name, s.model_dump()) as log:
+            self._rounds(log, on_round, on_line)
+
+    def _rounds(self, log: Log, on_round: Log | None, on_line: Callable[[str], None]) -> None:
+        s = self.settings
         try:
-            for record in self._rounds():
+            for record in self._standing():
                 self.run.append(record)
                 log(record)
                 if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
@@ -225,7 +246,7 @@ class Finetuning:
             )
             raise Interrupted(f"interrupted in round {self.trainer.round + 1}; {where}") from None
 
-    def _rounds(self) -> Iterator[dict[str, Any]]:
+    def _standing(self) -> Iterator[dict[str, Any]]:
         """The records of the rounds that stand; the others are taken back or end the run, as --guard says."""
         while self.trainer.round < self.settings.rounds:
             try:
@@ -257,7 +278,10 @@ class Finetuning:
         try:
             control = self.trainer.oversight.control
             own = self.settings.model_copy(update={"alpha": control.alpha, "tau": control.tau})
-            found = forecast_run(self.trainer.rollout, own)
+            with torch.inference_mode():
+                found = forecast_run(
+                    self.trainer.rollout, own, lambda x: self.judge.features(self.reference.decode(x))
+                )
         except UserError as error:  # a forecast is a comment on the run, never its end
             return f"no forecast: {error}"
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
@@ -277,9 +301,12 @@ class Finetuning:
         return path
 
     def _picture(self, number: int) -> None:
-        policy = self.trainer.policy
-        probe = policy.decode(self.trainer.probe[:PICTURE_SAMPLES])
+        probe = self._shown(self.trainer.probe)
         save_samples(self.run.samples / f"round_{number:03d}.png", {f"round {number}": probe})
+
+    def _shown(self, x: torch.Tensor) -> torch.Tensor:
+        """What of the probe fits a picture: the first images, all vectors."""
+        return self.reference.decode(x[:PICTURE_SAMPLES] if x.dim() == 4 else x)
 
     def finish(self, began: float) -> Result:
         """Held-out evaluation before and after, the pictures and summary.json."""
@@ -292,26 +319,23 @@ class Finetuning:
             if rewards:
                 rewards.close()
         records = self.run.read_metrics()
-        decode = trainer.policy.decode
-        pictures = {
-            "before": decode(trainer.probe_reference[:PICTURE_SAMPLES]),
-            "after": decode(trainer.probe[:PICTURE_SAMPLES]),
-        }
+        pictures = {"before": self._shown(trainer.probe_reference), "after": self._shown(trainer.probe)}
         save_samples(self.run.samples / "before_after.png", pictures)
         save_curves(self.run.path / "curves.png", records)
         result = Result(self.run, s, before, after, records, time.perf_counter() - began)
+        run_report(result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()])
         write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
         return result
 
 
-RESUME_MAY_CHANGE = ("rounds", "device", "wandb")
+RESUME_MAY_CHANGE = ("rounds", "device", "log")
 
 
 def _anchored(s: Finetune) -> str:
     return f"α={s.alpha:g}" if s.target_w2 is None else f"α for a coupled W2 of {s.target_w2:g},"
 
 
-def _name(settings: Finetune) -> str:
+def run_name(settings: Finetune) -> str:
     """<data>-<reward>-a1-t0.5, for a run's directory."""
     anchored = f"a{settings.alpha:g}" if settings.target_w2 is None else f"w{settings.target_w2:g}"
     rewards = re.sub(r"[^:+]*/", "", "+".join(settings.reward))[:100]  # without the folders of files
@@ -319,7 +343,7 @@ def _name(settings: Finetune) -> str:
     return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
 
 
-def _resolved(settings: Finetune, loaded: Loaded) -> Finetune:
+def resolved(settings: Finetune, loaded: Loaded) -> Finetune:
     """The settings with everything filled in that the loaded model decides."""
     policy = loaded.policy
     filled = {

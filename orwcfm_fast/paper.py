@@ -16,7 +16,7 @@ from orwcfm_fast.policy import Policy
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.settings import Finetune, build
-from orwcfm_fast.tracking import tracker
+from orwcfm_fast.tracking import check_loggers, loggers
 from orwcfm_fast.trainer import Trainer
 
 SAME = {
@@ -68,7 +68,7 @@ def settings_from(config: dict[str, Any]) -> Finetune:
             )
         values |= {"reward": ["clip"], "prompt": prompts[:1], "negative": prompts[1:]}
     if config.get("use_wandb"):
-        values["wandb"] = config.get("wandb_project") or "orwcfm"
+        values["log"] = [f"wandb:{config.get('wandb_project') or 'orwcfm'}"]
     return build(Finetune, values)
 
 
@@ -90,6 +90,7 @@ class ORWCFMTrainer:
         shape: tuple[int, ...] | None = None,
     ) -> None:
         self.config, self.settings = dict(config), settings_from(config)
+        check_loggers(self.settings.log)
         self.device = resolve_device(str(device))
         reward = config.get("reward")
         if reward is None and not self.settings.reward:
@@ -130,15 +131,16 @@ class ORWCFMTrainer:
             update = {"steps_per_round": steps_per_epoch, "rollout": rollout, "rounds": num_epochs}
             self.settings = build(Finetune, self.settings.model_dump() | update)
             self.trainer = Trainer(self.policy, self.reward, self.settings, reward_name=self.reward.name)
-        log = tracker(self.settings, self.config.get("run_name"), self.config.get("savedir"))
-        for record in self.trainer.train(self.trainer.round + num_epochs):
-            self.history.append(record)
-            log(record)
-            print(
-                f"epoch {record['round']}: reward {record['reward_mean']:.4g}, loss {record['loss_fm']:.4g}, "
-                f"W2 {record['w2_coupled']:.3g}, ESS {record['ess']:.0f}",
-                flush=True,
-            )
+        s, name = self.settings, self.config.get("run_name") or "orwcfm"
+        with loggers(s.log, Path(self.config.get("savedir") or "."), name, s.model_dump()) as log:
+            for record in self.trainer.train(self.trainer.round + num_epochs):
+                self.history.append(record)
+                log(record)
+                print(
+                    f"epoch {record['round']}: reward {record['reward_mean']:.4g}, loss {record['loss_fm']:.4g}, "
+                    f"W2 {record['w2_coupled']:.3g}, ESS {record['ess']:.0f}",
+                    flush=True,
+                )
         return self.history
 
     def save_checkpoint(self, path: str | Path) -> Path:

@@ -57,12 +57,12 @@ def save_samples(path: Path, samples: dict[str, Tensor]) -> Path:
                 x[:, 0].cpu().numpy(), bins=60, range=(low, high), density=True, alpha=0.5, label=title
             )
         axes[0].set(xlabel="x", ylabel="density")
-        axes[0].legend(frameon=False)
+        axes[0].legend(frameon=False, loc="upper right")
     else:
         figure, axes = _figure(len(samples), 4.2, 4.2)
         reach = float(torch.cat([*samples.values()])[:, :2].abs().max()) * 1.05
         for axis, (title, x) in zip(axes, samples.items(), strict=True):
-            axis.scatter(*x[:, :2].cpu().numpy().T, s=3, alpha=0.5, linewidths=0)
+            axis.scatter(*x[:, :2].cpu().numpy().T, s=9, alpha=0.6, linewidths=0)
             axis.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     figure.savefig(path, dpi=120)
     return path

@@ -115,12 +115,18 @@ def exact_grid(density: Density, reward: Callable[[Tensor], Tensor], s: Predict)
 
 FORECAST_SAMPLES, FORECAST_ROUNDS = 512, 12
 STANDARDIZED = "its rewards are standardised anew each round, which no forecast knows"
+BY_ROUND = ("round", "reward", "reward_error", "w2_coupled", "w2_error", "diversity", "ess")
 
 
-def forecast_run(rollout: Rollout, settings: Finetune) -> dict[str, Any]:
+def forecast_run(
+    rollout: Rollout, settings: Finetune, features: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Any]:
     """What a run will reach, from its first rollout, beside a third of its α; plain values for forecast.json.
 
     At most 12 rounds: a run that stays near its reference has settled by then.
+
+    Args:
+        features: samples [S, *shape] → [S, F] in which diversity is forecast; the samples where None.
 
     Raises:
         UserError: a run that cannot be forecast.
@@ -129,15 +135,16 @@ def forecast_run(rollout: Rollout, settings: Finetune) -> dict[str, Any]:
         raise UserError(STANDARDIZED)
     rounds = min(settings.rounds, FORECAST_ROUNDS)
     alphas = [settings.alpha, round(0.3 * settings.alpha, 4)] if settings.alpha else [0.0]
+    x1 = rollout.x1[:FORECAST_SAMPLES]
     found = forecast_many(
-        rollout.x1[:FORECAST_SAMPLES], rollout.reward[:FORECAST_SAMPLES], [(a, settings.tau) for a in alphas], rounds,
+        x1, rollout.reward[:FORECAST_SAMPLES], [(a, settings.tau) for a in alphas], rounds,
         weighting=settings.weights, normalize=settings.normalize_weights, scored=rollout.reward,
-        exact_w2=False, seed=settings.seed,
+        features=features and features(x1).cpu(), exact_w2=False, seed=settings.seed,
     )  # fmt: skip
     rows = [
         {"alpha": f.alpha, "within_reach": f.within_reach, "rewards": [r.reward for r in f.rounds],
          "reward_error": f.final.reward_error, "w2_coupled": f.final.w2_coupled,
-         "ess": min(r.ess for r in f.rounds)}
+         "ess": min(r.ess for r in f.rounds), "by_round": [{k: getattr(r, k) for k in BY_ROUND} for r in f.rounds]}
         for f in found
     ]  # fmt: skip
     return {"rounds": rounds, "own": rows[0], "lower_alpha": rows[1] if len(rows) > 1 else None}

@@ -113,13 +113,19 @@ def write_text(path: Path, text: str) -> None:
         raise WorkError(f"{path}: {error.strerror or error}") from None
 
 
+def read_command(path: Path) -> str:
+    """The command that made a directory (pretrain, finetune, sweep); empty where it is none of ours."""
+    try:
+        with (path / CONFIG).open(encoding="utf-8") as file:
+            first = file.readline(80)
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return first.removeprefix(HEADER).strip() if first.startswith(HEADER) else ""
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is a run: its config.toml begins as ours do."""
-    try:
-        with (path / CONFIG).open("rb") as file:
-            return file.read(len(HEADER)) == HEADER.encode()
-    except OSError:
-        return False
+    return bool(read_command(path))
 
 
 def resumed_settings(run: Run, kind: type[S], given: dict[str, Any], may_change: tuple[str, ...]) -> S:

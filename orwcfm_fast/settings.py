@@ -15,6 +15,8 @@ Coupling = Literal["independent", "ot"]
 Guarding = Literal["warn", "stop", "rollback", "off"]
 Precision = Literal["auto", "fp32", "bf16"]
 DATA_DIR = "where downloaded datasets lie; default under the cache"
+FeatureChoice = Literal["auto", "classifier", "clip", "inception", "pixels"]
+Against = Literal["auto", "data", "reference", "none"]
 
 
 class Settings(BaseModel):
@@ -69,8 +71,14 @@ class Sampling(Settings):
 class Evaluation(Sampling, RewardOptions):
     """Held-out samples and what is measured on them."""
 
-    n: int = Field(2048, ge=2, description="held-out samples; exact W2 uses at most 2,048")
+    n: int = Field(2048, ge=4, description="held-out samples; exact W2 uses at most 2,048")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
+    features: FeatureChoice = Field(
+        "auto", description="of diversity and fidelity: classifier (digits), clip, inception, pixels"
+    )
+    against: Against = Field(
+        "auto", description="fidelity against data, reference or none; auto: data that needs no download"
+    )
 
 
 class Predict(Sampling, RewardOptions):
@@ -159,7 +167,7 @@ class Finetune(Training, Sampling, RewardOptions):
     probe: int = Field(
         128, ge=2, description="fixed-noise samples that W2 and pictures follow through the rounds"
     )
-    eval_n: int = Field(2048, ge=2, description="held-out samples of the closing table")
+    eval_n: int = Field(2048, ge=4, description="held-out samples of the closing table")
     save_every: int = Field(1, ge=1, description="rounds between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     guard: Guarding = Field(
@@ -175,7 +183,15 @@ class Finetune(Training, Sampling, RewardOptions):
     )
     guard_diversity: float = Field(0.85, ge=0, description="least diversity, as a share of the reference's")
     lora: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains all weights")
-    wandb: str = Field("", description="log to this Weights & Biases project as well")
+    log: list[str] = Field([], description="also log to tensorboard, wandb or wandb:PROJECT; repeat for both")
+
+
+class Sweep(Finetune):
+    """Settings of `orwcfm sweep`: those of each run, with lists where the grid has several values."""
+
+    alpha: list[float] = Field([0.0, 0.1, 0.3, 1.0], description="W2 weights α; repeat for several")  # type: ignore[assignment]
+    tau: list[float] = Field([0.5], description="temperatures τ; repeat for several")  # type: ignore[assignment]
+    set: list[str] = Field([], description="values of any other setting, KEY=V1,V2; repeat for several")
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -25,18 +25,17 @@ def network():
     )
 
 
-def test_the_papers_usage_runs_whole(network, tmp_path, monkeypatch, capsys):
+def test_the_papers_usage_runs_whole(network, tmp_path, monkeypatch):
     from orwcfm import ORWCFMTrainer
 
     monkeypatch.chdir(tmp_path)
     torch.save({"net_model": network.state_dict(), "ema_model": network.state_dict(), "step": 1}, "ref.pt")
-    config = CONFIG | {"reward": lambda x: x.flatten(1).mean(1), "use_wandb": True}
+    config = CONFIG | {"reward": lambda x: x.flatten(1).mean(1)}
     trainer = ORWCFMTrainer(network, config, torch.device("cpu"))
     trainer.load_pretrained(config["ref_path"])
     before = {k: v.clone() for k, v in network.state_dict().items()}
     history = trainer.train(num_epochs=2, steps_per_epoch=3)
     assert [r["round"] for r in history] == [1, 2]
-    assert "wandb is not installed" in capsys.readouterr().err
     trainer.save_checkpoint("./checkpoints/orw_cfm_w2.pt")
     found = torch.load("checkpoints/orw_cfm_w2.pt", weights_only=True)
     assert set(found) == {"net_model", "last_policy", "optim", "sched", "config"}
@@ -51,6 +50,12 @@ def test_the_dict_means_the_papers_raw_weights_and_names():
     assert not s.normalize_weights and s.reward == ["clip"]
     assert s.prompt == ["An image of dog"] and s.negative == ["Not an image of dog"]
     assert settings_from({"reward": "brightness", "nfe": 20}).nfe == 20
+
+
+def test_use_wandb_means_log_wandb_under_that_project():
+    assert (
+        settings_from(CONFIG | {"use_wandb": True}).log == ["wandb:orw"] and settings_from(CONFIG).log == []
+    )
 
 
 @pytest.mark.parametrize(

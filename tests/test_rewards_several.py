@@ -12,7 +12,7 @@ from orwcfm_fast.settings import RewardOptions
 
 SMALL = ("--rounds", 2, "--rollout", 64, "--batch", 32, "--steps-per-round", 3, "--eval-n", 64, "--probe", 16)
 SMALL += ("--checkpoint", "base")
-TWO = ("--reward", "right=0.7", "--reward", "coordinate=100")
+TWO = ("--reward", "right=0.7", "--reward", "coordinate=3")
 
 
 def test_standardised_rewards_count_by_weight_whatever_their_unit():
@@ -50,7 +50,7 @@ def test_each_reward_is_logged_measured_and_timed(run_cli, tiny_run):
     rewards = {"right", "coordinate"}
     for line in map(json.loads, Path("two/metrics.jsonl").read_text().splitlines()):
         assert set(line["rewards"]) == rewards and set(line["seconds_rewards"]) == {*rewards, "radius"}
-        weighed = 0.7 * line["rewards"]["right"] + 100 * line["rewards"]["coordinate"]
+        weighed = 0.7 * line["rewards"]["right"] + 3 * line["rewards"]["coordinate"]
         assert line["reward_mean"] == pytest.approx(weighed, rel=1e-4) and line["holdout_mean"] < 0
         assert 0 < sum(line["seconds_rewards"].values()) <= line["seconds_reward"]
     summary = json.loads(Path("two/summary.json").read_text())

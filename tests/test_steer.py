@@ -82,8 +82,9 @@ def test_the_loop_ends_within_a_tenth_of_the_target_and_its_alphas_do_so_in_theo
 @pytest.mark.soak
 @pytest.mark.parametrize("target", [0.8, 1.2, 1.8])
 def test_digits_end_within_a_tenth_of_the_target(run_cli, target):
-    """The default run at τ = 2, measured on held-out noise."""
-    result = run_cli("finetune", "--target-w2", target, "--tau", 2, "--out", "run", "--quiet")
+    """Six rounds at τ = 2, measured on held-out noise."""
+    sizes = ("--rounds", 6, "--rollout", 512, "--steps-per-round", 64, "--warmup", 20, "--nfe", 10)
+    result = run_cli("finetune", "--target-w2", target, "--tau", 2, "--out", "run", "--quiet", *sizes)
     assert result.code == 0, result.err
     after = json.loads(Path("run/summary.json").read_text())["after"]
     print(f"target {target}: {after['w2_coupled']:.3f}, reward {after['reward']['mean']:.3f}")

@@ -27,15 +27,19 @@ class Clip:
     transform: Transform
     dtype: torch.dtype
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """Images [B, 1 or 3, H, W] in [-1, 1] → unit features [B, F], float32."""
+    def embedding(self, images: Tensor) -> Tensor:
+        """Images [B, 1 or 3, H, W] in [-1, 1] → features [B, F] as the model gives them, float32."""
         network = self.network.to(images.device)
         with torch.no_grad():
             parts = [
                 network.encode_image(self.transform(part).to(self.dtype)).float()
                 for part in images.split(CHUNK)
             ]
-            return F.normalize(torch.cat(parts), dim=-1)
+            return torch.cat(parts)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """The same, scaled to unit length."""
+        return F.normalize(self.embedding(images), dim=-1)
 
     def text_features(self, texts: tuple[str, ...], device: torch.device) -> Tensor:
         """Unit features [len(texts), F], float32."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
@@ -69,6 +70,8 @@ class RewardSum:
             RewardError: one of them raised, or returned what is no reward; names it.
         """
         found = Scores({}, {}, {})
+        if samples.is_cuda:
+            torch.cuda.synchronize(samples.device)  # or the first reward would be charged for the rollout
         for name, weight, function in self.terms:
             began = time.perf_counter()
             found.values[name] = score(function, samples, name, where)  # its checks wait for the device

@@ -63,12 +63,12 @@ def score(function, memory, shape):
 def main():
     where, name, connection, descriptor = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     line = Connection(connection)
-    answer, function = {}, None
+    function = None
     try:
         function = load(where, name)
-        answer["ready"] = True
+        answer: dict = {"ready": True}
     except BaseException as error:
-        answer["error"] = f"{type(error).__name__}: {error}"
+        answer = {"error": f"{type(error).__name__}: {error}"}
     line.send_bytes(json.dumps(answer).encode())
     while function is not None:
         try:

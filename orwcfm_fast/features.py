@@ -1,0 +1,79 @@
+"""What samples are compared in: features of the digits classifier, CLIP or Inception, or the pixels themselves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.settings import RewardOptions
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Features:
+    """Decoded samples [B, …] → features [B, F], and what to call them."""
+
+    name: str
+    of: Callable[[Tensor], Tensor]
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([self.of(part).float() for part in samples.split(CHUNK)])
+
+
+def features_for(choice: str, data: str, options: RewardOptions | None = None) -> Features:
+    """The features of that name; auto: the classifier's for digits, else the samples themselves.
+
+    Args:
+        data: dataset that the samples are like.
+        options: names CLIP's architecture and weights.
+
+    Raises:
+        UserError: features that this data does not have; weights that cannot be loaded.
+    """
+    digits = data.partition(":")[0] == "digits"
+    if choice == "auto":
+        choice = "classifier" if digits else "pixels"
+    if choice == "pixels":
+        return Features("pixels", lambda x: x.flatten(1))
+    if choice == "classifier":
+        if not digits:
+            raise UserError(f"features 'classifier': knows digits, not {data}; use clip or pixels")
+        from orwcfm_fast.rewards.digits import digit_classifier
+
+        return Features("classifier", digit_classifier().features)
+    if choice == "clip":
+        return Features("clip", _clip(options or RewardOptions()))
+    if choice == "inception":
+        return Features("inception", _inception())
+    raise UserError(f"features '{choice}': should be auto, classifier, clip, inception or pixels")
+
+
+def _clip(options: RewardOptions) -> Callable[[Tensor], Tensor]:
+    """open_clip's image embedding, as it comes, before it is scaled to unit length."""
+    from orwcfm_fast.rewards.clip import clip_of
+
+    return clip_of(options).embedding
+
+
+def _inception() -> Callable[[Tensor], Tensor]:
+    """The 2,048 features of TensorFlow's Inception v3 that FID was defined in (Heusel et al., NeurIPS 2017)."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    try:
+        network = FeatureExtractorInceptionV3("inception", ["2048"])
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"features 'inception': no weights in {torch.hub.get_dir()}/checkpoints and no download possible "
+            f"({reason}); use clip, classifier or pixels"
+        ) from None
+
+    def features(images: Tensor) -> Tensor:
+        pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return network.to(images.device)(pixels.expand(-1, 3, -1, -1))[0]
+
+    return features

@@ -1,0 +1,262 @@
+"""A grid of fine-tuning runs over one loaded model; what `orwcfm sweep` calls."""
+
+import copy
+import itertools
+import json
+import shutil
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from orwcfm_fast.device import resolve_device
+from orwcfm_fast.errors import Interrupted, UserError, WorkError
+from orwcfm_fast.finetune_run import Finetuning, resolved
+from orwcfm_fast.forecast import forecast_many
+from orwcfm_fast.fronts import Outcome, plain_forecast, write_fronts
+from orwcfm_fast.load import Loaded, Loader, Watch
+from orwcfm_fast.prediction import FORECAST_ROUNDS, draw_reference
+from orwcfm_fast.registry import unknown
+from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.run import Run, is_run, next_run_path, read_command, write_text
+from orwcfm_fast.samplers import times as solver_times
+from orwcfm_fast.settings import Finetune, Predict, Sweep, build, read_toml
+from orwcfm_fast.tracking import check_loggers
+from orwcfm_fast.trainer import Progress
+
+MAY_CHANGE = ("alpha", "tau", "device", "log")
+ONE_FOR_ALL = ("checkpoint", "model", "data", "device", "precision", "log")
+
+
+def grid(s: Sweep) -> dict[str, Finetune]:
+    """The settings of every run by the run's name: all combinations of --tau, --alpha and --set.
+
+    Raises:
+        UserError: an axis that is empty, unknown or not to be varied; a value out of bounds.
+    """
+    if not s.alpha or not s.tau:
+        raise UserError("sweep: give at least one --alpha and one --tau")
+    axes = [_axis(text) for text in s.set]
+    axes += [("tau", [*s.tau]), ("alpha", [*s.alpha])]
+    names = [key for key, _ in axes]
+    if len(set(names)) < len(names):
+        raise UserError("--set: name every setting once, KEY=V1,V2")
+    common = s.model_dump(exclude={"alpha", "tau", "set"})
+    runs = {}
+    for values in itertools.product(*(values for _, values in axes)):
+        point = dict(zip(names, values, strict=True))
+        more = [f"{key.replace('_', '-')}={_plain(point[key])}" for key in names[:-2]]
+        name = "-".join([f"a{point['alpha']:g}", f"t{point['tau']:g}", *more])
+        runs["".join(c if c.isalnum() or c in "-+.=" else "_" for c in name)] = build(
+            Finetune, common, point, where="sweep: "
+        )
+    return runs
+
+
+def _plain(value: Any) -> str:
+    value = value[0] if isinstance(value, list) else value
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    """'KEY=V1,V2' as the setting and its values."""
+    key, _, rest = text.partition("=")
+    key = key.strip().lstrip("-").replace("-", "_")
+    values = [v.strip() for v in rest.split(",")]
+    if not all([key, *values]):
+        raise UserError(f"--set {text}: write KEY=V1,V2, as in --set lr=1e-3,3e-4")
+    if key in ("alpha", "tau"):
+        raise UserError(f"--set {text}: give --{key} for each value")
+    if key in ONE_FOR_ALL:
+        raise UserError(f"--set {text}: --{key} is one for all runs of a sweep")
+    if key not in Finetune.model_fields:
+        raise UserError(f"--set {text}: {unknown('setting', key, Finetune.model_fields)}")
+    kind = Finetune.model_fields[key].annotation
+    if kind in (int, float, bool):
+        return key, [_parsed(v) for v in values]
+    return key, [[v] if kind == list[str] else v for v in values]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # the settings say what would be right
+
+
+FILLED = ("checkpoint", "reward", "model", "data", "precision")  # by the model, where not given
+
+
+class Sweeping:
+    """All runs of one grid in one directory; made by `prepare`, which may find some of them done.
+
+    Args:
+        runs: by name, resolved.
+        base: the pretrained model, loaded once; every run trains a copy.
+        run: the sweep's own directory; each run is a directory in it.
+    """
+
+    def __init__(self, settings: Sweep, runs: dict[str, Finetune], base: Loaded, run: Run) -> None:
+        self.settings, self.runs, self.base, self.run = settings, runs, base, run
+
+    @classmethod
+    def prepare(
+        cls,
+        settings: Sweep,
+        given: dict[str, Any],
+        out: Path | None = None,
+        overwrite: bool = False,
+        watch_pretraining: Watch | None = None,
+    ) -> "Sweeping":
+        """Check the whole grid, load the model, make the directory or find what is done in it.
+
+        A sweep that lies at `out` already goes on, with its own settings and the values of α and τ added.
+
+        Raises:
+            UserError: anything wrong with what the user gave; nothing is left behind.
+        """
+        begun = out if out and not overwrite and read_command(out) == "sweep" else None
+        if begun:
+            settings = _widened(begun, given)
+        runs = grid(settings)
+        solver_times(settings.nfe, settings.solver, settings.grid)
+        check_loggers(settings.log)
+        if settings.reward:
+            make_reward(settings.reward, settings)
+        s = settings
+        loader = Loader(resolve_device(s.device), s.precision, s.model, s.data, watch_pretraining)
+        base = loader.load(s.checkpoint) if s.checkpoint else loader.default()
+        runs = {name: resolved(one, base) for name, one in runs.items()}
+        first = next(iter(runs.values()))
+        settings = settings.model_copy(update={key: getattr(first, key) for key in FILLED})
+        if begun:
+            run = Run(begun)
+        else:
+            stem = "".join(c if c.isalnum() else "-" for c in f"{first.data}-{'+'.join(first.reward)}")
+            run = Run.create(out or next_run_path(f"sweep-{stem}"), overwrite)
+        run.write_config("sweep", settings)
+        run.settle()
+        return cls(settings, runs, base, run)
+
+    def finished(self) -> list[str]:
+        """Names of the runs of this grid that are done."""
+        return [name for name in self.runs if (self.run.path / name / "summary.json").is_file()]
+
+    def forecast(self) -> str:
+        """Forecast every run from common samples of the model; one line. Kept for the next time."""
+        found = self._forecasts()
+        groups: dict[tuple, list[str]] = {}
+        for name, s in self.runs.items():
+            if name not in found:
+                groups.setdefault((s.rounds, s.weights, s.normalize_weights), []).append(name)
+        if not groups:
+            return "forecasts are there"
+        s = self.settings
+        how = Predict(solver=s.solver, nfe=s.nfe, grid=s.grid, chunk=s.chunk, seed=s.seed)
+        reference = draw_reference(self.base.policy, make_reward(s.reward, s), how)
+        for (rounds, weights, normalize), names in groups.items():
+            pairs = [(self.runs[name].alpha, self.runs[name].tau) for name in names]
+            once = [*dict.fromkeys(pairs)]
+            try:
+                forecasts = forecast_many(
+                    reference.samples, reference.rewards[: how.n], once, min(rounds, FORECAST_ROUNDS),
+                    weighting=weights, normalize=normalize, features=reference.features,
+                    scored=reference.rewards, exact_w2=False, seed=s.seed,
+                )  # fmt: skip
+            except UserError as error:
+                return f"no forecast: {error}"
+            own = dict(zip(once, map(plain_forecast, forecasts), strict=True))
+            found |= {name: own[pair] for name, pair in zip(names, pairs, strict=True)}
+        write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
+        return f"{len(found)} runs forecast from {len(reference.samples)} samples of the model"
+
+    def _forecasts(self) -> dict[str, Any]:
+        return json.loads(self.run.forecast.read_text()) if self.run.forecast.is_file() else {}
+
+    def train_all(
+        self,
+        watch: Callable[[str, float], None] | None = None,
+        on_result: Callable[[Outcome], None] | None = None,
+    ) -> None:
+        """Every run that is not done, one after the other; fronts are written after each.
+
+        Args:
+            watch: called with a run's name and the share of it that is done.
+
+        Raises:
+            WorkError: some runs failed; the others are done.
+            Interrupted: finished runs are kept.
+        """
+        failed = {}
+        for name in [n for n in self.runs if n not in self.finished()]:
+            try:
+                self._train(name, watch)
+            except WorkError as error:
+                failed[name] = error
+                continue
+            except (KeyboardInterrupt, Interrupted):
+                left = len(self.runs) - len(self.finished())
+                raise Interrupted(
+                    f"interrupted in run {name}, {left} to go; orwcfm sweep --out {self.run.path} goes on"
+                ) from None
+            outcomes = self.write()
+            if on_result:
+                on_result(next(o for o in outcomes if o.path.name == name))
+        if failed:
+            name, first = next(iter(failed.items()))
+            raise WorkError(
+                f"{len(failed)} of {len(self.runs)} runs failed, first {name}: {first}; "
+                f"orwcfm sweep --out {self.run.path} tries them again"
+            )
+
+    def _train(self, name: str, watch: Callable[[str, float], None] | None) -> None:
+        began, task = time.perf_counter(), self._task(name)
+        s = task.settings
+
+        def at(p: Progress) -> None:
+            assert watch
+            watch(name, (p.round + p.step / s.steps_per_round) / s.rounds)
+
+        task.train(at if watch else None)
+        task.finish(began)
+
+    def _task(self, name: str) -> Finetuning:
+        """The run as it stands: new, or to go on with."""
+        policy = replace(self.base.policy, network=copy.deepcopy(self.base.policy.network))
+        loaded = replace(self.base, policy=policy)
+        path = self.run.path / name
+        if is_run(path):
+            return Finetuning.go_on(self.runs[name], loaded, Run(path))
+        shutil.rmtree(path, ignore_errors=True)
+        return Finetuning.begin(self.runs[name], loaded, path)
+
+    def write(self) -> list[Outcome]:
+        """fronts.csv, fronts.png and report.html of the runs that are done; what they show."""
+        forecasts = self._forecasts()
+        outcomes = [Outcome.read(self.run.path / name, forecasts.get(name)) for name in self.finished()]
+        if outcomes:
+            write_fronts(self.run, self.settings, outcomes)
+        return outcomes
+
+
+def _widened(path: Path, given: dict[str, Any]) -> Sweep:
+    """The settings of a sweep that goes on: its own, with the values of α and τ that were given added.
+
+    Raises:
+        UserError: another setting given differs from the sweep's.
+    """
+    written = read_toml(path / "config.toml")
+    own = build(Sweep, written, where=f"{path / 'config.toml'}: ")
+    for key, value in given.items():
+        if key not in Sweep.model_fields:
+            raise unknown("setting", key, Sweep.model_fields)
+        left_open = key in FILLED and value in ("", [], "auto")
+        if key not in MAY_CHANGE and not left_open and value != getattr(own, key):
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(
+                f"--out {path}: this sweep has {flag} {getattr(own, key)}, not {value}; use another --out"
+            )
+    added = {key: [*dict.fromkeys([*getattr(own, key), *given.get(key, [])])] for key in ("alpha", "tau")}
+    return build(Sweep, written, {k: given[k] for k in ("device", "log") if k in given}, added)
