@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orwcfm_fast import checkpoint
+from orwcfm_fast import checkpoint, history
 from orwcfm_fast.control import Control
 from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.guard import MAX_ROLLBACKS, Guard
@@ -116,7 +116,7 @@ def test_stop_ends_with_one_line_and_keeps_the_good_checkpoint(base, run_cli):
     found = records("run")
     assert len(found) > 1 and all(r["guard"] == [] for r in found[:-1])
     assert any("diversity" in text for text in found[-1]["guard"])
-    newest = checkpoint.newest(Path("run/checkpoints"))
+    newest = history.steps(Path("run/checkpoints"))[0]
     assert json.loads((newest / "state.json").read_text())["round"] == len(found) - 1
 
 
@@ -139,7 +139,7 @@ def test_rollback_lowers_tau_raises_alpha_and_a_resumed_run_carries_both_on(base
     again = [{k: v for k, v in r.items() if "second" not in k and "per_s" not in k} for r in records("part")]
     assert timeless == again
     ends = [
-        checkpoint.load(checkpoint.newest(Path(p) / "checkpoints")).tensors["model"]
+        checkpoint.load(history.steps(Path(p) / "checkpoints")[0]).tensors["model"]
         for p in ("whole", "part")
     ]
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orwcfm_fast import checkpoint
+from orwcfm_fast import history
 from orwcfm_fast.errors import WorkError
 from orwcfm_fast.finetune_run import Finetuning
 from orwcfm_fast.memory import halving, out_of_memory
@@ -74,7 +74,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_half_and_records_it(base, mo
     for ours, theirs in zip(little, plenty, strict=True):
         for key in ("reward_mean", "loss_fm", "loss_w2", "w2_coupled", "grad_norm_max"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
-    newest = checkpoint.newest(Path("little/checkpoints"))
+    newest = history.steps(Path("little/checkpoints"))[0]
     control = json.loads((newest / "state.json").read_text())["control"]
     assert (control["micro_batch"], control["chunk"]) == (8, 24)
 

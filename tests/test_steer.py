@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orwcfm_fast import checkpoint
+from orwcfm_fast import history
 from orwcfm_fast.drift import coupled_w2
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.rollout import sample, start_noise
@@ -109,7 +109,7 @@ def test_a_resumed_run_steers_on_as_if_never_stopped(base, run_cli):
     assert resumed.code == 0, resumed.err
     assert timeless("whole") == timeless("part")
     assert len({r["alpha"] for r in timeless("whole")}) > 1
-    newest = checkpoint.newest(Path("whole/checkpoints"))
+    newest = history.steps(Path("whole/checkpoints"))[0]
     assert (
         json.loads((newest / "state.json").read_text())["steering"]["w2"]
         == timeless("whole")[-1]["w2_coupled"]
