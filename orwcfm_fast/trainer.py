@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast import checkpoint, noise
+from orwcfm_fast.begun import Begun, pack, unpack
 from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
 from orwcfm_fast.errors import UserError
@@ -31,14 +32,6 @@ class Progress:
     round: int
     step: int
     phase: str
-
-
-@dataclass
-class Begun:
-    """A round that has begun: its scored rollout, and the losses [2] of the steps taken so far."""
-
-    rollout: Rollout
-    losses: list[Tensor]
 
 
 class Trainer:
@@ -75,8 +68,6 @@ class Trainer:
             raise UserError("coupling 'ot' needs a batch of at least 2")
         self.policy, self.settings = policy, settings
         self.reward, self.holdout = make_reward(reward, name=reward_name), holdout
-        self.scores: Scores | None = None  # of the last rollout
-        self.held_out: Scores | None = None
         if settings.lora:
             add_lora(policy.network, settings.lora, seed=settings.seed)
         self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
@@ -92,6 +83,8 @@ class Trainer:
         self.round = 0
         self.steps = 0  # of whole rounds
         self.begun: Begun | None = None
+        self.scores: Scores | None = None  # of the last rollout
+        self.held_out: Scores | None = None
         self.probe_noise = start_noise(policy, settings.probe, settings.seed)
         self.probe = self.probe_reference = self.draw_probe(self.reference)
         self.probe_diversity = self.diversity(self.probe)
@@ -209,16 +202,9 @@ class Trainer:
         state |= self.oversight.to_state()
         begun: dict[str, checkpoint.Tensors] = {}
         if self.begun and self.begun.losses:
-            begun["begun"] = {"x1": self.begun.rollout.x1, "losses": torch.stack(self.begun.losses)}
-            for kind, scores in (("scores", self.scores), ("held_out", self.held_out)):
-                values = scores.values.values() if scores else ()
-                # a reward may return a view of its samples; safetensors takes no two tensors in one memory
-                begun["begun"] |= {f"{kind}.{k}": v.clone() for k, v in enumerate(values)}
-                state[f"seconds_{kind}"] = [*scores.seconds.values()] if scores else []
-            # convolutions may round otherwise on samples laid out otherwise
-            state["x1_stride"] = list(self.begun.rollout.x1.stride())
-            state["seconds"] = self.phases.read()
-            self.phases.add(state["seconds"])
+            assert self.scores
+            self.phases.add(seconds := self.phases.read())
+            begun["begun"], state["begun"] = pack(self.begun, self.scores, self.held_out, seconds)
         checkpoint.save(
             path,
             {**state, **more},
@@ -243,36 +229,18 @@ class Trainer:
                 checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
             checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
             self.round, step = int(found.state["round"]), int(found.state["step"])
-            self.begun = self._begun(found) if "begun" in found.tensors else None
+            self.begun = None
+            if "begun" in found.tensors:
+                self.begun, self.scores, self.held_out, seconds = unpack(
+                    found, self.round, self.policy, self.settings, self.reward, self.holdout
+                )
+                self.begun.rollout.reward = self.trained_on(self.scores)
+                self.phases.add(seconds)
             self.steps = self.round * self.settings.steps_per_round
             if self.steps_taken != step or not 0 <= step < 2**62:
                 raise ValueError("its round and its step do not agree")
         self.probe = self.draw_probe(self.policy)
         self.learner.go_on_from(step)
-
-    def _begun(self, found: checkpoint.Checkpoint) -> Begun:
-        s, device, saved = self.settings, self.policy.device, found.tensors["begun"]
-        if saved["x1"].shape != (s.rollout, *self.policy.shape):
-            raise ValueError("a rollout of another run")
-        stride = [int(n) for n in found.state["x1_stride"]]
-        if sum((n - 1) * k for n, k in zip(saved["x1"].shape, stride, strict=True)) >= saved["x1"].numel():
-            raise ValueError("strides that leave gaps")
-        x1 = torch.empty_strided(saved["x1"].shape, stride, device=device)
-        index = noise.indices(self.round * s.rollout, s.rollout, device)
-        self.phases.add({name: float(value) for name, value in found.state["seconds"].items()})
-        self.scores = self._scores(self.reward, found, "scores")
-        self.held_out = self._scores(self.holdout, found, "held_out") if self.holdout else None
-        rollout = Rollout(x1.copy_(saved["x1"]), index, self.trained_on(self.scores))
-        return Begun(rollout, [*saved["losses"].to(device)])
-
-    def _scores(self, reward: RewardSum, found: checkpoint.Checkpoint, kind: str) -> Scores:
-        values, weights, seconds = {}, {}, {}
-        for k, (name, weight, _) in enumerate(reward.terms):
-            values[name] = found.tensors["begun"][f"{kind}.{k}"].to(self.policy.device)
-            if values[name].shape != (self.settings.rollout,):
-                raise ValueError("rewards of another run")
-            weights[name], seconds[name] = weight, float(found.state[f"seconds_{kind}"][k])
-        return Scores(values, weights, seconds)
 
     def trained_on(self, scores: Scores) -> Tensor:
         """The reward [N] that weights are made of."""

@@ -236,21 +236,19 @@ def test_ctrl_c_outside_training_is_one_line_too(run_cli, monkeypatch):
 
 def test_strides_that_do_not_fit_the_samples_are_refused():
     """1×8×8 samples of either layout are 'contiguous', so a checkpoint keeps strides; they may lie."""
-    from orwcfm_fast import checkpoint
+    from orwcfm_fast.begun import unpack
+    from orwcfm_fast.checkpoint import Checkpoint
     from orwcfm_fast.policy import make_policy
     from orwcfm_fast.rewards import make_reward
     from orwcfm_fast.settings import Finetune
-    from orwcfm_fast.trainer import Trainer
 
-    s = Finetune(rollout=8, batch=4, steps_per_round=3, probe=4)
-    policy = make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))
-    loop = Trainer(policy, make_reward("right"), s)
-    for stride, fits in ((1, True), (0, True), (10**12, False), (-1, False)):
+    s, policy = Finetune(rollout=8), make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))
+    for stride, fits in ((1, True), (0, False), (10**12, False), (-1, False)):
         begun = {"x1": torch.zeros(8, 1), "scores.0": torch.zeros(8), "losses": torch.zeros(1, 2)}
         state = {"x1_stride": [stride, 1], "seconds": {}, "seconds_scores": [0.0]}
-        found = checkpoint.Checkpoint(Path("x"), state, {"begun": begun})
-        if fits and stride:
-            assert loop._begun(found).rollout.x1.stride() == (1, 1)
+        found = Checkpoint(Path("x"), {"begun": state}, {"begun": begun})
+        if fits:
+            assert unpack(found, 0, policy, s, make_reward("right"), None)[0].rollout.x1.stride() == (1, 1)
         else:
             with pytest.raises((ValueError, RuntimeError)):
-                loop._begun(found)
+                unpack(found, 0, policy, s, make_reward("right"), None)
