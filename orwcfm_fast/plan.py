@@ -29,6 +29,7 @@ from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.rollout import Reward, draw, start_noise
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.steer import probe_size
 from orwcfm_fast.step import Learner
 
 HEADROOM = 0.9  # of the memory there is
@@ -239,12 +240,12 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
         if micro_batch == s.batch
         else several.time(micro_batch) * s.batch / (2 * micro_batch)
     )
-    per_sample = drawn.time(chunk) / chunk
+    per_sample, probed = drawn.time(chunk) / chunk, probe_size(s)
     seconds = {
         "rollout": per_sample * s.rollout,
         "reward": scored.time(s.rollout),
         "steps": per_step * s.steps_per_round,
-        "probe": 2 * drawn.time(min(s.probe, chunk)) * max(1.0, s.probe / chunk),
+        "probe": 2 * drawn.time(min(probed, chunk)) * max(1.0, probed / chunk),
     }
     return Plan(
         str(device), micro_batch, chunk, held, step_at(micro_batch), rollout_at(chunk),

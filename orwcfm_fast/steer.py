@@ -9,6 +9,12 @@ from orwcfm_fast.rollout import Rollout
 from orwcfm_fast.settings import Finetune
 
 FORECAST_SAMPLES = 512
+PROBE = 1024  # 128 know the W2 of digits to 20 %, these to 8 %
+
+
+def probe_size(s: Finetune) -> int:
+    """Samples that W2 is followed on; steering needs it more exactly than a display."""
+    return s.probe if s.target_w2 is None else max(s.probe, PROBE)
 
 
 @dataclass

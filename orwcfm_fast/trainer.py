@@ -19,6 +19,7 @@ from orwcfm_fast.policy import Policy
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
 from orwcfm_fast.rollout import Reward, Rollout, draw, sample, start_noise
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.steer import probe_size
 from orwcfm_fast.step import Learner
 from orwcfm_fast.weighting import check_bounded, check_positive, effective_sample_size
 
@@ -85,7 +86,7 @@ class Trainer:
         self.begun: Begun | None = None
         self.scores: Scores | None = None  # of the last rollout
         self.held_out: Scores | None = None
-        self.probe_noise = start_noise(policy, settings.probe, settings.seed)
+        self.probe_noise = start_noise(policy, probe_size(settings), settings.seed)
         self.probe = self.probe_reference = self.draw_probe(self.reference)
         self.probe_diversity = self.diversity(self.probe)
         self.oversight.guard.spread = pairwise_distance(self.probe)

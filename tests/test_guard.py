@@ -139,8 +139,7 @@ def test_rollback_lowers_tau_raises_alpha_and_a_resumed_run_carries_both_on(base
     again = [{k: v for k, v in r.items() if "second" not in k and "per_s" not in k} for r in records("part")]
     assert timeless == again
     ends = [
-        checkpoint.load(history.steps(Path(p) / "checkpoints")[0]).tensors["model"]
-        for p in ("whole", "part")
+        checkpoint.load(history.steps(Path(p) / "checkpoints")[0]).tensors["model"] for p in ("whole", "part")
     ]
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
