@@ -60,7 +60,8 @@ class Learner:
     def anchor(self, batch: Batch) -> Tensor:
         """The reference's velocity at the batch's points, [B, *shape]."""
         with self.phases("reference"), torch.no_grad():
-            return self.reference.velocity(batch.t, batch.x_t)
+            parts = [self.reference.velocity(part.t, part.x_t) for part in batch.split(self.micro_batch)]
+            return torch.cat(parts)
 
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
         """One step on a batch; returns (mean fm, mean w2, gradient norm) [3], float32 on the device."""

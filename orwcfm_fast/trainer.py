@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -147,20 +147,38 @@ class Trainer:
         return rollout
 
     def minibatches(self, rollout: Rollout, w: Tensor, number: int, skip: int = 0) -> Iterator[Batch]:
-        """`steps_per_round` coupled minibatches, but the first `skip`: passes over the rollout, each in an
-        order of its own."""
+        """`steps_per_round` coupled minibatches, but the first `skip`.
+
+        The draws (sample, t, noise) run over the rollout, each time in an order of its own. With several
+        reference passes there are as many times fewer of them, taken in a new order in each pass, and the
+        reference's velocities are kept from the first.
+        """
         s, n = self.settings, len(w)
-        wanted = s.steps_per_round * s.batch
-        alpha = self.oversight.control.alpha
+        drawn = math.ceil(s.steps_per_round / s.reference_passes)
+        wanted = drawn * s.batch
         passes = math.ceil(wanted / n)
         order = torch.cat([noise.permutation(n, self.seed, number * passes + p) for p in range(passes)])
-        first = number * wanted
-        for i in range(skip * s.batch, wanted, s.batch):
-            pick = order[i : i + s.batch]
-            index = noise.indices(first + i, s.batch, self.policy.device)
+
+        def make(k: int) -> Batch:
+            pick = order[k * s.batch : (k + 1) * s.batch]
+            index = noise.indices(number * wanted + k * s.batch, s.batch, self.policy.device)
             with self.phases("policy"):
-                batch = couple(rollout.x1[pick], w[pick], alpha, self.seed, index, s.coupling)
-            yield batch
+                alpha = self.oversight.control.alpha
+                return couple(rollout.x1[pick], w[pick], alpha, self.seed, index, s.coupling)
+
+        if s.reference_passes == 1:
+            yield from map(make, range(skip, drawn))
+            return
+        turns = [
+            noise.permutation(drawn, self.seed, number * s.reference_passes + p, noise.REUSE).tolist()
+            for p in range(s.reference_passes)
+        ]
+        kept: dict[int, Batch] = {}
+        for k in [k for turn in turns for k in turn][skip : s.steps_per_round]:
+            if k not in kept:
+                batch = make(k)
+                kept[k] = replace(batch, v_ref=self.learner.anchor(batch))
+            yield kept[k]
 
     def measure(self, rollout: Rollout, w: Tensor, losses: Tensor) -> dict[str, Any]:
         """The round's metrics; the only place where a round reads from the device."""
