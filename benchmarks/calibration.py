@@ -50,7 +50,7 @@ class Case:
 
     @property
     def settings(self) -> Finetune:
-        more = {} if self.data == "digits" else POINTS
+        more = {"steps_per_round": 256} if self.data == "digits" else POINTS
         return Finetune(
             alpha=self.alpha, tau=self.tau, weights=self.weights, rounds=SETTLED[self.alpha], **more
         )

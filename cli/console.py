@@ -65,7 +65,8 @@ def round_line(record: dict[str, Any], rounds: int) -> str:
     holdout = f"  holdout {record['holdout_mean']:.4g}" if "holdout_mean" in record else ""
     return (
         f"round {record['round']:>3}/{rounds}  reward {record['reward_mean']:.4g}{holdout}  "
-        f"W2 {record['w2_coupled']:.3g}  ESS {record['ess']:.0f}  diversity {record['diversity']:.3g}  "
+        f"W2 {record['w2_coupled']:.3g}  α {record['alpha']:.3g}  ESS {record['ess']:.0f}  "
+        f"diversity {record['diversity']:.3g}  "
         f"{record['images_per_s_rollout']:.0f} rollout img/s  {record['images_per_s_train']:.0f} train img/s"
     )
 

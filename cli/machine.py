@@ -2,15 +2,17 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from orwcfm_fast.cli import console
 from orwcfm_fast.cli.app import app
-from orwcfm_fast.cli.common import Debug, Json
+from orwcfm_fast.cli.common import Config, Debug, Json, settings
 from orwcfm_fast.cli.console import say
+from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.settings import Finetune
 
 PANEL = "Machine"
 
@@ -50,10 +52,24 @@ def list_(
 
 
 @app.command(rich_help_panel=PANEL)
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Versions, device, precision, and which kernels run and why."""
+@options_of(Finetune)
+def doctor(
+    given: dict[str, Any],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="memory and time of a run with these settings")
+    ] = False,
+    config: Config = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Versions, device, precision, which kernels run and why; --plan: what a finetune would take."""
     import json
 
+    if plan:
+        _plan(settings(Finetune, config, given), as_json)
+        return
+    if given or config:
+        raise UserError("settings say what to plan: give --plan as well")
     from orwcfm_fast.doctor import examine
 
     found = examine()
@@ -64,6 +80,38 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         say(title)
         for key, value in lines.items():
             say(f"  {key:<22}{value}")
+
+
+def _plan(s: Finetune, as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    from orwcfm_fast.plan import plan_run
+
+    with console.progress(1, "probing", as_json):
+        found = plan_run(s)
+    if as_json:
+        print(json.dumps(asdict(found) | {"peak": found.peak, "fits": found.fits}, indent=1))
+        return
+    sizes = {
+        "step": f"micro-batch {found.micro_batch}",
+        "rollout": f"chunk {found.chunk}",
+        "reward": "whole rollout",
+    }
+    rows = [[name, f"{n / 2**20:.1f}"] for name, n in found.held.items()]
+    for phase, size in sizes.items():
+        rows += [
+            [f"{phase}: {name}, {size}", f"{n / 2**20:.1f}"] for name, n in getattr(found, phase).items()
+        ]
+    rows += [["Python, torch, libraries", f"{found.process / 2**20:.1f}"]] if found.process else []
+    rows += [[f"peak, in the {max(found.phases, key=found.phases.__getitem__)}", f"{found.peak / 2**20:.1f}"],
+             [f"there is, on {found.device}", f"{found.limit / 2**20:.1f}"]]  # fmt: skip
+    console.out.print(console.plain_table(["memory", "MiB"], rows))
+    seconds = ", ".join(f"{name} {value:.2g}" for name, value in found.seconds.items())
+    a_round = sum(found.seconds.values())
+    say(f"a round takes about {a_round:.2g} s ({seconds}); {s.rounds} rounds {a_round * s.rounds:.3g} s")
+    fits = f"fits with --micro-batch {found.micro_batch} --chunk {found.chunk}"
+    say(fits if found.fits else "does not fit, even one sample at a time")
 
 
 @app.command(rich_help_panel=PANEL)

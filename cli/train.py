@@ -85,7 +85,7 @@ def finetune(
         task.train(
             watch=lambda p: bar.at(p.round * s.steps_per_round + p.step, p.phase),
             on_round=lambda record: bar.line(round_line(record, s.rounds)),
-            on_forecast=bar.line,
+            on_line=bar.line,
         )
     say("measuring before and after on held-out noise", quiet)
     result = task.finish(began)

@@ -1,6 +1,7 @@
 """Couplings: which noise goes with which sample of a minibatch, and with what loss weights."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ class Batch:
     w: Tensor
     a: Tensor
     v_ref: Tensor | None = None
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Batches of at most `size` samples, in order."""
+        for i in range(0, len(self.w), size):
+            yield replace(self, **{k: x[i : i + size] for k, x in vars(self).items() if x is not None})
 
 
 def couple(

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 from orwcfm_fast import checkpoint, history
 from orwcfm_fast.data import source
 from orwcfm_fast.device import resolve_device
-from orwcfm_fast.errors import Interrupted, RewardError, UserError
+from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
 from orwcfm_fast.evaluate import Measures, evaluate, judge_for
 from orwcfm_fast.files import read_small, write_text
+from orwcfm_fast.guard import Fault
 from orwcfm_fast.interrupt import Interruption, Stop
 from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
@@ -184,7 +185,7 @@ class Finetuning:
         """What is run, in words."""
         s = self.settings
         lines = [
-            f"α={s.alpha:g} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {s.rounds} rounds of {s.rollout} "
+            f"{_anchored(s)} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {s.rounds} rounds of {s.rollout} "
             f"samples ({s.solver}, {s.nfe} evaluations) and {s.steps_per_round} steps of {s.batch}; "
             f"{self.loaded.policy.device}, {s.precision}"
         ]
@@ -226,9 +227,9 @@ class Finetuning:
         self,
         watch: Callable[[Progress], None] | None = None,
         on_round: Log | None = None,
-        on_forecast: Callable[[str], None] | None = None,
+        on_line: Callable[[str], None] | None = None,
     ) -> None:
-        """All rounds that are left; each is recorded, saved and shown.
+        """All rounds that are left; each is recorded, saved and shown, `on_line` told what there is to say.
 
         Raises:
             WorkError: the reward failed, something became non-finite, or no room is left; says where the run
@@ -237,13 +238,15 @@ class Finetuning:
         """
         if watch:
             self.trainer.watch = watch
+        on_line = on_line or (lambda text: None)
+        self.trainer.oversight.tell(on_line)
         s, resume = self.settings, self._resume_command()
         try:
             with Interruption(f"left at once; {resume}") as interruption:
                 try:
                     self.trainer.pause = interruption.pause
                     with loggers(s.log, self.run.path, self.run.path.name, s.model_dump()) as log:
-                        self._train(log, on_round, on_forecast)
+                        self._train(log, on_round, on_line)
                 except Stop:
                     where = f"interrupted in round {self.trainer.round + 1}, saved at {self.save()}"
                     raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
@@ -264,32 +267,58 @@ class Finetuning:
         named = {key: getattr(self.settings, key) for key in ("reward", "holdout_reward")}
         return resume_command(self.run, "finetune", {k: v for k, v in named.items() if user_code(v)})
 
-    def _train(self, log: Log, on_round: Log | None, on_forecast: Callable[[str], None] | None) -> None:
+    def _train(self, log: Log, on_round: Log | None, on_line: Callable[[str], None]) -> None:
         s = self.settings
-        for record in self.trainer.train(s.rounds):
+        for record in self._standing():
             self.run.append(record)
             log(record)
             # all that a round leaves is there before its checkpoint, or a kill between the two would lose it
             self._picture(self.trainer.round)
-            forecast = self._forecast() if on_forecast and self.trainer.round == 1 else ""
+            forecast = self._forecast() if self.trainer.round == 1 and s.target_w2 is None else ""
             if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
                 self.save()
             self.run.settle()
             if on_round:
                 on_round(record)
-            if on_forecast and forecast:
-                on_forecast(forecast)
+            if forecast:
+                on_line(forecast)
             self.trainer.pause()
+
+    def _standing(self) -> Iterator[dict[str, Any]]:
+        """The records of the rounds that stand; the others are taken back or end the run, as --guard says."""
+        while self.trainer.round < self.settings.rounds:
+            try:
+                yield self.trainer.one_round()
+            except Fault as fault:
+                try:
+                    if self.settings.guard != "rollback":
+                        raise
+                    self.trainer.oversight.take_back(fault, self._back)
+                except Fault:
+                    self.run.append(fault.record)
+                    kept = history.steps(self.run.checkpoints)
+                    where = f"the last good checkpoint is {kept[0]}" if kept else "no round was good yet"
+                    raise WorkError(f"{fault}; stopped, {where}") from None
+
+    def _back(self) -> int:
+        """To the newest checkpoint, or the start where there is none; the round it holds."""
+        newest = history.load_newest(self.run.checkpoints)
+        if newest:
+            self.trainer.restore(newest)
+        else:
+            self.trainer.start_over()
+        self.run.truncate_metrics(self.trainer.round)
+        return self.trainer.round
 
     def _forecast(self) -> str:
         """Forecast this run from its first rollout, at no extra samples; one line."""
         assert self.trainer.rollout
         try:
+            control = self.trainer.oversight.control
+            own = self.settings.model_copy(update={"alpha": control.alpha, "tau": control.tau})
             with torch.inference_mode():
                 found = forecast_run(
-                    self.trainer.rollout,
-                    self.settings,
-                    lambda x: self.judge.features(self.reference.decode(x)),
+                    self.trainer.rollout, own, lambda x: self.judge.features(self.reference.decode(x))
                 )
         except UserError as error:  # a forecast is a comment on the run, never its end
             return f"no forecast: {error}"
@@ -338,13 +367,9 @@ class Finetuning:
 
     def _finish(self, began: float) -> Result:
         s, trainer = self.settings, self.trainer
-        before, after = evaluate(
-            {"before": self.reference, "after": trainer.policy},
-            self.reference,
-            self.judge,
-            s,
-            s.eval_n,
-            s.chunk,
+        models = {"before": self.reference, "after": trainer.policy}
+        before, after = trainer.oversight.in_chunks(
+            lambda chunk: evaluate(models, self.reference, self.judge, s, s.eval_n, chunk)
         )
         for rewards in (trainer.reward, trainer.holdout):
             if rewards:
@@ -362,10 +387,15 @@ class Finetuning:
 RESUME_MAY_CHANGE = ("rounds", "device", "log")
 
 
+def _anchored(s: Finetune) -> str:
+    return f"α={s.alpha:g}" if s.target_w2 is None else f"α for a coupled W2 of {s.target_w2:g},"
+
+
 def run_name(settings: Finetune) -> str:
     """<data>-<reward>-a1-t0.5, for a run's directory."""
+    anchored = f"a{settings.alpha:g}" if settings.target_w2 is None else f"w{settings.target_w2:g}"
     rewards = re.sub(r"[^:+]*/", "", "+".join(settings.reward))[:100]  # without the folders of files
-    name = f"{settings.data}-{rewards}-a{settings.alpha:g}-t{settings.tau:g}"
+    name = f"{settings.data}-{rewards}-{anchored}-t{settings.tau:g}"
     return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
 
 

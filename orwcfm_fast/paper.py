@@ -1,5 +1,7 @@
 """The paper's API: `ORWCFMTrainer` with its dict of settings, over the same trainer that the commands run."""
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,13 @@ def settings_from(config: dict[str, Any]) -> Finetune:
                 f"text_prompts: should be two, what the image shows and what not; got {len(prompts)}"
             )
         values |= {"reward": ["clip"], "prompt": prompts[:1], "negative": prompts[1:]}
-    if config.get("use_wandb"):
+    if config.get("use_wandb") and find_spec("wandb"):
         values["log"] = [f"wandb:{config.get('wandb_project') or 'orwcfm'}"]
+    elif config.get("use_wandb"):  # the paper's dict asks for it by default: no reason to refuse the run
+        print(
+            "warning: wandb is not installed (pip install 'orwcfm-fast[wandb]'); going on without",
+            file=sys.stderr,
+        )
     return build(Finetune, values)
 
 

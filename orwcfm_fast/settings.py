@@ -15,6 +15,7 @@ MAX_TOML_BYTES = 24 << 10  # tomllib takes time quadratic in a dotted key: secon
 Weights = Literal["exp", "linear", "advantage"]
 Coupling = Literal["independent", "ot"]
 Best = Literal["reward_mean", "reward_max", "ess", "diversity", "w2_coupled", "none"]
+Guarding = Literal["warn", "stop", "rollback", "off"]
 Precision = Literal["auto", "fp32", "bf16"]
 DATA_DIR = "where downloaded datasets lie; default under the cache"
 FeatureChoice = Literal["auto", "classifier", "clip", "inception", "pixels"]
@@ -152,13 +153,23 @@ class Finetune(Training, Sampling, RewardOptions):
     coupling: Coupling = Field(
         "independent", description="of noise and sample; ot: minibatch optimal transport"
     )
+    target_w2: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="choose α by round so that the coupled W2 comes to this and stays",
+    )
     rounds: int = Field(8, ge=1, description="online rounds")
     steps_per_round: int = Field(112, ge=1, description="gradient steps a round")
     cooldown: float = Field(
         0.5, ge=0, le=1, description="share of each round's steps over which the rate falls to zero"
     )
+    reference_passes: int = Field(
+        1, ge=1, description="passes over a round's draws; the reference is evaluated in the first alone"
+    )
     rollout: int = Field(1536, ge=2, description="samples drawn a round")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
+    micro_batch: int = Field(0, ge=0, description="samples at once in a gradient step; 0: the whole batch")
     probe: int = Field(
         128, ge=2, description="fixed-noise samples that W2 and pictures follow through the rounds"
     )
@@ -166,6 +177,18 @@ class Finetune(Training, Sampling, RewardOptions):
     save_every: int = Field(1, ge=1, description="rounds between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     best: Best = Field("reward_mean", description="metric whose best checkpoint is kept as well, or none")
+    guard: Guarding = Field(
+        "warn",
+        description="at drift: warn, stop, rollback (to the last good checkpoint, milder τ or α) or off; "
+        "values that are not finite stop the run, or roll it back",
+    )
+    guard_ess: float = Field(0.2, ge=0, le=1, description="least ESS, as a share of the rollout")
+    guard_w2: float | None = Field(
+        None,
+        gt=0,
+        description="largest coupled W2; default: 0.7 of the mean distance of two reference samples",
+    )
+    guard_diversity: float = Field(0.85, ge=0, description="least diversity, as a share of the reference's")
     lora: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains all weights")
     log: list[str] = Field([], description="also log to tensorboard, wandb or wandb:PROJECT; repeat for both")
 

@@ -1,5 +1,7 @@
 """One gradient step of the objective, and the optimiser around it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -8,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from orwcfm_fast.coupling import Batch
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
 from orwcfm_fast.lora import trained_parameters
+from orwcfm_fast.memory import halving
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.timing import Phases
@@ -30,13 +33,18 @@ class Learner:
     Args:
         policy: its network's parameters are trained, in eval mode: dropout would be taken for drift.
         reference: the anchor, frozen.
-        settings: learning rate, warm-up, gradient clipping.
+        settings: learning rate, warm-up, gradient clipping, micro-batch.
+
+    Attributes:
+        micro_batch: samples at once; halved, and `on_halved` told, where memory runs out.
     """
 
     def __init__(self, policy: Policy, reference: Policy, settings: Finetune) -> None:
         self.policy, self.reference, self.grad_clip = policy, reference, settings.grad_clip
         policy.network.eval()
         self.parameters = trained_parameters(policy.network)
+        self.micro_batch = min(settings.micro_batch or settings.batch, settings.batch)
+        self.on_halved: Callable[[int], None] = lambda size: None
         self.optimizer = AdamW(self.parameters, settings.lr, weight_decay=0.0, fused=True)
         self.schedule = LambdaLR(self.optimizer, lambda step: rate(settings, step))
         self.phases = Phases(policy.device)
@@ -52,24 +60,50 @@ class Learner:
     def anchor(self, batch: Batch) -> Tensor:
         """The reference's velocity at the batch's points, [B, *shape]."""
         with self.phases("reference"), torch.no_grad():
-            return self.reference.velocity(batch.t, batch.x_t)
+            parts = [self.reference.velocity(part.t, part.x_t) for part in batch.split(self.micro_batch)]
+            return torch.cat(parts)
 
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
-        """One step on a batch; returns (mean fm, mean w2) [2], float32 on the device.
-
-        Gradient of L = 1/B Σ [w_i·1/D‖v − u‖² + a_i·1/D‖v − v_ref‖²], by hand, in the op's one pass.
-        """
-        size = len(batch.w)
-        v_ref = self.anchor(batch) if batch.v_ref is None else batch.v_ref
-        with self.phases("policy"):
-            v = self.policy.velocity(batch.t, batch.x_t)
-            _, fm, w2, dv = anchored_residual(
-                v.detach(), v_ref, batch.x1, seed, batch.index, batch.w / size, batch.a / size
-            )
-            v.backward(dv)
+        """One step on a batch; returns (mean fm, mean w2, gradient norm) [3], float32 on the device."""
+        losses = halving(
+            lambda size: self.gradient(batch, seed, size),
+            self.micro_batch,
+            "micro-batch",
+            self.set_micro_batch,
+        )
         with self.phases("optimizer"):
-            nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, foreach=True)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, foreach=True)
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack([fm.mean(), w2.mean()])
+        return torch.cat([losses, norm.float().view(1)])
+
+    def gradient(self, batch: Batch, seed: Tensor, micro_batch: int) -> Tensor:
+        """Accumulate the batch's gradient, `micro_batch` samples at a time; (mean fm, mean w2) [2].
+
+        Gradient of L = 1/B Σ [w_i·1/D‖v − u‖² + a_i·1/D‖v − v_ref‖²], by hand, in the op's one pass; 1/B is
+        the whole batch's, so that parts add up to it.
+        """
+        size = len(batch.w)
+        self.optimizer.zero_grad(set_to_none=True)  # of a try that ran out of memory
+        fm, w2 = [], []
+        for part in batch.split(micro_batch):
+            v_ref = self.anchor(part) if part.v_ref is None else part.v_ref
+            with self.phases("policy"):
+                v = self.policy.velocity(part.t, part.x_t)
+                _, *means, dv = anchored_residual(
+                    v.detach(), v_ref, part.x1, seed, part.index, part.w / size, part.a / size
+                )
+                v.backward(dv)
+            fm.append(means[0])
+            w2.append(means[1])
+        return torch.stack([torch.cat(fm).mean(), torch.cat(w2).mean()])
+
+    def set_micro_batch(self, size: int) -> None:
+        self.micro_batch = size
+        self.on_halved(size)
+
+    def start_over(self) -> None:
+        """As before the first step, but for the weights."""
+        self.optimizer.state.clear()
+        self.go_on_from(0)

@@ -1,12 +1,11 @@
 """A grid of fine-tuning runs over one loaded model; what `orwcfm sweep` calls."""
 
 import copy
-import itertools
 import json
 import shutil
 import time
-import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,67 +23,11 @@ from orwcfm_fast.rewards import check_code_named, make_reward
 from orwcfm_fast.run import Run, is_run, next_run_path, read_command
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune, Predict, Sweep, build, read_toml
+from orwcfm_fast.sweep_grid import grid
 from orwcfm_fast.tracking import check_loggers
 from orwcfm_fast.trainer import Progress
 
 MAY_CHANGE = ("alpha", "tau", "device", "log")
-ONE_FOR_ALL = ("checkpoint", "model", "data", "device", "precision", "log")
-
-
-def grid(s: Sweep) -> dict[str, Finetune]:
-    """The settings of every run by the run's name: all combinations of --tau, --alpha and --set.
-
-    Raises:
-        UserError: an axis that is empty, unknown or not to be varied; a value out of bounds.
-    """
-    if not s.alpha or not s.tau:
-        raise UserError("sweep: give at least one --alpha and one --tau")
-    axes = [_axis(text) for text in s.set]
-    axes += [("tau", [*s.tau]), ("alpha", [*s.alpha])]
-    names = [key for key, _ in axes]
-    if len(set(names)) < len(names):
-        raise UserError("--set: name every setting once, KEY=V1,V2")
-    common = s.model_dump(exclude={"alpha", "tau", "set"})
-    runs = {}
-    for values in itertools.product(*(values for _, values in axes)):
-        point = dict(zip(names, values, strict=True))
-        more = [f"{key.replace('_', '-')}={_plain(point[key])}" for key in names[:-2]]
-        name = "-".join([f"a{point['alpha']:g}", f"t{point['tau']:g}", *more])
-        runs["".join(c if c.isalnum() or c in "-+.=" else "_" for c in name)] = build(
-            Finetune, common, point, where="sweep: "
-        )
-    return runs
-
-
-def _plain(value: Any) -> str:
-    value = value[0] if isinstance(value, list) else value
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _axis(text: str) -> tuple[str, list[Any]]:
-    """'KEY=V1,V2' as the setting and its values."""
-    key, _, rest = text.partition("=")
-    key = key.strip().lstrip("-").replace("-", "_")
-    values = [v.strip() for v in rest.split(",")]
-    if not all([key, *values]):
-        raise UserError(f"--set {text}: write KEY=V1,V2, as in --set lr=1e-3,3e-4")
-    if key in ("alpha", "tau"):
-        raise UserError(f"--set {text}: give --{key} for each value")
-    if key in ONE_FOR_ALL:
-        raise UserError(f"--set {text}: --{key} is one for all runs of a sweep")
-    if key not in Finetune.model_fields:
-        raise UserError(f"--set {text}: {unknown('setting', key, Finetune.model_fields)}")
-    kind = Finetune.model_fields[key].annotation
-    if kind in (int, float, bool):
-        return key, [_parsed(v) for v in values]
-    return key, [[v] if kind == list[str] else v for v in values]
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # the settings say what would be right
 
 
 FILLED = ("checkpoint", "reward", "model", "data", "precision")  # by the model, where not given
@@ -97,10 +40,11 @@ class Sweeping:
         runs: by name, resolved.
         base: the pretrained model, loaded once; every run trains a copy.
         run: the sweep's own directory; each run is a directory in it.
+        new: made now; where no run comes to anything, it goes and what it replaced comes back.
     """
 
-    def __init__(self, settings: Sweep, runs: dict[str, Finetune], base: Loaded, run: Run) -> None:
-        self.settings, self.runs, self.base, self.run = settings, runs, base, run
+    def __init__(self, settings: Sweep, runs: dict[str, Finetune], base: Loaded, run: Run, new: bool) -> None:
+        self.settings, self.runs, self.base, self.run, self.new = settings, runs, base, run, new
 
     @classmethod
     def prepare(
@@ -138,9 +82,9 @@ class Sweeping:
         else:
             stem = "".join(c if c.isalnum() else "-" for c in f"{first.data}-{'+'.join(first.reward)}")
             run = Run.create(out or next_run_path(f"sweep-{stem}"), overwrite)
+        task = cls(settings, runs, base, run, new=begun is None)
         run.write_config("sweep", settings)
-        run.settle()
-        return cls(settings, runs, base, run)
+        return task
 
     def finished(self) -> list[str]:
         """Names of the runs of this grid that are done."""
@@ -157,7 +101,8 @@ class Sweeping:
             return "forecasts are there"
         s = self.settings
         how = Predict(solver=s.solver, nfe=s.nfe, grid=s.grid, chunk=s.chunk, seed=s.seed)
-        reference = draw_reference(self.base.policy, make_reward(s.reward, s), how)
+        with self._or_nothing():
+            reference = draw_reference(self.base.policy, make_reward(s.reward, s), how)
         for (rounds, weights, normalize), names in groups.items():
             pairs = [(self.runs[name].alpha, self.runs[name].tau) for name in names]
             once = [*dict.fromkeys(pairs)]
@@ -192,11 +137,24 @@ class Sweeping:
             Interrupted: finished runs are kept.
         """
         try:
-            self._train_all(watch, on_result)
+            with self._or_nothing():
+                self._train_each(watch, on_result)
+            self.run.settle()
         finally:
             self.run.unlock()
 
-    def _train_all(
+    @contextmanager
+    def _or_nothing(self) -> Iterator[None]:
+        """A new sweep that fails before any run has begun leaves nothing behind."""
+        try:
+            yield
+        except BaseException:
+            if self.new and not any(is_run(self.run.path / name) for name in self.runs):
+                self.run.undo()
+            self.run.settle()
+            raise
+
+    def _train_each(
         self, watch: Callable[[str, float], None] | None, on_result: Callable[[Outcome], None] | None
     ) -> None:
         failed = {}

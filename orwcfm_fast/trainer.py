@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from orwcfm_fast import checkpoint, noise
 from orwcfm_fast.begun import Begun, pack, unpack
 from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
-from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.errors import UserError
 from orwcfm_fast.lora import add_lora, load_lora, lora_state
+from orwcfm_fast.oversight import Oversight
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
 from orwcfm_fast.rollout import Reward, Rollout, draw, sample, start_noise
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.steer import probe_size
 from orwcfm_fast.step import Learner
-from orwcfm_fast.weighting import check_bounded, check_positive, effective_sample_size, weigh
+from orwcfm_fast.weighting import check_bounded, check_positive, effective_sample_size
 
 PHASES = ("rollout", "reward", "reference", "policy", "optimizer")
 
@@ -69,10 +71,13 @@ class Trainer:
         self.reward, self.holdout = make_reward(reward, name=reward_name), holdout
         if settings.lora:
             add_lora(policy.network, settings.lora, seed=settings.seed)
+        self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
         self.reference = reference or policy.frozen_copy()
         self.features = features or (lambda x: x)
         self.watch = watch or (lambda progress: None)
+        self.oversight = Oversight(settings)
         self.learner = Learner(policy, self.reference, settings)
+        self.learner.on_halved = self.oversight.set_micro_batch
         self.phases = self.learner.phases
         self.seed = torch.tensor(settings.seed, device=policy.device)
         self.pause: Callable[[], None] = lambda: None
@@ -81,9 +86,10 @@ class Trainer:
         self.begun: Begun | None = None
         self.scores: Scores | None = None  # of the last rollout
         self.held_out: Scores | None = None
-        self.probe_noise = start_noise(policy, settings.probe, settings.seed)
-        self.probe_reference = sample(self.reference, self.probe_noise, settings, settings.chunk)
-        self.probe = self.probe_reference
+        self.probe_noise = start_noise(policy, probe_size(settings), settings.seed)
+        self.probe = self.probe_reference = self.draw_probe(self.reference)
+        self.probe_diversity = self.diversity(self.probe)
+        self.oversight.guard.spread = pairwise_distance(self.probe)
         self.rollout: Rollout | None = None  # of the last round
 
     def train(self, rounds: int) -> Iterator[dict[str, Any]]:
@@ -95,11 +101,14 @@ class Trainer:
         """Draw a rollout, score and weigh it, take its gradient steps; the metrics of the round.
 
         A round that was left after some steps goes on with the next.
+
+        Raises:
+            Fault: the guard does not let the round stand.
         """
         s, number = self.settings, self.round
         rollout = self.begun.rollout if self.begun else self.draw_and_score(number)
-        w = weigh(rollout.reward, s.tau, s.weights, s.normalize_weights)
-        check_bounded(w, s.alpha)
+        w, found = self.oversight.begin_round(rollout, again=self.begun is not None)
+        check_bounded(w, self.oversight.control.alpha)
         if s.coupling == "ot":
             check_positive(w)
         self.rollout = rollout
@@ -113,7 +122,7 @@ class Trainer:
         self.steps += s.steps_per_round
         self.round += 1
         self.begun = None
-        return self.measure(rollout, w, torch.stack(losses).mean(0))
+        return self.oversight.judge(self.round, self.measure(rollout, w, torch.stack(losses)), found)
 
     @property
     def steps_taken(self) -> int:
@@ -125,7 +134,9 @@ class Trainer:
         s = self.settings
         self.watch(Progress(number, 0, "rollout"))
         with self.phases("rollout"):
-            rollout = draw(self.policy, s.rollout, number, s.seed, s, s.chunk, self.pause)
+            rollout = self.oversight.in_chunks(
+                lambda chunk: draw(self.policy, s.rollout, number, s.seed, s, chunk, self.pause)
+            )
         self.watch(Progress(number, 0, "reward"))
         with self.phases("reward"):
             samples, where = self.policy.decode(rollout.x1), f"round {number + 1}"
@@ -136,32 +147,51 @@ class Trainer:
         return rollout
 
     def minibatches(self, rollout: Rollout, w: Tensor, number: int, skip: int = 0) -> Iterator[Batch]:
-        """`steps_per_round` coupled minibatches, but the first `skip`: passes over the rollout, each in an
-        order of its own."""
+        """`steps_per_round` coupled minibatches, but the first `skip`.
+
+        The draws (sample, t, noise) run over the rollout, each time in an order of its own. With several
+        reference passes there are as many times fewer of them, taken in a new order in each pass, and the
+        reference's velocities are kept from the first.
+        """
         s, n = self.settings, len(w)
-        wanted = s.steps_per_round * s.batch
+        drawn = math.ceil(s.steps_per_round / s.reference_passes)
+        wanted = drawn * s.batch
         passes = math.ceil(wanted / n)
         order = torch.cat([noise.permutation(n, self.seed, number * passes + p) for p in range(passes)])
-        first = number * wanted
-        for i in range(skip * s.batch, wanted, s.batch):
-            pick = order[i : i + s.batch]
-            index = noise.indices(first + i, s.batch, self.policy.device)
+
+        def make(k: int) -> Batch:
+            pick = order[k * s.batch : (k + 1) * s.batch]
+            index = noise.indices(number * wanted + k * s.batch, s.batch, self.policy.device)
             with self.phases("policy"):
-                batch = couple(rollout.x1[pick], w[pick], s.alpha, self.seed, index, s.coupling)
-            yield batch
+                alpha = self.oversight.control.alpha
+                return couple(rollout.x1[pick], w[pick], alpha, self.seed, index, s.coupling)
+
+        if s.reference_passes == 1:
+            yield from map(make, range(skip, drawn))
+            return
+        turns = [
+            noise.permutation(drawn, self.seed, number * s.reference_passes + p, noise.REUSE).tolist()
+            for p in range(s.reference_passes)
+        ]
+        kept: dict[int, Batch] = {}
+        for k in [k for turn in turns for k in turn][skip : s.steps_per_round]:
+            if k not in kept:
+                batch = make(k)
+                kept[k] = replace(batch, v_ref=self.learner.anchor(batch))
+            yield kept[k]
 
     def measure(self, rollout: Rollout, w: Tensor, losses: Tensor) -> dict[str, Any]:
         """The round's metrics; the only place where a round reads from the device."""
         s = self.settings
         self.watch(Progress(self.round - 1, s.steps_per_round, "measure"))
         with self.phases("probe"):
-            self.probe, gap = sample_with_gap(self.policy, self.reference, self.probe_noise, s, s.chunk)
-            spread = pairwise_distance(self.features(self.policy.decode(rollout.x1[:512])))
+            self.probe, gap = self.oversight.in_chunks(
+                lambda chunk: sample_with_gap(self.policy, self.reference, self.probe_noise, s, chunk)
+            )
+            spread, probe_spread = self.diversity(rollout.x1[:512]), self.diversity(self.probe)
         seconds = self.phases.read()
         training = sum(seconds[p] for p in PHASES[2:])
-        loss_fm, loss_w2 = losses.tolist()
-        if not (math.isfinite(loss_fm) and math.isfinite(loss_w2)):
-            raise WorkError(f"round {self.round}: the loss is not finite; lower --lr or raise --alpha")
+        loss_fm, loss_w2, norm, norm_max = torch.cat([losses.mean(0), losses[:, 2:].amax(0)]).tolist()
         assert self.scores
         reward = self.scores.total
         return {
@@ -172,10 +202,14 @@ class Trainer:
             **by_name(self.scores, self.held_out),
             "loss_fm": loss_fm,
             "loss_w2": loss_w2,
+            "grad_norm_mean": norm,
+            "grad_norm_max": norm_max,
+            **self.oversight.control.to_state(),
             "ess": effective_sample_size(w),
             "w2_coupled": coupled_w2(self.probe, self.probe_reference),
             "velocity_gap": gap,
             "diversity": spread,
+            "diversity_share": probe_spread / max(self.probe_diversity, 1e-12),
             **{f"seconds_{p}": seconds[p] for p in (*PHASES, "probe")},
             "images_per_s_rollout": s.rollout / seconds["rollout"],
             "images_per_s_train": s.steps_per_round * s.batch / training,
@@ -184,7 +218,8 @@ class Trainer:
     def save(self, path, more: dict[str, Any]) -> None:
         """Write a checkpoint from which `restore` goes on bit for bit on the same device."""
         state = {"kind": "finetune", "round": self.round, "step": self.steps_taken, **describe(self.policy)}
-        begun = {}
+        state |= self.oversight.to_state()
+        begun: dict[str, checkpoint.Tensors] = {}
         if self.begun and self.begun.losses:
             assert self.scores
             self.phases.add(seconds := self.phases.read())
@@ -199,11 +234,13 @@ class Trainer:
         )
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint written by `save`.
+        """Go on from a checkpoint written by `save`, with the α, τ and sizes that were in force.
 
         Raises:
             UserError: it is of another kind or another model.
         """
+        self.oversight.restore(found.state, str(found.path))
+        self.learner.micro_batch = self.oversight.control.micro_batch
         with checkpoint.reading(found):
             if self.settings.lora:
                 load_lora(self.policy.network, found.tensors.get("lora", {}), str(found.path))
@@ -221,12 +258,31 @@ class Trainer:
             self.steps = self.round * self.settings.steps_per_round
             if self.steps_taken != step or not 0 <= step < 2**62:
                 raise ValueError("its round and its step do not agree")
-        self.probe = sample(self.policy, self.probe_noise, self.settings, self.settings.chunk)
+        self.probe = self.draw_probe(self.policy)
         self.learner.go_on_from(step)
 
     def trained_on(self, scores: Scores) -> Tensor:
         """The reward [N] that weights are made of."""
         return scores.standardized() if self.settings.standardize_rewards else scores.total
+
+    def start_over(self) -> None:
+        """Back to before the first round."""
+        if self.settings.lora:
+            load_lora(self.policy.network, self.start, "the start")
+        else:
+            self.policy.network.load_state_dict(self.reference.network.state_dict())
+        self.learner.start_over()
+        self.round = self.steps = 0
+        self.probe = self.probe_reference
+        self.oversight.start_over()
+
+    def draw_probe(self, policy: Policy) -> Tensor:
+        """A policy's samples [probe, *shape] from the noise that W2 is followed on."""
+        return self.oversight.in_chunks(lambda chunk: sample(policy, self.probe_noise, self.settings, chunk))
+
+    def diversity(self, x: Tensor) -> float:
+        """Mean distance of two of the samples x [N, *shape] in features."""
+        return pairwise_distance(self.features(self.policy.decode(x)))
 
 
 def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:

@@ -114,6 +114,17 @@ def two_gaussians(two_gaussians_weights):
 
 
 @pytest.fixture
+def base(two_gaussians_weights, tmp_path, monkeypatch) -> str:
+    """The pretrained two Gaussians as the checkpoint "base" in an empty working directory."""
+    from orwcfm_fast import checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    state = {"kind": "reference", "model": "mlp", "data": "two-gaussians", "shape": [1]}
+    checkpoint.save("base", state, model=two_gaussians_weights)
+    return "base"
+
+
+@pytest.fixture
 def tiny_run(run_cli):
     """A one-round run on two Gaussians from an untrained checkpoint: files of every kind in a second."""
     made = run_cli(

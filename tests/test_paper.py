@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from orwcfm_fast import paper
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.paper import settings_from
 
@@ -52,10 +53,13 @@ def test_the_dict_means_the_papers_raw_weights_and_names():
     assert settings_from({"reward": "brightness", "nfe": 20}).nfe == 20
 
 
-def test_use_wandb_means_log_wandb_under_that_project():
-    assert (
-        settings_from(CONFIG | {"use_wandb": True}).log == ["wandb:orw"] and settings_from(CONFIG).log == []
-    )
+@pytest.mark.parametrize("installed", [True, False])
+def test_use_wandb_logs_where_it_is_installed_and_warns_in_one_line_elsewhere(monkeypatch, capsys, installed):
+    monkeypatch.setattr(paper, "find_spec", lambda name: installed or None)
+    assert settings_from(CONFIG | {"use_wandb": True}).log == (["wandb:orw"] if installed else [])
+    warned = capsys.readouterr().err
+    assert (warned == "") if installed else ("wandb is not installed" in warned and warned.count("\n") == 1)
+    assert settings_from(CONFIG).log == []
 
 
 @pytest.mark.parametrize(

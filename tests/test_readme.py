@@ -12,7 +12,9 @@ COMMANDS = [line.strip() for line in README.splitlines() if re.match(r"    (orwc
 CHEAP = {
     "finetune": ("--rollout", "32", "--batch", "16", "--steps-per-round", "2", "--eval-n", "32", "--probe", "8"),
     "pretrain": ("--batch", "16",),
-    "evaluate": ("-n", "32"),
+    "evaluate": ("-n", "160"),
+    "sweep": ("--rollout", "32", "--batch", "16", "--steps-per-round", "2", "--eval-n", "32", "--probe", "8"),
+    "doctor": ("--batch", "4", "--rollout", "8", "--chunk", "8"),
     "predict": ("-n", "200", "--scored", "200", "--rounds", "2", "--nfe", "6"),
 }  # fmt: skip
 

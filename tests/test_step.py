@@ -83,3 +83,27 @@ def test_rate_warms_up_once_and_falls_within_each_round():
     assert rates == pytest.approx([0.25, 0.5, 0.75, *fall, 1.0, 1.0, 1.0, *fall])
     learner.go_on_from(10)
     assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("coupling", ["independent", "ot"])
+def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(coupling):
+    torch.manual_seed(0)
+    policy = make_policy("mlp", "moons", (2,), torch.device("cpu"))
+    reference = policy.frozen_copy()
+    with torch.no_grad():
+        for p in reference.network.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch = couple(
+        torch.randn(50, 2), torch.rand(50) + 0.1, 0.7, SEED, noise.indices(640, 50, "cpu"), coupling
+    )
+    learner = Learner(policy, reference, Finetune(batch=50))
+
+    def gradient(micro_batch):
+        losses = learner.gradient(batch, SEED, micro_batch)
+        return losses, torch.cat([p.grad.flatten() for p in learner.parameters])
+
+    losses, whole = gradient(50)
+    for size in (1, 7, 25):
+        mine, parts = gradient(size)
+        assert torch.allclose(mine, losses, rtol=1e-5)
+        assert (parts - whole).norm() <= 1e-5 * whole.norm(), size

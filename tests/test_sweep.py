@@ -13,7 +13,7 @@ import pytest
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Sweep
-from orwcfm_fast.sweep import grid
+from orwcfm_fast.sweep_grid import grid
 
 ORWCFM = Path(sys.executable).with_name("orwcfm")
 SMALL = ("--rounds", 1, "--rollout", 32, "--batch", 16, "--steps-per-round", 2, "--eval-n", 32, "--probe", 8)
@@ -135,6 +135,16 @@ def test_a_run_that_fails_leaves_the_others_whole(run_cli, tiny_run):
     assert result.code == 1 and "1 of 2 runs failed, first a1-t0.5-lr=1e+30" in result.err
     assert result.err.count("\n") == 1
     assert [r["run"] for r in rows(Path("s"))] == ["reference", "a1-t0.5-lr=0.001"]
+
+
+def test_a_sweep_that_comes_to_nothing_leaves_nothing_and_puts_back_what_it_replaced(run_cli, tiny_run):
+    Path("bad.py").write_text("def score(x):\n    return x.sum()\n")
+    before = Path("run/summary.json").read_text()
+    command = ("sweep", "--checkpoint", "base", "--reward", "bad.py:score", "--alpha", 1, *SMALL)
+    for out, flags in (("s", ()), ("run", ("--overwrite",))):
+        result = run_cli(*command, "--out", out, *flags)
+        assert result.code == 1 and "returned shape ()" in result.err and result.err.count("\n") == 1
+    assert not Path("s").exists() and Path("run/summary.json").read_text() == before
 
 
 @pytest.mark.soak

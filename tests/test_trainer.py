@@ -1,6 +1,7 @@
 """The loop raises the reward, by the right weights on the right samples."""
 
 import copy
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -90,3 +91,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(two_gaussians
     s = Finetune(rollout=64, batch=32, steps_per_round=3, probe=4, lr=1e30, warmup=0)
     with pytest.raises(WorkError, match="round 1: the loss is not finite"):
         Trainer(two_gaussians, make_reward("right"), s).one_round()
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_each_draw_is_taken_in_every_pass_and_the_reference_evaluated_once(two_gaussians, passes):
+    """Kept velocities are those of the reference, and a round taken up in its middle gives the same batches."""
+    s = Finetune(rollout=64, batch=16, steps_per_round=6, probe=4, reference_passes=passes)
+    trainer = Trainer(two_gaussians, lambda x: x[:, 0], s)
+    rollout = trainer.draw_and_score(0)
+    batches = [*trainer.minibatches(rollout, torch.ones(64), 0)]
+    counts = Counter(int(i) for batch in batches for i in batch.index)
+    assert len(batches) == 6 and len(counts) == 96 / passes and set(counts.values()) == {passes}
+    late = [*trainer.minibatches(rollout, torch.ones(64), 0, skip=4)]
+    for one, two in zip(batches[4:], late, strict=True):
+        assert torch.equal(one.index, two.index) and torch.equal(one.x_t, two.x_t)
+    for batch in batches if passes > 1 else ():
+        assert torch.equal(batch.v_ref, trainer.reference.velocity(batch.t, batch.x_t).detach())
+    assert batches[0].v_ref is None or passes > 1
+    assert trainer.one_round()["seconds_reference"] > 0

@@ -23,7 +23,7 @@ DEFAULT_STEPS = {1: 48, 2: 24}
 
 @dataclass
 class Round:
-    """What round `round` leaves; round 0 is the start.
+    """What round `round`, taken with `alpha`, leaves; round 0 is the start.
 
     reward: E[r] under q_N. w2: W2(q_N, q_0), units of x. entropy: −∫q log q, nats. drift: the paper's D^N,
     averaged over q_N, units of x²; drift_field [cells…]: D^N(x1). density: q_N on the grid [cells…].
@@ -40,6 +40,7 @@ class Round:
     density: Tensor
     drift_field: Tensor
     velocity: ExactVelocity
+    alpha: float = math.nan
     error: dict[str, float] = field(default_factory=dict)
 
 
@@ -126,7 +127,7 @@ def _solve(
     grid: Grid,
     start: Tensor,
     reward: Tensor,
-    alpha: float,
+    alpha: Callable[[list[Round]], float],
     weigh: Callable[[Tensor, Tensor], Tensor],
     rounds: int,
     steps: int,
@@ -155,12 +156,12 @@ def _solve(
 
     q, found = start, [summary(0, start, 1.0, None, still)]
     for number in range(1, rounds + 1):
-        weight = weigh(reward, q * grid.cell)
-        if float(weight.min()) < 0 and float(weight.min()) + alpha <= 0:
+        weight, a = weigh(reward, q * grid.cell), alpha(found)
+        if float(weight.min()) < 0 and float(weight.min()) + a <= 0:
             raise UserError(
                 f"the least weight is {float(weight.min()):.4g}: use α > {-float(weight.min()):.4g}"
             )
-        velocity = ExactVelocity(grid, q, weight, start, alpha)
+        velocity = ExactVelocity(grid, q, weight, start, a)
         noise, q = push(velocity, steps, threads)
         mass = float(q.sum()) * grid.cell
         if not math.isfinite(mass) or abs(mass - 1) > 0.05:
@@ -170,6 +171,7 @@ def _solve(
         q = (q / mass).clamp_min(FLOOR)
         check_edges(grid, q, f"round {number}")
         found.append(summary(number, q, mass, noise, velocity))
+        found[-1].alpha = a
         moved = max(abs(found[-1].reward - found[-2].reward), abs(found[-1].w2 - found[-2].w2))
         if settle is not None and moved < settle:
             return found, number
@@ -179,7 +181,7 @@ def _solve(
 def exact_recursion(
     density: Density,
     reward: Any,
-    alpha: float,
+    alpha: float | Callable[[list[Round]], float],
     tau: float,
     rounds: int = 6,
     *,
@@ -204,6 +206,7 @@ def exact_recursion(
     the loss is held back by α from the first round on. D is reported (Round.drift) beside the exact answer.
 
     Args:
+        alpha: α; or by round, from the rounds so far (round 0 first).
         density: q_0 as a GaussianMixture, a GridDensity, or log q_0: [P, d] → [P] with `bounds`.
         reward: r: points [P, d] float64 → [P], or its values on the grid of a GridDensity.
         weighting: exp, linear, advantage; or any w: (reward [P], probabilities [P]) → [P], used as it is.
@@ -217,8 +220,9 @@ def exact_recursion(
         UserError: reward not finite on the grid; a density that cannot be normalised or leaves the grid;
             a grid too coarse for `tolerance`; w + α ≤ 0.
     """
-    if not (alpha >= 0 and math.isfinite(alpha)) or not math.isfinite(tau):
-        raise UserError(f"α = {alpha:g}, τ = {tau:g}: α must be a number ≥ 0 and τ a number")
+    by_round = alpha if callable(alpha) else lambda found: alpha
+    if (not callable(alpha) and not 0 <= alpha < math.inf) or not math.isfinite(tau):
+        raise UserError(f"α = {alpha}, τ = {tau:g}: α must be a number ≥ 0 and τ a number")
     if rounds < 1 or (steps is not None and steps < 4):
         raise UserError(f"rounds = {rounds}, steps = {steps}: at least 1 round and 4 steps")
 
@@ -233,16 +237,17 @@ def exact_recursion(
     steps = steps or DEFAULT_STEPS[fine.dim]
     values = _rewards_on(fine, reward, fine)
     with single_threaded() as threads:
-        found, settled = _solve(fine, start, values, alpha, weigh, rounds, steps, settle, threads)
+        found, settled = _solve(fine, start, values, by_round, weigh, rounds, steps, settle, threads)
     if check or tolerance is not None:
         coarse, start = on_grid(density, bounds, cells, halved=True)
         rough = _rewards_on(coarse, reward, fine)
         half = max(4, steps // 2)
         with single_threaded() as threads:
-            halves, _ = _solve(coarse, start, rough, alpha, weigh, len(found) - 1, half, None, threads)
+            same = lambda so_far: found[len(so_far)].alpha  # noqa: E731
+            halves, _ = _solve(coarse, start, rough, same, weigh, len(found) - 1, half, None, threads)
         for mine, rougher in zip(found, halves, strict=True):
             mine.error = {name: abs(getattr(mine, name) - getattr(rougher, name)) for name in FIGURES}
-    result = Recursion(alpha, tau, fine, values, found, settled)
+    result = Recursion(found[-1].alpha, tau, fine, values, found, settled)
     worst = max(result.error, key=lambda name: result.error[name])
     if tolerance is not None and result.error[worst] > tolerance:
         raise UserError(

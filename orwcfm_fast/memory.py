@@ -1,0 +1,42 @@
+"""Out of memory: recognised on every device, and answered with half of what was asked for."""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from orwcfm_fast.errors import WorkError
+
+T = TypeVar("T")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is out: CUDA's, the CPU allocator's or Python's own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def halving(work: Callable[[int], T], size: int, name: str, halved: Callable[[int], None]) -> T:
+    """work(size); where memory runs out, work(size / 2) and so on, each told to `halved`.
+
+    Raises:
+        WorkError: memory runs out even with a size of 1.
+    """
+    while True:
+        try:
+            return work(size)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if size == 1:
+                raise WorkError(
+                    f"out of memory even with a {name} of 1: {str(error).split(chr(10))[0]}"
+                ) from None
+        # outside of the handler: the error's frames no longer hold the tensors
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        size = max(1, size // 2)
+        halved(size)

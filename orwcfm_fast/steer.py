@@ -1,0 +1,84 @@
+"""`--target-w2 X`: α by round, so that the coupled W2 comes to X and stays there."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.rollout import Rollout
+from orwcfm_fast.settings import Finetune
+
+FORECAST_SAMPLES = 512
+PROBE = 1024  # 128 know the W2 of digits to 20 %, these to 8 %
+
+
+def probe_size(s: Finetune) -> int:
+    """Samples that W2 is followed on; steering needs it more exactly than a display."""
+    return s.probe if s.target_w2 is None else max(s.probe, PROBE)
+
+
+@dataclass
+class Steering:
+    """One step ahead by a model of a round, from v* = (E[w·u | x_t] + α·v_ref) / (E[w | x_t] + α) with mean w = 1:
+
+        W' = (W + drive) / (1 + α)
+
+    W is the coupled W2 before the round, W' after it; drive is what the weights add at α = 0. Each round shows
+    a drive, of which half is believed (a network's W2 is noisy), and the next α is the one for which W' = X.
+    At rest α = drive / X.
+
+    Attributes:
+        target: X; w2: after the last round; drive: None before the first round.
+    """
+
+    target: float
+    w2: float = 0.0
+    drive: float | None = None
+
+    @classmethod
+    def of(cls, s: Finetune) -> "Steering | None":
+        """Where `target_w2` asks for it.
+
+        Raises:
+            UserError: raw weights, whose mean is not 1: α would mean something else each round.
+        """
+        if s.target_w2 is None:
+            return None
+        if not s.normalize_weights and s.weights != "linear":
+            raise UserError("--target-w2: needs normalised weights; leave out --no-normalize-weights")
+        return cls(s.target_w2)
+
+    def alpha(self) -> float:
+        """α of the coming round."""
+        assert self.drive is not None
+        return max((self.w2 + self.drive) / self.target - 1, 0.0)
+
+    def see(self, alpha: float, w2: float) -> None:
+        """Learn from a round that was taken with this α and left this W2."""
+        seen = max((1 + alpha) * w2 - self.w2, 0.0)
+        self.drive = seen if self.drive is None else (self.drive + seen) / 2
+        self.w2 = w2
+
+    def foresee(self, rollout: Rollout, tau: float, s: Finetune) -> None:
+        """The first round's drive: forecast from its own rollout at α = 0."""
+        from orwcfm_fast.forecast import forecast
+
+        x, r = rollout.x1[:FORECAST_SAMPLES], rollout.reward[:FORECAST_SAMPLES]
+        found = forecast(x, r, 0.0, tau, 1, weighting=s.weights, exact_w2=False, seed=s.seed)
+        self.drive = found.final.w2_coupled
+
+    def to_state(self) -> dict[str, Any]:
+        return {"w2": self.w2, "drive": self.drive}
+
+    def restore(self, state: Any, where: str) -> None:
+        """Go on with what `to_state` wrote.
+
+        Raises:
+            UserError: it is not that.
+        """
+        try:
+            self.w2, self.drive = float(state["w2"]), float(state["drive"])
+            if not (0 <= self.w2 < math.inf and 0 <= self.drive < math.inf):
+                raise ValueError
+        except (TypeError, KeyError, ValueError, OverflowError):
+            raise UserError(f"{where}: state.json: steering is damaged") from None

@@ -1,0 +1,67 @@
+"""The grid of a sweep: every combination of --alpha, --tau and --set, each under a name that says it."""
+
+import itertools
+import tomllib
+from typing import Any
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.registry import unknown
+from orwcfm_fast.settings import Finetune, Sweep, build
+
+ONE_FOR_ALL = ("checkpoint", "model", "data", "device", "precision", "log")
+
+
+def grid(s: Sweep) -> dict[str, Finetune]:
+    """The settings of every run by the run's name: all combinations of --tau, --alpha and --set.
+
+    Raises:
+        UserError: an axis that is empty, unknown or not to be varied; a value out of bounds.
+    """
+    if not s.alpha or not s.tau:
+        raise UserError("sweep: give at least one --alpha and one --tau")
+    axes = [_axis(text) for text in s.set]
+    axes += [("tau", [*s.tau]), ("alpha", [*s.alpha])]
+    names = [key for key, _ in axes]
+    if len(set(names)) < len(names):
+        raise UserError("--set: name every setting once, KEY=V1,V2")
+    common = s.model_dump(exclude={"alpha", "tau", "set"})
+    runs = {}
+    for values in itertools.product(*(values for _, values in axes)):
+        point = dict(zip(names, values, strict=True))
+        more = [f"{key.replace('_', '-')}={_plain(point[key])}" for key in names[:-2]]
+        name = "-".join([f"a{point['alpha']:g}", f"t{point['tau']:g}", *more])
+        runs["".join(c if c.isalnum() or c in "-+.=" else "_" for c in name)] = build(
+            Finetune, common, point, where="sweep: "
+        )
+    return runs
+
+
+def _plain(value: Any) -> str:
+    value = value[0] if isinstance(value, list) else value
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    """'KEY=V1,V2' as the setting and its values."""
+    key, _, rest = text.partition("=")
+    key = key.strip().lstrip("-").replace("-", "_")
+    values = [v.strip() for v in rest.split(",")]
+    if not all([key, *values]):
+        raise UserError(f"--set {text}: write KEY=V1,V2, as in --set lr=1e-3,3e-4")
+    if key in ("alpha", "tau"):
+        raise UserError(f"--set {text}: give --{key} for each value")
+    if key in ONE_FOR_ALL:
+        raise UserError(f"--set {text}: --{key} is one for all runs of a sweep")
+    if key not in Finetune.model_fields:
+        raise UserError(f"--set {text}: {unknown('setting', key, Finetune.model_fields)}")
+    kind = Finetune.model_fields[key].annotation
+    if kind in (int, float, bool):
+        return key, [_parsed(v) for v in values]
+    return key, [[v] if kind == list[str] else v for v in values]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # the settings say what would be right

@@ -1,0 +1,97 @@
+"""Memory that runs out halves what was asked for, and the run goes on to the same end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from orwcfm_fast import history
+from orwcfm_fast.errors import WorkError
+from orwcfm_fast.finetune_run import Finetuning
+from orwcfm_fast.memory import halving, out_of_memory
+from orwcfm_fast.models import VelocityMLP
+from orwcfm_fast.settings import Finetune
+
+FORWARD = VelocityMLP.forward
+CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12"
+
+
+def test_the_real_allocators_error_is_recognised():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**55)
+    assert out_of_memory(error.value)
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_halving_ends_at_one_and_lets_other_errors_through():
+    sizes = []
+
+    def work(size):
+        sizes.append(size)
+        raise RuntimeError(CPU)
+
+    with pytest.raises(WorkError, match="out of memory even with a chunk of 1"):
+        halving(work, 6, "chunk", lambda size: None)
+    assert sizes == [6, 3, 1]
+    with pytest.raises(RuntimeError, match="shapes"):
+        halving(lambda size: (_ for _ in ()).throw(RuntimeError("shapes")), 6, "chunk", lambda size: None)
+
+
+def limited(training: int, sampling: int):
+    """The MLP on a device that holds only so many samples at once, with and without gradients."""
+
+    def forward(self, t, x):
+        if len(x) > (training if self.net[0].weight.requires_grad and torch.is_grad_enabled() else sampling):
+            raise torch.OutOfMemoryError(CPU)
+        return FORWARD(self, t, x)
+
+    return forward
+
+
+SMALL = dict(
+    rounds=3, rollout=64, batch=32, steps_per_round=4, probe=40, eval_n=64, chunk=48, reward=["right"]
+)
+
+
+def run(out: str, lines: list[str] | None = None) -> list[dict]:
+    task = Finetuning.prepare(Finetune(checkpoint="base", **SMALL), {}, out=Path(out))
+    task.train(on_line=(lines if lines is not None else []).append)
+    task.run.unlock()
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_with_half_and_records_it(base, monkeypatch):
+    plenty = run("plenty")
+    monkeypatch.setattr(VelocityMLP, "forward", limited(training=10, sampling=30))
+    lines: list[str] = []
+    little = run("little", lines)
+    for text in ("micro-batch of 16", "micro-batch of 8", "24 samples at once in a rollout"):
+        assert sum(text in line for line in lines) == 1, lines
+        assert any(text in said for said in little[0]["guard"])
+    assert [(r["micro_batch"], r["chunk"]) for r in little] == [(8, 24)] * 3
+    assert [(r["micro_batch"], r["chunk"]) for r in plenty] == [(32, 48)] * 3
+    for ours, theirs in zip(little, plenty, strict=True):
+        for key in ("reward_mean", "loss_fm", "loss_w2", "w2_coupled", "grad_norm_max"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+    newest = history.steps(Path("little/checkpoints"))[0]
+    control = json.loads((newest / "state.json").read_text())["control"]
+    assert (control["micro_batch"], control["chunk"]) == (8, 24)
+
+
+def test_a_resumed_run_starts_with_the_sizes_that_fitted(base, monkeypatch):
+    monkeypatch.setattr(VelocityMLP, "forward", limited(training=10, sampling=30))
+    run("little")
+    monkeypatch.setattr(VelocityMLP, "forward", FORWARD)
+    task = Finetuning.prepare(None, {"rounds": 4}, resume=Path("little"))
+    lines: list[str] = []
+    task.train(on_line=lines.append)
+    last = task.run.read_metrics()[-1]
+    assert last["round"] == 4 and (last["micro_batch"], last["chunk"]) == (8, 24) and lines == []
+
+
+def test_a_device_too_small_for_one_sample_ends_with_one_line(base, monkeypatch):
+    monkeypatch.setattr(VelocityMLP, "forward", limited(training=0, sampling=64))
+    with pytest.raises(WorkError, match="out of memory even with a micro-batch of 1"):
+        run("none")
