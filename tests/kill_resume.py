@@ -56,7 +56,9 @@ def finetune(base: str, *more: str) -> tuple[str, ...]:
 
 
 KINDS = (
-    Kind("mlp", 110, finetune("mlp", "--rollout", "256", "--rounds", "3", "--steps-per-round", "16"), quick=True),
+    Kind("mlp", 90, finetune("mlp", "--rollout", "256", "--rounds", "3", "--steps-per-round", "16"), quick=True),
+    Kind("mlp, steered and guarded", 20, finetune("mlp", "--rollout", "128", "--rounds", "4", "--steps-per-round", "8",
+                                                  "--target-w2", "0.3", "--guard", "rollback")),
     Kind("mlp, ot", 20, finetune("mlp", "--rollout", "128", "--rounds", "4", "--steps-per-round", "8",
                                  "--coupling", "ot", "--save-every", "2")),
     Kind("unet-digits", 30, finetune("unet", "--rollout", "64", "--rounds", "3", "--steps-per-round", "4"), quick=True),

@@ -66,6 +66,17 @@ def test_the_newest_k_and_the_best_are_kept(folder):
     assert {p.name for p in folder.iterdir()} == {"best", "step_9", "step_12"}
 
 
+def test_what_an_interruption_wrote_goes_when_there_is_a_newer_one(folder):
+    """Regular every 6 steps: 3 and 9 are of interruptions."""
+    history.prune(folder, 1, None, 6)
+    assert {p.name for p in folder.iterdir()} == {"step_12"}
+    checkpoint.save(folder / "step_15", {"step": 15}, model={"a": torch.zeros(1)})
+    history.prune(folder, 1, None, 6)
+    assert {p.name for p in folder.iterdir()} == {"step_12", "step_15"}
+    assert history.load_newest(folder).state["step"] == 15
+    assert history.load_newest(folder, every=6).state["step"] == 12
+
+
 def test_a_reward_is_that_of_the_policy_before_the_round_and_w2_of_the_one_after(folder):
     """Rounds of 3 steps. The rollout of round 3 came from the policy that round 2 left, at step 6."""
     reward, w2 = [0.1, 0.2, 0.9, 0.3], [0.5, 0.1, 0.2, 0.3]
