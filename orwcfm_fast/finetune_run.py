@@ -215,6 +215,7 @@ class Finetuning:
         self.trainer.restore(newest)
         self._check_forecast()
         self.run.truncate_metrics(self.trainer.round)
+        self._prune()  # a kill may have come between the last save and this
 
     def _check_forecast(self) -> None:
         """A forecast that cannot be read is none; the report would stumble over it after all the training."""
@@ -332,10 +333,13 @@ class Finetuning:
             try:
                 self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
                 self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
-                history.prune(self.run.checkpoints, self.settings.keep, self.best(), self._every)
+                self._prune()
             except OSError as error:
                 raise self.run.write_failed(error, self._resume_command()) from error
         return path
+
+    def _prune(self) -> None:
+        history.prune(self.run.checkpoints, self.settings.keep, self.best(), self._every)
 
     @property
     def _every(self) -> int:

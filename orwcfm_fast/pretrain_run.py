@@ -22,6 +22,7 @@ from orwcfm_fast.run import Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.settings import Pretrain, Sampling
 
 RESUME_MAY_CHANGE = ("save_every", "device")
+KEEP = 2
 
 
 class PretrainRun:
@@ -73,6 +74,7 @@ class PretrainRun:
             newest = history.load_newest(run.checkpoints, set_aside=True)
             if newest is not None:
                 task.trainer.restore(newest)
+                history.prune(run.checkpoints, KEEP)  # a kill may have come between the last save and this
             if task.trainer.steps >= settings.steps:
                 raise UserError(f"--resume {run.path}: already finished, at step {task.trainer.steps}")
             run.truncate_metrics(task.trainer.steps, "step")
@@ -124,7 +126,7 @@ class PretrainRun:
         if not checkpoint.is_checkpoint(path):
             self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
             self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
-            history.prune(self.run.checkpoints, 2)
+            history.prune(self.run.checkpoints, KEEP)
         return path
 
     def images_per_s(self) -> float:

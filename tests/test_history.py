@@ -32,6 +32,16 @@ def damage(path: Path, how: str = "flip") -> None:
         file.write_bytes(b"")
 
 
+def test_a_kill_between_the_last_save_and_its_pruning_is_made_good(run_cli, tiny_run, monkeypatch):
+    args = ("finetune", "--checkpoint", "base", *SMALL, "--keep", 1, "--best", "none", "--rounds")
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "prune", lambda *args: None)
+        assert run_cli(*args, 3, "--out", "o").code == 0
+    assert len(history.steps(Path("o/checkpoints"))) == 3
+    assert run_cli("finetune", "--resume", "o", "--quiet").code == 0
+    assert [p.name for p in history.steps(Path("o/checkpoints"))] == ["step_6"]
+
+
 @pytest.mark.parametrize("how", ["flip", "gone", "empty"])
 def test_a_damaged_newest_is_named_in_one_line_and_the_one_before_taken(folder, capsys, how):
     damage(folder / "step_12", how)
