@@ -252,7 +252,7 @@ class Finetuning:
 
     def _back(self) -> int:
         """To the newest checkpoint, or the start where there is none; the round it holds."""
-        newest = history.load_newest(self.run.checkpoints)
+        newest = history.load_newest(self.run.checkpoints, every=self._every)
         if newest:
             self.trainer.restore(newest)
         else:
@@ -282,10 +282,15 @@ class Finetuning:
             try:
                 self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
                 self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
-                history.prune(self.run.checkpoints, self.settings.keep, self.best())
+                history.prune(self.run.checkpoints, self.settings.keep, self.best(), self._every)
             except OSError as error:
                 raise self.run.write_failed(error, self._resume_command()) from error
         return path
+
+    @property
+    def _every(self) -> int:
+        """Steps between regular checkpoints; an interruption writes others."""
+        return self.settings.steps_per_round * self.settings.save_every
 
     def best(self) -> Path | None:
         """The checkpoint that the chosen metric speaks best of."""
@@ -293,7 +298,9 @@ class Finetuning:
         if s.best == "none":
             return None
         records = self.run.read_metrics()
-        return history.best_step(self.run.checkpoints, records, s.best, lambda n: n * s.steps_per_round)
+        return history.best_step(
+            self.run.checkpoints, records, s.best, lambda n: n * s.steps_per_round, self._every
+        )
 
     def _picture(self, number: int) -> None:
         probe = self._shown(self.trainer.probe)

@@ -112,6 +112,8 @@ class PretrainRun:
                 raise WorkError(f"step {step}: the loss is not finite; lower --lr")
             self.run.append({"step": step, "loss": loss})
             watch(step, loss)
+            if step == self.settings.steps:
+                self._picture()  # before the last checkpoint, which says that all is there
             if step % self.settings.save_every == 0 or step == self.settings.steps:
                 self._save()
                 self.run.settle()
@@ -128,10 +130,14 @@ class PretrainRun:
     def images_per_s(self) -> float:
         return (self.trainer.steps - self._first) * self.settings.batch / max(self._seconds, 1e-9)
 
+    @property
     def picture(self) -> Path:
-        """Samples of the averaged model."""
+        """Samples of the averaged model, there once training is done."""
+        return self.run.samples / "final.png"
+
+    def _picture(self) -> None:
         policy = self.trainer.averaged()
         n = 64 if len(policy.shape) == 3 else 2000
         with torch.inference_mode():
             x = policy.decode(sample(policy, start_noise(policy, n, self.settings.seed), Sampling(), 512))
-        return save_samples(self.run.samples / "final.png", {self.settings.data: x})
+        save_samples(self.picture, {self.settings.data: x})

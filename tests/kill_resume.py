@@ -56,7 +56,9 @@ def finetune(base: str, *more: str) -> tuple[str, ...]:
 
 
 KINDS = (
-    Kind("mlp", 110, finetune("mlp", "--rollout", "256", "--rounds", "3", "--steps-per-round", "16"), quick=True),
+    Kind("mlp", 90, finetune("mlp", "--rollout", "256", "--rounds", "3", "--steps-per-round", "16"), quick=True),
+    Kind("mlp, steered and guarded", 20, finetune("mlp", "--rollout", "128", "--rounds", "4", "--steps-per-round", "8",
+                                                  "--target-w2", "0.3", "--guard", "rollback")),
     Kind("mlp, ot", 20, finetune("mlp", "--rollout", "128", "--rounds", "4", "--steps-per-round", "8",
                                  "--coupling", "ot", "--save-every", "2")),
     Kind("unet-digits", 30, finetune("unet", "--rollout", "64", "--rounds", "3", "--steps-per-round", "4"), quick=True),
@@ -274,7 +276,12 @@ def main() -> None:
         assert code == 0, Path("whole.log").read_text()
         for _ in range(kind.trials if options.all else 1):
             trial(kind, whole, seconds, dice, place, tally)
-        print(f"{kind.name}: {tally.equal} of {tally.trials} equal so far", flush=True)
+        print(
+            f"{kind.name}: {tally.equal} of {tally.trials} equal so far",
+            *tally.failures,
+            sep="\n",
+            flush=True,
+        )
     result = {
         "what": "runs killed by kill -9 at random moments and resumed to the end, against uninterrupted ones: "
         "checkpoints, metrics but seconds, pictures and measures of samples, bit for bit",

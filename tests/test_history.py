@@ -66,6 +66,17 @@ def test_the_newest_k_and_the_best_are_kept(folder):
     assert {p.name for p in folder.iterdir()} == {"best", "step_9", "step_12"}
 
 
+def test_what_an_interruption_wrote_goes_when_there_is_a_newer_one(folder):
+    """Regular every 6 steps: 3 and 9 are of interruptions."""
+    history.prune(folder, 1, None, 6)
+    assert {p.name for p in folder.iterdir()} == {"step_12"}
+    checkpoint.save(folder / "step_15", {"step": 15}, model={"a": torch.zeros(1)})
+    history.prune(folder, 1, None, 6)
+    assert {p.name for p in folder.iterdir()} == {"step_12", "step_15"}
+    assert history.load_newest(folder).state["step"] == 15
+    assert history.load_newest(folder, every=6).state["step"] == 12
+
+
 def test_a_reward_is_that_of_the_policy_before_the_round_and_w2_of_the_one_after(folder):
     """Rounds of 3 steps. The rollout of round 3 came from the policy that round 2 left, at step 6."""
     reward, w2 = [0.1, 0.2, 0.9, 0.3], [0.5, 0.1, 0.2, 0.3]
@@ -114,7 +125,8 @@ def test_resuming_past_a_damaged_newest_ends_as_if_it_were_whole(run_cli, tiny_r
 
 
 @pytest.mark.parametrize(
-    "tail", ['{"round": 3', '{"round": 2}\n{"round": 2}\n', "\x00\x00", "[1]\n", '{"a": 1}\n']
+    "tail",
+    ['{"round": 3', '{"round": 2}\n{"round": 2}\n', "\x00\x00", "[1]\n", '{"a": 1}\n', '{"round": 3}\n'],
 )
 def test_metrics_have_no_duplicate_and_no_missing_round_after_a_resume(run_cli, tiny_run, tail):
     with (tiny_run / "metrics.jsonl").open("a") as file:

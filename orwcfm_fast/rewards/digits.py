@@ -77,7 +77,7 @@ def digit_classifier(data: str = "digits", data_dir: str = "") -> Classifier:
         found = checkpoint.load(folder)
         checkpoint.load_weights(network, found.tensors["model"], str(folder))
         accuracy = float(found.state["accuracy"])
-    except (UserError, KeyError, ValueError):
+    except (UserError, KeyError, ValueError, TypeError):
         accuracy = _train(network, data, data_dir)
         checkpoint.save(folder, {"kind": "classifier", "accuracy": accuracy}, model=network.state_dict())
     return Classifier(network.eval().requires_grad_(False), accuracy, training.shape)
