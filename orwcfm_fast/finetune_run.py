@@ -199,6 +199,7 @@ class Finetuning:
                         self._train(log, on_round, on_line)
                 except Stop:
                     where = f"interrupted in round {self.trainer.round + 1}, saved at {self.save()}"
+                    self.run.settle()
                     raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
@@ -243,9 +244,12 @@ class Finetuning:
                 try:
                     if self.settings.guard != "rollback":
                         raise
-                    self.trainer.oversight.take_back(fault, self._back)
+                    self.trainer.take_back(fault, self._back)
+                    if self.trainer.round:
+                        self.save(anew=True)  # with the α and τ that hold from here on
                 except Fault:
                     self.run.append(fault.record)
+                    self.run.settle()
                     kept = history.steps(self.run.checkpoints)
                     where = f"the last good checkpoint is {kept[0]}" if kept else "no round was good yet"
                     raise WorkError(f"{fault}; stopped, {where}") from None
@@ -275,10 +279,10 @@ class Finetuning:
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
         return forecast_line(found)
 
-    def save(self) -> Path:
-        """A checkpoint of what is trained so far; its path."""
+    def save(self, anew: bool = False) -> Path:
+        """A checkpoint of what is trained so far; its path. `anew`: in place of one that is there."""
         path = self.run.checkpoints / f"step_{self.trainer.steps_taken}"
-        if not checkpoint.is_checkpoint(path):
+        if anew or not checkpoint.is_checkpoint(path):
             try:
                 self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
                 self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
