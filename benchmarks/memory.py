@@ -1,7 +1,7 @@
 """Peak memory of fine-tuning the CIFAR-10 U-Net, each way in a process of its own.
 
 `python -m orwcfm_fast.benchmarks.memory --batch 16 --out FILE.json`: a short rollout and two gradient steps of the
-plain loop, of ours in float32 and bfloat16, whole and in micro-batches, and with LoRA. `peak` is the process's largest
+plain loop, of ours in float32 and bfloat16, and with LoRA. `peak` is the process's largest
 resident set less what it held after its imports; `held` is weights, gradients, optimiser state and copies of weights.
 """
 

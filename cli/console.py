@@ -12,7 +12,7 @@ from orwcfm_fast.table import measure_rows
 
 if TYPE_CHECKING:
     from orwcfm_fast.evaluate import Measures
-    from orwcfm_fast.finetune_run import Result
+    from orwcfm_fast.result import Result
 
 out = Console(highlight=False, soft_wrap=True)
 if not out.is_terminal:

@@ -122,7 +122,7 @@ def evaluate(
         policies = {"reference": anchor, **policies}
     known = first.policy.data
     judge = judge_for(known, reward, reward.name, holdout, s.features, s)
-    target = target_for(s.against, known, s.n)
+    target = target_for(s.against, known, s.n, s.data_dir)
     measures = measure(
         policies, anchor, judge, s, s.n, s.chunk, target=target, against_reference=s.against == "reference"
     )

@@ -1,87 +1,37 @@
 """A whole fine-tuning run: load, train, record, save, evaluate. What `orwcfm finetune` calls."""
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from orwcfm_fast import checkpoint, history
-from orwcfm_fast.data import source
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
-from orwcfm_fast.evaluate import Measures, evaluate, judge_for
+from orwcfm_fast.evaluate import evaluate, judge_for
 from orwcfm_fast.files import read_small, write_text
 from orwcfm_fast.guard import Fault
 from orwcfm_fast.interrupt import Interruption, Stop
-from orwcfm_fast.load import DEFAULT, Loaded, Loader, Watch
+from orwcfm_fast.load import Loaded, Loader, Watch
 from orwcfm_fast.pictures import save_curves, save_samples
 from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
 from orwcfm_fast.report import run_report
+from orwcfm_fast.resolve import anchored, resolved, run_name
+from orwcfm_fast.result import Result
 from orwcfm_fast.rewards import check_code_named, make_holdout, make_reward, user_code
 from orwcfm_fast.run import Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.tracking import Log, check_loggers, loggers
-from orwcfm_fast.trainer import PHASES, Progress, Trainer
+from orwcfm_fast.trainer import Progress, Trainer
 
 PICTURE_SAMPLES = 64
 MAX_FORECAST_BYTES = 1 << 20
-
-
-@dataclass
-class Result:
-    """What a finished run has to say: before and after on the same held-out noise, and its files."""
-
-    run: Run
-    settings: Finetune
-    before: Measures
-    after: Measures
-    records: list[dict[str, Any]]
-    seconds: float
-    best: Path | None
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "before": self.before.to_dict(),
-            "after": self.after.to_dict(),
-            "rounds": len(self.records),
-            "best": str(self.best.relative_to(self.run.path)) if self.best else None,
-            "ess": self.records[-1]["ess"],
-            "images_per_s_rollout": _mean(self.records, "images_per_s_rollout"),
-            "images_per_s_train": _mean(self.records, "images_per_s_train"),
-            "seconds": self.seconds,
-            "seconds_by_phase": self.by_phase(),
-            "seconds_by_reward": self.by_reward(),
-            "settings": self.settings.model_dump(),
-            "versions": checkpoint.versions(),
-        }
-
-    def forecast(self) -> str | None:
-        """Forecast and reached, where round 1 made a forecast."""
-        try:
-            found = json.loads(self.run.forecast.read_bytes())
-            return reached_line(found, self.after.reward.mean, len(self.records))
-        except FileNotFoundError:
-            return None
-
-    def by_phase(self) -> dict[str, float]:
-        """Seconds of the loop by phase, over all rounds."""
-        return {p: sum(r[f"seconds_{p}"] for r in self.records) for p in (*PHASES, "probe")}
-
-    def by_reward(self) -> dict[str, float]:
-        """Seconds of each reward over all rounds, where there are several."""
-        names = self.records[-1].get("seconds_rewards", {})
-        return {name: sum(r["seconds_rewards"][name] for r in self.records) for name in names}
-
-
-def _mean(records: list[dict[str, Any]], key: str) -> float:
-    return sum(r[key] for r in records) / len(records)
+RESUME_MAY_CHANGE = ("rounds", "device", "log")
 
 
 class Finetuning:
@@ -185,7 +135,7 @@ class Finetuning:
         """What is run, in words."""
         s = self.settings
         lines = [
-            f"{_anchored(s)} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {s.rounds} rounds of {s.rollout} "
+            f"{anchored(s)} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {s.rounds} rounds of {s.rollout} "
             f"samples ({s.solver}, {s.nfe} evaluations) and {s.steps_per_round} steps of {s.batch}; "
             f"{self.loaded.policy.device}, {s.precision}"
         ]
@@ -250,6 +200,7 @@ class Finetuning:
                         self._train(log, on_round, on_line)
                 except Stop:
                     where = f"interrupted in round {self.trainer.round + 1}, saved at {self.save()}"
+                    self.run.settle()
                     raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
@@ -294,9 +245,12 @@ class Finetuning:
                 try:
                     if self.settings.guard != "rollback":
                         raise
-                    self.trainer.oversight.take_back(fault, self._back)
+                    self.trainer.take_back(fault, self._back)
+                    if self.trainer.round:
+                        self.save(anew=True)  # with the α and τ that hold from here on
                 except Fault:
                     self.run.append(fault.record)
+                    self.run.settle()
                     kept = history.steps(self.run.checkpoints)
                     where = f"the last good checkpoint is {kept[0]}" if kept else "no round was good yet"
                     raise WorkError(f"{fault}; stopped, {where}") from None
@@ -326,10 +280,10 @@ class Finetuning:
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
         return forecast_line(found)
 
-    def save(self) -> Path:
-        """A checkpoint of what is trained so far; its path."""
+    def save(self, anew: bool = False) -> Path:
+        """A checkpoint of what is trained so far; its path. `anew`: in place of one that is there."""
         path = self.run.checkpoints / f"step_{self.trainer.steps_taken}"
-        if not checkpoint.is_checkpoint(path):
+        if anew or not checkpoint.is_checkpoint(path):
             try:
                 self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
                 self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
@@ -393,31 +347,3 @@ class Finetuning:
         run_report(result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()])
         write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
         return result
-
-
-RESUME_MAY_CHANGE = ("rounds", "device", "log")
-
-
-def _anchored(s: Finetune) -> str:
-    return f"α={s.alpha:g}" if s.target_w2 is None else f"α for a coupled W2 of {s.target_w2:g},"
-
-
-def run_name(settings: Finetune) -> str:
-    """<data>-<reward>-a1-t0.5, for a run's directory."""
-    anchored = f"a{settings.alpha:g}" if settings.target_w2 is None else f"w{settings.target_w2:g}"
-    rewards = re.sub(r"[^:+]*/", "", "+".join(settings.reward))[:100]  # without the folders of files
-    name = f"{settings.data}-{rewards}-{anchored}-t{settings.tau:g}"
-    return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
-
-
-def resolved(settings: Finetune, loaded: Loaded) -> Finetune:
-    """The settings with everything filled in that the loaded model decides."""
-    policy = loaded.policy
-    filled = {
-        "checkpoint": settings.checkpoint or DEFAULT,
-        "reward": settings.reward or [source(policy.data)[0].reward],
-        "model": policy.model,
-        "data": policy.data,
-        "precision": "fp32" if policy.precision == torch.float32 else "bf16",
-    }
-    return settings.model_copy(update=filled)

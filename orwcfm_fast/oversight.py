@@ -128,7 +128,12 @@ class Oversight:
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint must hold of it."""
-        found = {"control": self.control.to_state(), "guard": self.guard.to_state(), "notes": self.notes}
+        found = {
+            "control": self.control.to_state(),
+            "guard": self.guard.to_state(),
+            "notes": self.notes,
+            "rollbacks": [self.rollbacks, self.faulty],
+        }
         return found | ({"steering": self.steering.to_state()} if self.steering else {})
 
     def restore(self, state: dict[str, Any], where: str) -> None:
@@ -139,10 +144,14 @@ class Oversight:
         """
         self.control = Control.of_state(state.get("control"), self.settings, where)
         self.guard.restore(state.get("guard"), where)
-        notes = state.get("notes", [])
+        notes, rollbacks = state.get("notes", []), state.get("rollbacks", [0, 0])
         if not isinstance(notes, list) or not all(isinstance(text, str) for text in notes):
             raise UserError(f"{where}: state.json: notes are damaged")
-        self.notes = [*notes]
+        if not (
+            isinstance(rollbacks, list) and len(rollbacks) == 2 and all(type(n) is int for n in rollbacks)
+        ):
+            raise UserError(f"{where}: state.json: rollbacks are damaged")
+        self.notes, (self.rollbacks, self.faulty) = [*notes], rollbacks
         if self.steering:
             self.steering.restore(state.get("steering"), where)
 

@@ -16,7 +16,7 @@ from orwcfm_fast.load import FOREIGN_DATA
 from orwcfm_fast.models import build_network
 from orwcfm_fast.policy import Policy
 from orwcfm_fast.registry import unknown
-from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.rewards import make_holdout, make_reward
 from orwcfm_fast.settings import Finetune, build
 from orwcfm_fast.tracking import check_loggers, loggers
 from orwcfm_fast.trainer import Trainer
@@ -75,6 +75,10 @@ def settings_from(config: dict[str, Any]) -> Finetune:
         print(
             "warning: wandb is not installed (pip install 'orwcfm-fast[wandb]'); going on without",
             file=sys.stderr,
+        )
+    if values.get("guard") == "rollback":
+        raise UserError(
+            "guard: rollback goes back to a checkpoint of a run; with this trainer use warn, stop or off"
         )
     return build(Finetune, values)
 
@@ -137,7 +141,11 @@ class ORWCFMTrainer:
             rollout = self.settings.batch * steps_per_epoch
             update = {"steps_per_round": steps_per_epoch, "rollout": rollout, "rounds": num_epochs}
             self.settings = build(Finetune, self.settings.model_dump() | update)
-            self.trainer = Trainer(self.policy, self.reward, self.settings, reward_name=self.reward.name)
+            self.trainer = Trainer(
+                self.policy, self.reward, self.settings, reward_name=self.reward.name,
+                holdout=make_holdout(self.settings),
+            )  # fmt: skip
+            self.trainer.oversight.tell(lambda text: print(text, flush=True))
         s, name = self.settings, self.config.get("run_name") or "orwcfm"
         with loggers(s.log, Path(self.config.get("savedir") or "."), name, s.model_dump()) as log:
             for record in self.trainer.train(self.trainer.round + num_epochs):
@@ -159,7 +167,7 @@ class ORWCFMTrainer:
         if path.suffix != ".pt":
             self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
             return path
-        weights = self.model.state_dict()
+        weights = self.policy.weights()
         found = {
             "net_model": weights,
             "last_policy": weights,  # a round ends with the behaviour policy brought up to date

@@ -220,8 +220,15 @@ def versus(
     settings = build(Finetune, read_toml(run.config), where=f"{run.config}: ")
     if settings.standardize_rewards:
         raise UserError(f"--versus {path}: {STANDARDIZED}")
-    policy, reward = load(str(run.reference)), make(settings)
     records = run.read_metrics()
+    if (
+        len({(r.get("alpha", settings.alpha), r.get("tau", settings.tau)) for r in records}) > 1
+        or settings.target_w2
+    ):
+        raise UserError(
+            f"--versus {path}: its α or τ changed on the way (--target-w2, rollback); no forecast follows"
+        )
+    policy, reward = load(str(run.reference)), make(settings)
     own = s.model_copy(
         update={
             "alpha": [settings.alpha], "tau": [settings.tau], "rounds": len(records), "weights": settings.weights,

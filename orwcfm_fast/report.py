@@ -13,7 +13,7 @@ from orwcfm_fast.files import write_text
 from orwcfm_fast.table import interval, measure_rows
 
 if TYPE_CHECKING:
-    from orwcfm_fast.finetune_run import Result
+    from orwcfm_fast.result import Result
 
 MOST_PICTURES = 25
 Record = dict[str, Any]

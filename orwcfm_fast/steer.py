@@ -77,8 +77,11 @@ class Steering:
             UserError: it is not that.
         """
         try:
-            self.w2, self.drive = float(state["w2"]), float(state["drive"])
-            if not (0 <= self.w2 < math.inf and 0 <= self.drive < math.inf):
+            self.w2 = float(state["w2"])
+            self.drive = (
+                None if state["drive"] is None else float(state["drive"])
+            )  # None: left in the first rollout
+            if not (0 <= self.w2 < math.inf and 0 <= (self.drive or 0.0) < math.inf):
                 raise ValueError
         except (TypeError, KeyError, ValueError, OverflowError):
             raise UserError(f"{where}: state.json: steering is damaged") from None

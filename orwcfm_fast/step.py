@@ -59,9 +59,12 @@ class Learner:
 
     def anchor(self, batch: Batch) -> Tensor:
         """The reference's velocity at the batch's points, [B, *shape]."""
+
+        def parts(size: int) -> Tensor:
+            return torch.cat([self.reference.velocity(part.t, part.x_t) for part in batch.split(size)])
+
         with self.phases("reference"), torch.no_grad():
-            parts = [self.reference.velocity(part.t, part.x_t) for part in batch.split(self.micro_batch)]
-            return torch.cat(parts)
+            return halving(parts, self.micro_batch, "micro-batch", self.set_micro_batch)
 
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
         """One step on a batch; returns (mean fm, mean w2, gradient norm) [3], float32 on the device."""
@@ -88,7 +91,10 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)  # of a try that ran out of memory
         fm, w2 = [], []
         for part in batch.split(micro_batch):
-            v_ref = self.anchor(part) if part.v_ref is None else part.v_ref
+            v_ref = part.v_ref
+            if v_ref is None:
+                with self.phases("reference"), torch.no_grad():
+                    v_ref = self.reference.velocity(part.t, part.x_t)
             with self.phases("policy"):
                 v = self.policy.velocity(part.t, part.x_t)
                 _, *means, dv = anchored_residual(

@@ -13,12 +13,13 @@ from typing import Any
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, UserError, WorkError
 from orwcfm_fast.files import write_text
-from orwcfm_fast.finetune_run import Finetuning, resolved
+from orwcfm_fast.finetune_run import Finetuning
 from orwcfm_fast.forecast import forecast_many
 from orwcfm_fast.fronts import Outcome, plain_forecast, write_fronts
 from orwcfm_fast.load import Loaded, Loader, Watch
 from orwcfm_fast.prediction import FORECAST_ROUNDS, draw_reference
 from orwcfm_fast.registry import unknown
+from orwcfm_fast.resolve import resolved
 from orwcfm_fast.rewards import check_code_named, make_reward
 from orwcfm_fast.run import Run, is_run, next_run_path, read_command
 from orwcfm_fast.samplers import times as solver_times
@@ -66,6 +67,8 @@ class Sweeping:
         if begun:
             settings = _widened(begun, given)
         runs = grid(settings)
+        if begun:
+            _check_named(runs, given, begun)
         solver_times(settings.nfe, settings.solver, settings.grid)
         check_loggers(settings.log)
         if settings.reward:
@@ -95,15 +98,18 @@ class Sweeping:
         found = self._forecasts()
         groups: dict[tuple, list[str]] = {}
         for name, s in self.runs.items():
-            if name not in found:
-                groups.setdefault((s.rounds, s.weights, s.normalize_weights), []).append(name)
+            known = s.target_w2 is None and not s.standardize_rewards  # no forecast knows those
+            if known and name not in found:
+                groups.setdefault((s.rounds, s.weights, s.normalize_weights, *s.reward), []).append(name)
         if not groups:
             return "forecasts are there"
         s = self.settings
         how = Predict(solver=s.solver, nfe=s.nfe, grid=s.grid, chunk=s.chunk, seed=s.seed)
-        with self._or_nothing():
-            reference = draw_reference(self.base.policy, make_reward(s.reward, s), how)
-        for (rounds, weights, normalize), names in groups.items():
+        for (rounds, weights, normalize, *_), names in groups.items():
+            own_settings = self.runs[names[0]]
+            with self._or_nothing():
+                reward = make_reward(own_settings.reward, own_settings)
+                reference = draw_reference(self.base.policy, reward, how)
             pairs = [(self.runs[name].alpha, self.runs[name].tau) for name in names]
             once = [*dict.fromkeys(pairs)]
             try:
@@ -117,7 +123,7 @@ class Sweeping:
             own = dict(zip(once, map(plain_forecast, forecasts), strict=True))
             found |= {name: own[pair] for name, pair in zip(names, pairs, strict=True)}
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
-        return f"{len(found)} runs forecast from {len(reference.samples)} samples of the model"
+        return f"{len(found)} runs forecast from {how.n} samples of the model"
 
     def _forecasts(self) -> dict[str, Any]:
         return json.loads(self.run.forecast.read_text()) if self.run.forecast.is_file() else {}
@@ -161,7 +167,7 @@ class Sweeping:
         for name in [n for n in self.runs if n not in self.finished()]:
             try:
                 self._train(name, watch)
-            except WorkError as error:
+            except (WorkError, UserError) as error:
                 failed[name] = error
                 continue
             except (KeyboardInterrupt, Interrupted) as stopped:
@@ -213,6 +219,13 @@ class Sweeping:
         return outcomes
 
 
+def _check_named(runs: dict[str, Finetune], given: dict[str, Any], path: Path) -> None:
+    """A sweep that is found runs no code of its own: a reward of a file or module must be named again."""
+    for key in ("reward", "holdout_reward"):
+        rewards = [*dict.fromkeys(name for s in runs.values() for name in getattr(s, key))]
+        check_code_named(rewards, given.get(key, []), path / "config.toml", key)
+
+
 def _widened(path: Path, given: dict[str, Any]) -> Sweep:
     """The settings of a sweep that goes on: its own, with the values of α and τ that were given added.
 
@@ -230,7 +243,5 @@ def _widened(path: Path, given: dict[str, Any]) -> Sweep:
             raise UserError(
                 f"--out {path}: this sweep has {flag} {getattr(own, key)}, not {value}; use another --out"
             )
-    for key in ("reward", "holdout_reward"):
-        check_code_named(getattr(own, key), given.get(key, []), path / "config.toml", key)
     added = {key: [*dict.fromkeys([*getattr(own, key), *given.get(key, [])])] for key in ("alpha", "tau")}
     return build(Sweep, written, {k: given[k] for k in ("device", "log") if k in given}, added)

@@ -55,12 +55,17 @@ def _axis(text: str) -> tuple[str, list[Any]]:
     if key not in Finetune.model_fields:
         raise UserError(f"--set {text}: {unknown('setting', key, Finetune.model_fields)}")
     kind = Finetune.model_fields[key].annotation
-    if kind in (int, float, bool):
+    if kind in (int, float, bool, float | None):
         return key, [_parsed(v) for v in values]
     return key, [[v] if kind == list[str] else v for v in values]
 
 
 def _parsed(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -13,6 +13,7 @@ from orwcfm_fast.begun import Begun, pack, unpack
 from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.guard import Fault
 from orwcfm_fast.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.oversight import Oversight
 from orwcfm_fast.policy import Policy
@@ -264,6 +265,11 @@ class Trainer:
     def trained_on(self, scores: Scores) -> Tensor:
         """The reward [N] that weights are made of."""
         return scores.standardized() if self.settings.standardize_rewards else scores.total
+
+    def take_back(self, fault: Fault, restore: Callable[[], int]) -> None:
+        """`Oversight.take_back`, with the sizes that memory allowed."""
+        self.oversight.take_back(fault, restore)
+        self.learner.micro_batch = self.oversight.control.micro_batch
 
     def start_over(self) -> None:
         """Back to before the first round."""

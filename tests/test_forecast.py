@@ -176,7 +176,7 @@ def test_bad_input_is_refused(samples, rewards, alpha):
         forecast(samples, rewards, alpha, 0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_twelve_settings_on_digits_take_under_a_minute(digits, stopwatch):
     settings = [(alpha, tau) for tau in (0.5, 1.0, 2.0) for alpha in (0.0, 0.3, 1.0, 3.0)]
     found = forecast_many(*digits, settings, 6)

@@ -99,11 +99,11 @@ def test_without_timm_its_architectures_are_said_to_need_it(tmp_path, monkeypatc
         ("classifier:shufflenet_v2_x0_6:w.pt:3", "did you mean 'shufflenet_v2_x0_5'"),
         ("classifier:shufflenet_v2_x1_0:w.pt:3", "weights of another architecture"),
         ("classifier:resnet18:w.safetensors:3", "weights of another architecture"),
-        ("classifier:resnet18:gone.pt:3", "classifier resnet18 gone.pt: no such file"),
+        ("classifier:resnet18:gone.pt:3", "classifier resnet18 gone.pt: No such file"),
         ("classifier:resnet18:code.pt:3", "refused, its pickle asks for more than tensors"),
         ("classifier:resnet18:cut.safetensors:3", "not a safetensors file"),
         ("aesthetic", "write aesthetic:FILE"),
-        ("aesthetic:gone.pt", "aesthetic head gone.pt: no such file"),
+        ("aesthetic:gone.pt", "aesthetic head gone.pt: No such file"),
         ("aesthetic:w.safetensors", "not linear layers that end in one number"),
     ],
 )

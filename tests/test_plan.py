@@ -83,6 +83,7 @@ def test_what_does_not_fit_is_halved_until_it_does_and_then_holds(monkeypatch):
     assert not make_plan(*made("mlp", "moons", **settings), limit=1).fits
 
 
+@pytest.mark.soak  # of a machine with nothing else to do
 def test_predicted_seconds_are_those_of_a_round():
     settings = dict(batch=512, rollout=4096, steps_per_round=40, nfe=14, probe=128)
     plan = predicted("mlp", "moons", **settings)

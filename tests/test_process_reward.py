@@ -168,7 +168,7 @@ def test_one_that_never_comes_back_ends_the_run_with_a_checkpoint(run_cli, tiny_
     assert made.err.splitlines()[-1].startswith("error: reward process:")
     assert Path("o/checkpoints/step_3/state.json").exists()
     Path("far.py").write_text(FILE.replace("call() >= 2", "False"))  # mended
-    resumed = run_cli("finetune", "--resume", "o", "--quiet")
+    resumed = run_cli("finetune", "--resume", "o", "--reward", spec(function), "--quiet")
     assert resumed.code == 0, resumed.err
 
 

@@ -107,7 +107,7 @@ def test_texts_of_users_and_guards_cannot_become_markup(run, run_cli):
     assert made.code == 0, made.err
     record = json.loads(Path("evil/metrics.jsonl").read_text()) | {"guard": ["ESS <b>low</b>"]}
     Path("evil/metrics.jsonl").write_text(json.dumps(record) + "\n")
-    assert run_cli("finetune", "--resume", "evil").code == 0
+    assert run_cli("finetune", "--resume", "evil", *reward[:2]).code == 0
     page = Path("evil/report.html").read_text("utf-8")
     assert "<img src onerror" not in page and "&lt;img src onerror&gt;&amp;.py:score" in page
     assert "round 1: ESS &lt;b&gt;low&lt;/b&gt;" in page

@@ -78,3 +78,13 @@ def test_bad_holdouts_are_one_line_and_nothing_is_written(run_cli):
         result = run_cli("finetune", "--reward", "right", "--holdout-reward", holdout)
         assert result.code == 2 and message in result.err and result.err.count("\n") == 1
         assert not Path("runs").exists()
+
+
+def test_a_constant_reward_standardised_adds_nothing():
+    from orwcfm_fast.rewards.combine import Scores
+
+    values = {"flat": torch.full((1536,), 0.9), "real": torch.linspace(-1, 1, 1536)}
+    scores = Scores(values, {"flat": 1.0, "real": 1.0}, {"flat": 0.0, "real": 0.0})
+    alone = Scores({"real": values["real"]}, {"real": 1.0}, {"real": 0.0})
+    assert torch.equal(scores.standardized(), alone.standardized())
+    assert abs(float(alone.standardized().std(correction=0)) - 1) < 1e-5

@@ -247,7 +247,7 @@ def test_ten_rounds_in_1d_take_seconds(stopwatch):
     assert stopwatch() < 10
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_five_rounds_on_a_96_by_96_grid_take_under_a_minute(stopwatch):
     torch.set_num_threads(2)
     angle = torch.arange(8) * math.pi / 4

@@ -115,7 +115,7 @@ def _tags(model: str) -> str:
 def clip(argument: str, options: RewardOptions) -> Score:
     """probability of the --prompt texts minus that of the --negative ones, by CLIP; or clip:PROMPT|NEGATIVE"""
     given = [text.strip() for text in argument.split("|")] if argument else []
-    positive, negative = (given[:1], given[1:]) if given else (options.prompt, options.negative)
+    positive, negative = given[:1] or options.prompt, given[1:] or options.negative
     texts = (*positive, *negative)
     if not positive or not all(text.strip() for text in texts):
         raise UserError(

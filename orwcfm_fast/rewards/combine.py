@@ -42,8 +42,7 @@ class Scores:
 
         A reward that is the same for all N says nothing and adds 0.
         """
-        centred = {name: v - v.mean() for name, v in self.values.items()}
-        return self._add_up({name: v / v.std(correction=0).clamp_min(1e-12) for name, v in centred.items()})
+        return self._add_up({name: _standard(values) for name, values in self.values.items()})
 
     def _add_up(self, values: dict[str, Tensor]) -> Tensor:
         first, *others = (self.weights[name] * v for name, v in values.items())
@@ -53,6 +52,14 @@ class Scores:
 
     def means(self) -> dict[str, float]:
         return {name: float(values.mean()) for name, values in self.values.items()}
+
+
+def _standard(values: Tensor) -> Tensor:
+    exact = values.double()
+    deviation = exact.std(correction=0)
+    if float(deviation) <= 1e-6 * float(exact.abs().max()):  # one value, but for rounding
+        return torch.zeros_like(values)
+    return ((exact - exact.mean()) / deviation).to(values.dtype)
 
 
 @dataclass(frozen=True)

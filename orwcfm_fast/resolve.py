@@ -1,0 +1,35 @@
+"""What a run will be, once its model is known: every setting filled in, its name, its α in words."""
+
+import re
+
+import torch
+
+from orwcfm_fast.data import source
+from orwcfm_fast.load import DEFAULT, Loaded
+from orwcfm_fast.settings import Finetune
+
+
+def anchored(s: Finetune) -> str:
+    """α, or what it is steered to."""
+    return f"α={s.alpha:g}" if s.target_w2 is None else f"α for a coupled W2 of {s.target_w2:g},"
+
+
+def run_name(settings: Finetune) -> str:
+    """<data>-<reward>-a1-t0.5, for a run's directory."""
+    anchored = f"a{settings.alpha:g}" if settings.target_w2 is None else f"w{settings.target_w2:g}"
+    rewards = re.sub(r"[^:+]*/", "", "+".join(settings.reward))[:100]  # without the folders of files
+    name = f"{settings.data}-{rewards}-{anchored}-t{settings.tau:g}"
+    return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
+
+
+def resolved(settings: Finetune, loaded: Loaded) -> Finetune:
+    """The settings with everything filled in that the loaded model decides."""
+    policy = loaded.policy
+    filled = {
+        "checkpoint": settings.checkpoint or DEFAULT,
+        "reward": settings.reward or [source(policy.data)[0].reward],
+        "model": policy.model,
+        "data": policy.data,
+        "precision": "fp32" if policy.precision == torch.float32 else "bf16",
+    }
+    return settings.model_copy(update=filled)
