@@ -62,7 +62,7 @@ def test_a_killed_holders_lock_is_free(tmp_path):
 
 
 def test_a_worker_that_outlives_a_killed_holder_does_not_keep_its_lock(tmp_path):
-    process = holder(tmp_path, "import os; print(os.fork() or 0, flush=True)")
+    process = holder(tmp_path, "import os; os.write(1, b'%d\\n' % os.fork())")
     worker = max(int(process.stdout.readline()), int(process.stdout.readline()))
     process.kill()
     process.wait()

@@ -120,6 +120,12 @@ def test_raw_weights_and_a_damaged_state_are_refused():
     with pytest.raises(UserError, match="--target-w2: needs normalised weights"):
         Steering.of(Finetune(target_w2=1.0, normalize_weights=False))
     assert Steering.of(Finetune()) is None
-    for bad in (None, {}, {"w2": 1.0}, {"w2": 1.0, "drive": None}, {"w2": -1.0, "drive": 1.0}, [1, 2]):
+    for bad in (None, {}, {"w2": 1.0}, {"w2": 1.0, "drive": "fast"}, {"w2": -1.0, "drive": 1.0}, [1, 2]):
         with pytest.raises(UserError, match="steering is damaged"):
             Steering(1.0).restore(bad, "here")
+
+
+def test_a_run_left_in_its_first_rollout_knows_no_drive_yet():
+    begun = Steering(1.0)
+    begun.restore(Steering(1.0).to_state(), "here")
+    assert begun.drive is None and begun.w2 == 0
