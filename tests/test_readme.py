@@ -9,13 +9,28 @@ import torch
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 COMMANDS = [line.strip() for line in README.splitlines() if re.match(r"    (orwcfm|make) ", line)]
+RUN = (
+    "--rollout",
+    "32",
+    "--batch",
+    "16",
+    "--steps-per-round",
+    "2",
+    "--eval-n",
+    "32",
+    "--probe",
+    "8",
+    "--nfe",
+    "4",
+)
 CHEAP = {
-    "finetune": ("--rollout", "32", "--batch", "16", "--steps-per-round", "2", "--eval-n", "32", "--probe", "8"),
+    "finetune": RUN,
+    "sweep": RUN,
     "pretrain": ("--batch", "16",),
-    "evaluate": ("-n", "160"),
-    "sweep": ("--rollout", "32", "--batch", "16", "--steps-per-round", "2", "--eval-n", "32", "--probe", "8"),
-    "doctor": ("--batch", "4", "--rollout", "8", "--chunk", "8"),
-    "predict": ("-n", "200", "--scored", "200", "--rounds", "2", "--nfe", "6"),
+    "sample": ("--nfe", "4"),
+    "evaluate": ("-n", "160", "--nfe", "4"),
+    "doctor": ("--batch", "4", "--rollout", "8", "--chunk", "8", "--nfe", "4"),
+    "predict": ("-n", "200", "--scored", "200", "--rounds", "2", "--nfe", "4"),
 }  # fmt: skip
 
 
