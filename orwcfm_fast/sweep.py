@@ -17,21 +17,20 @@ from orwcfm_fast.finetune_run import Finetuning
 from orwcfm_fast.forecast import forecast_many
 from orwcfm_fast.fronts import Outcome, plain_forecast, write_fronts
 from orwcfm_fast.load import Loaded, Loader, Watch
-from orwcfm_fast.prediction import FORECAST_ROUNDS, draw_reference
+from orwcfm_fast.prediction import FORECAST_ROUNDS, Reference, draw_reference
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.resolve import resolved
 from orwcfm_fast.rewards import check_code_named, make_reward
 from orwcfm_fast.run import Run, is_run, next_run_path, read_command
 from orwcfm_fast.samplers import times as solver_times
-from orwcfm_fast.settings import Finetune, Predict, Sweep, build, read_toml
+from orwcfm_fast.settings import Finetune, Predict, RewardOptions, Settings, Sweep, build, read_toml
 from orwcfm_fast.sweep_grid import grid
 from orwcfm_fast.tracking import check_loggers
 from orwcfm_fast.trainer import Progress
 
 MAY_CHANGE = ("alpha", "tau", "device", "log")
-
-
 FILLED = ("checkpoint", "reward", "model", "data", "precision")  # by the model, where not given
+REWARD_KEYS = [key for key in RewardOptions.model_fields if key not in Settings.model_fields]
 
 
 class Sweeping:
@@ -100,16 +99,20 @@ class Sweeping:
         for name, s in self.runs.items():
             known = s.target_w2 is None and not s.standardize_rewards  # no forecast knows those
             if known and name not in found:
-                groups.setdefault((s.rounds, s.weights, s.normalize_weights, *s.reward), []).append(name)
+                rewards = tuple(str(getattr(s, key)) for key in REWARD_KEYS)
+                groups.setdefault((rewards, s.rounds, s.weights, s.normalize_weights), []).append(name)
         if not groups:
             return "forecasts are there"
         s = self.settings
         how = Predict(solver=s.solver, nfe=s.nfe, grid=s.grid, chunk=s.chunk, seed=s.seed)
-        for (rounds, weights, normalize, *_), names in groups.items():
-            own_settings = self.runs[names[0]]
-            with self._or_nothing():
-                reward = make_reward(own_settings.reward, own_settings)
-                reference = draw_reference(self.base.policy, reward, how)
+        references: dict[tuple, Reference] = {}
+        for (rewards, rounds, weights, normalize), names in groups.items():
+            if rewards not in references:
+                own_settings = self.runs[names[0]]
+                with self._or_nothing():
+                    reward = make_reward(own_settings.reward, own_settings)
+                    references[rewards] = draw_reference(self.base.policy, reward, how)
+            reference = references[rewards]
             pairs = [(self.runs[name].alpha, self.runs[name].tau) for name in names]
             once = [*dict.fromkeys(pairs)]
             try:

@@ -36,15 +36,21 @@ def written_loss(network, reference, batch):
     return (w * fm + a * (v - v_ref).square().mean(1)).mean()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.7])
-@pytest.mark.parametrize("coupling", ["independent", "ot"])
-def test_step_follows_the_gradient_of_the_objective(alpha, coupling):
+def apart():
+    """A fresh policy, and a reference that is not it."""
     torch.manual_seed(0)
     policy = make_policy("mlp", "moons", (2,), torch.device("cpu"))
     reference = policy.frozen_copy()
     with torch.no_grad():
         for p in reference.network.parameters():
             p.add_(0.05 * torch.randn_like(p))
+    return policy, reference
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+@pytest.mark.parametrize("coupling", ["independent", "ot"])
+def test_step_follows_the_gradient_of_the_objective(alpha, coupling):
+    policy, reference = apart()
     w = torch.rand(64) + 0.1
     batch = couple(torch.randn(64, 2), w, alpha, SEED, noise.indices(640, 64, "cpu"), coupling)
     exact = copy.deepcopy(policy.network).double()
@@ -87,12 +93,7 @@ def test_rate_warms_up_once_and_falls_within_each_round():
 
 @pytest.mark.parametrize("coupling", ["independent", "ot"])
 def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(coupling):
-    torch.manual_seed(0)
-    policy = make_policy("mlp", "moons", (2,), torch.device("cpu"))
-    reference = policy.frozen_copy()
-    with torch.no_grad():
-        for p in reference.network.parameters():
-            p.add_(0.05 * torch.randn_like(p))
+    policy, reference = apart()
     batch = couple(
         torch.randn(50, 2), torch.rand(50) + 0.1, 0.7, SEED, noise.indices(640, 50, "cpu"), coupling
     )
