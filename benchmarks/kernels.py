@@ -23,7 +23,8 @@ IMPLEMENTATIONS = ("eager", "compile", "ours")
 class Row:
     """One implementation of one case. seconds and what follows from it is None where the check failed.
 
-    bytes: the one-pass floor; gb_per_s: floor / seconds; copy_share: of the copy bandwidth of this run.
+    bytes: the one-pass floor; gb_per_s: floor / seconds; copy_share: of the bandwidth of a copy of as many
+    bytes, copy_gb_per_s, timed in turn with it. speedup: over eager, at the same passes.
     peak_bytes: device memory above the inputs (GPU only). error: largest error of the gradient (of x_t
     for interpolate) against float64, over the largest value. step_share: of a CIFAR-10 training step on
     this device, where the size is that step's batch.
@@ -38,6 +39,7 @@ class Row:
     bytes: int
     seconds: float | None = None
     gb_per_s: float | None = None
+    copy_gb_per_s: float | None = None
     copy_share: float | None = None
     speedup: float | None = None
     peak_bytes: int | None = None
@@ -47,33 +49,41 @@ class Row:
 
 def seconds_of(function: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
     """Median seconds of a call, after warming up; about `budget` seconds of calls."""
-    cuda = device.type == "cuda"
-    for _ in range(3):
+    return seconds_in_turn([function], device, budget)[0]
+
+
+def seconds_in_turn(
+    functions: list[Callable[[], object]], device: torch.device, budget: float = 0.5
+) -> list[float]:
+    """`seconds_of` each function, called in turn: what slows the machine for a while slows them all."""
+    found: list[list[float]] = [[] for _ in functions]
+    for function in functions * 3:
         function()
-    if cuda:
-        torch.cuda.synchronize()
-    found: list[float] = []
-    end = time.perf_counter() + budget
-    while len(found) < 5 or (time.perf_counter() < end and len(found) < 1000):
-        if cuda:
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
-            function()
-            events[1].record()
-            events[1].synchronize()
-            found.append(events[0].elapsed_time(events[1]) / 1000)
-        else:
-            begin = time.perf_counter()
-            function()
-            found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+    end = time.perf_counter() + budget * len(functions)
+    while len(found[0]) < 5 or (time.perf_counter() < end and len(found[0]) < 1000):
+        for function, seconds in zip(functions, found, strict=True):
+            seconds.append(_seconds(function, device))
+    return [statistics.median(seconds) for seconds in found]
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy of one large tensor reads and writes."""
-    x = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        function()
+        events[1].record()
+        events[1].synchronize()
+        return events[0].elapsed_time(events[1]) / 1000
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def copying(moved: int, device: torch.device) -> Callable[[], object]:
+    """A copy that reads and writes `moved` bytes together: caches serve it as they serve an op of that size."""
+    x = torch.zeros(max(moved // 2, 1), dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    return 2 * x.numel() / seconds_of(lambda: y.copy_(x), device)
+    return lambda: y.copy_(x)
 
 
 def _call(case: Case, inputs: Inputs, implementation: str, passes: str) -> Callable[[], Any]:
@@ -144,7 +154,7 @@ def _peak(call: Callable[[], object], device: torch.device) -> int | None:
 
 def training_step_seconds(device: torch.device) -> tuple[int, float]:
     """Batch and seconds of a CIFAR-10 training step without the ops: two UNets, backward, AdamW."""
-    from orwcfm_fast.models import build_network
+    from orwcfm_fast.networks.models import build_network
 
     cuda = device.type == "cuda"
     batch = CIFAR[0] if cuda else 2
@@ -181,25 +191,23 @@ def run(
         on_case: told the name of each case before it runs.
 
     Returns:
-        device, date, versions, copy_gb_per_s, step_seconds (of a CIFAR-10 batch of 128) and rows (Row, as
+        device, date, versions, step_seconds (of a CIFAR-10 batch of 128) and rows (Row, as
         dicts). A row that failed its correctness check holds no time.
     """
     device = torch.device(device)
-    copy = copy_bandwidth(device)
     on_case("CIFAR-10 training step")
     batch, step = training_step_seconds(device) if training_step else (1, math.nan)
     step *= CIFAR[0] / batch
     rows: list[Row] = []
     for case in cases(device, short):
         on_case(str(case))
-        rows += _measure(case, device, compiled, copy, step)
+        rows += _measure(case, device, compiled, step)
     return {
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else platform.processor() or "cpu",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": _versions(),
-        "copy_gb_per_s": copy / 1e9,
         "step_seconds": None if math.isnan(step) else step,
         "step_measured_at_batch": batch,
         "rows": [asdict(row) for row in rows],
@@ -214,37 +222,33 @@ def _versions() -> dict[str, str]:
     return versions | {"triton": getattr(triton, "__version__", "none"), "cuda": torch.version.cuda or "none"}
 
 
-def _fill(row: Row, case: Case, inputs: Inputs, device: torch.device, copy: float) -> None:
-    call = _call(case, inputs, row.implementation, row.passes)
-    row.error = _error(case, inputs, _result(case, row.implementation, row.passes, call()))
-    if row.correct:
-        row.peak_bytes = _peak(call, device)
-        row.seconds = seconds_of(call, device)
-        row.gb_per_s = case.floor_bytes / row.seconds / 1e9
-        row.copy_share = case.floor_bytes / row.seconds / copy
-
-
-def _measure(case: Case, device: torch.device, compiled: bool, copy: float, step: float) -> list[Row]:
-    inputs, rows = case.inputs(device), []
+def _measure(case: Case, device: torch.device, compiled: bool, step: float) -> list[Row]:
+    """All implementations of a case, timed in turn with a copy of as many bytes."""
+    inputs, rows, calls = case.inputs(device), [], []
     correct = check(case, inputs)
     for passes in OPS[case.op].passes:
-        eager_seconds = None
         for implementation in IMPLEMENTATIONS:
             if implementation == "compile" and not compiled:
                 continue
             fine = correct or implementation != "ours"
             row = Row(case.op, case.dtype, case.shape, implementation, passes, fine, case.floor_bytes)
             rows.append(row)
+            call = _call(case, inputs, implementation, passes)
             try:
-                _fill(row, case, inputs, device, copy)
+                row.error = _error(case, inputs, _result(case, implementation, passes, call()))
+                if fine:
+                    row.peak_bytes = _peak(call, device)
+                    calls.append((row, call))
             except torch.OutOfMemoryError:
-                row.seconds = None
-                continue
-            if row.seconds is not None:
-                eager_seconds = eager_seconds or row.seconds
-                row.speedup = eager_seconds / row.seconds
-                if case.shape == CIFAR and not math.isnan(step):
-                    row.step_share = row.seconds / (step + row.seconds)
+                pass
+    copied, *found = seconds_in_turn([copying(case.floor_bytes, device), *[c for _, c in calls]], device)
+    eager = {row.passes: t for (row, _), t in zip(calls, found, strict=True) if row.implementation == "eager"}
+    for (row, _), seconds in zip(calls, found, strict=True):
+        row.seconds, row.gb_per_s = seconds, case.floor_bytes / seconds / 1e9
+        row.copy_gb_per_s, row.copy_share = case.floor_bytes / copied / 1e9, copied / seconds
+        row.speedup = eager[row.passes] / seconds if row.passes in eager else None
+        if case.shape == CIFAR and not math.isnan(step):
+            row.step_share = seconds / (step + seconds)
     return rows
 
 
@@ -256,6 +260,7 @@ COLUMNS = {
     "implementation": "implementation",
     "seconds": "time",
     "gb_per_s": "GB/s",
+    "copy_gb_per_s": "copy GB/s",
     "copy_share": "of copy",
     "speedup": "speed-up",
     "peak_bytes": "peak memory",
@@ -270,6 +275,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         "shape": lambda shape: "×".join(map(str, shape)),
         "seconds": lambda s: f"{s * 1e3:.3g} ms",
         "gb_per_s": lambda x: f"{x:.4g}",
+        "copy_gb_per_s": lambda x: f"{x:.4g}",
         "copy_share": lambda x: f"{x:.0%}",
         "speedup": lambda x: f"{x:.2f}×",
         "peak_bytes": lambda x: f"{x / 2**20:.4g} MiB",
@@ -300,7 +306,13 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
             )
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", label=implementation)
-        axes.axhline(result["copy_gb_per_s"], color="gray", linestyle="--", label="copy")
+        copies = {
+            row["bytes"] / 2**20: row["copy_gb_per_s"]
+            for row in result["rows"]
+            if (row["op"], row["dtype"], row["passes"]) == panel and row["copy_gb_per_s"] is not None
+        }
+        if copies:
+            axes.plot(*zip(*sorted(copies.items()), strict=True), color="gray", linestyle="--", label="copy")
         axes.set(xscale="log", title=", ".join(panel), xlabel="one-pass MiB", ylabel="effective GB/s")
         axes.set_ylim(bottom=0)
         axes.legend(fontsize="small")

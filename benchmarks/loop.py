@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orwcfm_fast import checkpoint, noise
+from orwcfm_fast import noise
 from orwcfm_fast.benchmarks.plain_loop import BATCH, EULER_STEPS, PlainLoop, torchcfm_network
 from orwcfm_fast.coupling import Batch, couple
-from orwcfm_fast.policy import Policy, make_policy
+from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.rollout import sample, start_noise
+from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
 
@@ -127,7 +128,7 @@ class Measured:
         )
         self.learners = {p: self.learner(policy) for p, policy in self.policies.items()}
         adapted = first.trainable_copy()
-        from orwcfm_fast.lora import add_lora
+        from orwcfm_fast.networks.lora import add_lora
 
         add_lora(adapted.network, LORA_RANK)
         self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orwcfm_fast import checkpoint, noise
+from orwcfm_fast import noise
 from orwcfm_fast.benchmarks.loop import LORA_RANK, bench_policy
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
 from orwcfm_fast.coupling import couple
-from orwcfm_fast.lora import add_lora
+from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.rollout import sample, start_noise
+from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from orwcfm_fast import checkpoint
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
-from orwcfm_fast.drift import coupled_w2
-from orwcfm_fast.load import Loader
-from orwcfm_fast.policy import Policy
+from orwcfm_fast.evaluation.drift import coupled_w2
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.rewards.digits import digit_classifier
 from orwcfm_fast.rollout import sample, start_noise
+from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune, Sampling
 from orwcfm_fast.trainer import Progress, Trainer
 

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from orwcfm_fast.table import measure_rows
+from orwcfm_fast.showing.table import measure_rows
 
 if TYPE_CHECKING:
-    from orwcfm_fast.evaluate import Measures
-    from orwcfm_fast.result import Result
+    from orwcfm_fast.evaluation.evaluate import Measures
+    from orwcfm_fast.runs.result import Result
 
 out = Console(highlight=False, soft_wrap=True)
 if not out.is_terminal:

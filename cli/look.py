@@ -15,8 +15,8 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Evaluation, RewardOptions, Sample, Settings
 
 if TYPE_CHECKING:
-    from orwcfm_fast.load import Loaded, Loader
     from orwcfm_fast.rewards import RewardSum
+    from orwcfm_fast.runs.load import Loaded, Loader
 
 PANEL = "Look"
 Preset = Annotated[str, typer.Option("--model", help="network preset of a foreign .pt")]
@@ -48,11 +48,11 @@ def sample(
 ) -> None:
     """Draw samples: --out grid.png (default), a folder of PNGs, or samples.npz."""
     from orwcfm_fast.device import resolve_device
-    from orwcfm_fast.load import Loader
-    from orwcfm_fast.output import check_target, write_samples
     from orwcfm_fast.rollout import sample as draw
     from orwcfm_fast.rollout import start_noise
+    from orwcfm_fast.runs.load import Loader
     from orwcfm_fast.samplers import times
+    from orwcfm_fast.showing.output import check_target, write_samples
 
     s = settings(Sample, config, given)
     times(s.nfe, s.solver, s.grid)
@@ -90,10 +90,10 @@ def evaluate(
 ) -> None:
     """Reward, W2 three ways, diversity and fidelity with intervals on held-out noise, models side by side."""
     from orwcfm_fast.device import resolve_device
-    from orwcfm_fast.evaluate import evaluate as measure
-    from orwcfm_fast.evaluate import judge_for, target_for
-    from orwcfm_fast.load import Loader
+    from orwcfm_fast.evaluation.evaluate import evaluate as measure
+    from orwcfm_fast.evaluation.evaluate import judge_for, target_for
     from orwcfm_fast.rewards import make_holdout, make_reward
+    from orwcfm_fast.runs.load import Loader
     from orwcfm_fast.samplers import times
 
     quiet = quiet or as_json

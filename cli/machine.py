@@ -19,9 +19,9 @@ PANEL = "Machine"
 
 def _registries():
     from orwcfm_fast.data import DATA
-    from orwcfm_fast.models import MODELS
-    from orwcfm_fast.recipe import RECIPES
+    from orwcfm_fast.networks.models import MODELS
     from orwcfm_fast.rewards import REWARDS
+    from orwcfm_fast.runs.recipe import RECIPES
     from orwcfm_fast.samplers import SOLVERS
 
     return {r.plural: r for r in (REWARDS, MODELS, DATA, SOLVERS, RECIPES)}

@@ -14,12 +14,12 @@ from orwcfm_fast.cli.look import Data, Preset, load, reward_for
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Finetune, Predict
-from orwcfm_fast.table import number
+from orwcfm_fast.showing.table import number
 
 if TYPE_CHECKING:
-    from orwcfm_fast.forecast import Forecast
-    from orwcfm_fast.prediction import Verdict
     from orwcfm_fast.theory import Recursion
+    from orwcfm_fast.theory.forecast import Forecast
+    from orwcfm_fast.theory.prediction import Verdict
 
 PANEL = "Plan"
 Exact = Annotated[
@@ -45,12 +45,12 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """Forecast reward and W2 of settings before any training; --want-reward answers with an α."""
-    from orwcfm_fast import prediction
     from orwcfm_fast.data import source
     from orwcfm_fast.device import resolve_device
-    from orwcfm_fast.load import Loader
     from orwcfm_fast.rewards import RewardSum, check_code_named, make_reward
+    from orwcfm_fast.runs.load import Loader
     from orwcfm_fast.samplers import times
+    from orwcfm_fast.theory import prediction
 
     s = settings(Predict, config, given)
     if not s.alpha or not s.tau or min(s.alpha) < 0:

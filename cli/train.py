@@ -12,7 +12,7 @@ from orwcfm_fast.cli.console import closing, progress, round_line, say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Finetune, Pretrain, Sweep
-from orwcfm_fast.table import interval
+from orwcfm_fast.showing.table import interval
 
 PANEL = "Train"
 Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="go on with this run, with its settings")]
@@ -31,9 +31,9 @@ def pretrain(
     debug: Debug = False,
 ) -> None:
     """Train a flow-matching model on data; --data 8gaussians --model mlp takes a minute."""
-    from orwcfm_fast.pretrain_run import PretrainRun
-    from orwcfm_fast.recipe import RECIPES
-    from orwcfm_fast.run import Run
+    from orwcfm_fast.runs.pretrain_run import PretrainRun
+    from orwcfm_fast.runs.recipe import RECIPES
+    from orwcfm_fast.runs.run import Run
 
     ingredients = RECIPES.get(recipe).pretrain if recipe else {}
     if resume:
@@ -63,7 +63,7 @@ def finetune(
     debug: Debug = False,
 ) -> None:
     """Fine-tune a model online with a reward; with nothing given: even handwritten digits, on any machine."""
-    from orwcfm_fast.finetune_run import Finetuning
+    from orwcfm_fast.runs.finetune_run import Finetuning
 
     began = time.perf_counter()
     if resume:
@@ -105,8 +105,8 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Fine-tune over a grid of α, τ and more, and draw the fronts; into the same --out it goes on."""
+    from orwcfm_fast.runs.sweep import Sweeping
     from orwcfm_fast.settings import read_toml
-    from orwcfm_fast.sweep import Sweeping
 
     given = (read_toml(config) if config else {}) | given
     with progress(1, "pretraining the digits model, once", quiet) as bar:
@@ -139,7 +139,7 @@ def _finetune_settings(recipe: str, config: Path | None, given: dict[str, Any]) 
     """A recipe starts from its own pretrained model, if no other is named."""
     if not recipe:
         return settings(Finetune, config, given)
-    from orwcfm_fast.recipe import RECIPES
+    from orwcfm_fast.runs.recipe import RECIPES
 
     found = RECIPES.get(recipe)
     s = settings(Finetune, config, given, found.finetune)

@@ -7,14 +7,14 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Finetune": "settings",
-    "Loader": "load",
+    "Loader": "runs.load",
     "ORWCFMTrainer": "paper",
-    "Policy": "policy",
+    "Policy": "networks.policy",
     "Pretrain": "settings",
     "Trainer": "trainer",
     "dataset": "data",
-    "evaluate": "evaluate",
-    "make_policy": "policy",
+    "evaluate": "evaluation.evaluate",
+    "make_policy": "networks.policy",
     "make_reward": "rewards",
     "reward": "rewards",
     "solve": "samplers",

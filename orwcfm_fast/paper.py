@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from orwcfm_fast import checkpoint
 from orwcfm_fast.device import resolve_device, resolve_precision
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.foreign import foreign_weights, read_pt
-from orwcfm_fast.load import FOREIGN_DATA
-from orwcfm_fast.models import build_network
-from orwcfm_fast.policy import Policy
+from orwcfm_fast.networks.models import build_network
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards import make_holdout, make_reward
+from orwcfm_fast.runs.load import FOREIGN_DATA
+from orwcfm_fast.saving import checkpoint
+from orwcfm_fast.saving.foreign import foreign_weights, read_pt
 from orwcfm_fast.settings import Finetune, build
-from orwcfm_fast.tracking import check_loggers, loggers
+from orwcfm_fast.showing.tracking import check_loggers, loggers
 from orwcfm_fast.trainer import Trainer
 
 SAME = {

@@ -21,15 +21,15 @@ from orwcfm_fast.coupling import couple
 from orwcfm_fast.data import source
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.load import DEFAULT, FOREIGN_DATA, Loader
-from orwcfm_fast.lora import add_lora
-from orwcfm_fast.memory import out_of_memory
-from orwcfm_fast.policy import Policy, make_policy
+from orwcfm_fast.guarding.memory import out_of_memory
+from orwcfm_fast.guarding.steer import probe_size
+from orwcfm_fast.networks.lora import add_lora
+from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.rollout import Reward, draw, start_noise
+from orwcfm_fast.runs.load import DEFAULT, FOREIGN_DATA, Loader
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.steer import probe_size
 from orwcfm_fast.step import Learner
 
 HEADROOM = 0.9  # of the memory there is

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orwcfm_fast import checkpoint, noise
+from orwcfm_fast import noise
 from orwcfm_fast.kernels.interpolate import interpolate
-from orwcfm_fast.policy import Policy
+from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Pretrain
 from orwcfm_fast.trainer import describe
 

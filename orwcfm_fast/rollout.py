@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orwcfm_fast import noise
 from orwcfm_fast.errors import RewardError
-from orwcfm_fast.policy import Policy
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.samplers import solve
 from orwcfm_fast.settings import Sampling
 

@@ -8,10 +8,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from orwcfm_fast.coupling import Batch
+from orwcfm_fast.guarding.memory import halving
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
-from orwcfm_fast.lora import trained_parameters
-from orwcfm_fast.memory import halving
-from orwcfm_fast.policy import Policy
+from orwcfm_fast.networks.lora import trained_parameters
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.timing import Phases
 

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orwcfm_fast import checkpoint, noise
-from orwcfm_fast.begun import Begun, pack, unpack
+from orwcfm_fast import noise
 from orwcfm_fast.coupling import Batch, couple
-from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.guard import Fault
-from orwcfm_fast.lora import add_lora, load_lora, lora_state
-from orwcfm_fast.oversight import Oversight
-from orwcfm_fast.policy import Policy
+from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_gap
+from orwcfm_fast.guarding.guard import Fault
+from orwcfm_fast.guarding.oversight import Oversight
+from orwcfm_fast.guarding.steer import probe_size
+from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
 from orwcfm_fast.rollout import Reward, Rollout, draw, sample, start_noise
+from orwcfm_fast.saving import checkpoint
+from orwcfm_fast.saving.begun import Begun, pack, unpack
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.steer import probe_size
 from orwcfm_fast.step import Learner
 from orwcfm_fast.weighting import check_bounded, check_positive, effective_sample_size
 

@@ -76,7 +76,7 @@ def clip_folder(tmp_path_factory):
 def two_gaussians_weights():
     """State dict of an MLP pretrained on the two Gaussians: a few seconds, shared."""
     from orwcfm_fast.data import load_data
-    from orwcfm_fast.policy import make_policy
+    from orwcfm_fast.networks.policy import make_policy
     from orwcfm_fast.pretrain import pretrain
     from orwcfm_fast.settings import Pretrain
 
@@ -91,7 +91,7 @@ def two_gaussians_weights():
 def digits_model(cache):
     """The default digits model in the cache, pretrained for a fifth of its steps."""
     from orwcfm_fast.data import load_data
-    from orwcfm_fast.policy import make_policy
+    from orwcfm_fast.networks.policy import make_policy
     from orwcfm_fast.pretrain import pretrain
     from orwcfm_fast.settings import Pretrain
 
@@ -106,7 +106,7 @@ def digits_model(cache):
 @pytest.fixture
 def two_gaussians(two_gaussians_weights):
     """A fresh policy with those weights."""
-    from orwcfm_fast.policy import make_policy
+    from orwcfm_fast.networks.policy import make_policy
 
     policy = make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))
     policy.network.load_state_dict(two_gaussians_weights)
@@ -116,7 +116,7 @@ def two_gaussians(two_gaussians_weights):
 @pytest.fixture
 def base(two_gaussians_weights, tmp_path, monkeypatch) -> str:
     """The pretrained two Gaussians as the checkpoint "base" in an empty working directory."""
-    from orwcfm_fast import checkpoint
+    from orwcfm_fast.saving import checkpoint
 
     monkeypatch.chdir(tmp_path)
     state = {"kind": "reference", "model": "mlp", "data": "two-gaussians", "shape": [1]}

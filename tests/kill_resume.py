@@ -98,7 +98,9 @@ class Place:
 
     def watch(self) -> None:
         """Tell the place in every part of the loop; what they do is left alone."""
-        from orwcfm_fast import checkpoint, finetune_run, pretrain, pretrain_run, rewards, run, step, trainer
+        from orwcfm_fast import pretrain, rewards, step, trainer
+        from orwcfm_fast.runs import finetune_run, pretrain_run, run
+        from orwcfm_fast.saving import checkpoint
 
         self.within("start-up", finetune_run.Finetuning, "prepare")
         self.within("start-up", pretrain_run.PretrainRun, "new")
@@ -232,7 +234,9 @@ def import_all() -> None:
     import sklearn.datasets  # noqa: F401
     import torch._dynamo  # noqa: F401  (torch's optimisers ask for it)
 
-    from orwcfm_fast import finetune_run, pretrain_run  # noqa: F401
+    from orwcfm_fast.runs import (
+        pretrain_run,  # noqa: F401
+    )
 
 
 def warm_up(models: list[str]) -> None:
@@ -258,7 +262,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)  # threads do not survive a fork
-    from orwcfm_fast.checkpoint import versions
+    from orwcfm_fast.saving.checkpoint import versions
 
     base = Kind("base", 0, ())
     place, dice, tally, began = Place(), random.Random(options.seed), Tally(), time.perf_counter()

@@ -5,11 +5,11 @@ import pickle
 import pytest
 import torch
 
-from orwcfm_fast import checkpoint
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.foreign import foreign_weights, read_pt
-from orwcfm_fast.load import Loader
-from orwcfm_fast.models import build_network
+from orwcfm_fast.networks.models import build_network
+from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.saving import checkpoint
+from orwcfm_fast.saving.foreign import foreign_weights, read_pt
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orwcfm_fast import checkpoint, history
+from orwcfm_fast.saving import checkpoint, history
 
 SMALL = ("--rollout", 32, "--batch", 16, "--steps-per-round", 2, "--eval-n", 16, "--probe", 8, "--quiet")
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from orwcfm_fast.drift import coupled_w2, pairwise_distance, sample_with_gap
-from orwcfm_fast.evaluate import evaluate, exact_w2, judge_for, lipschitz
-from orwcfm_fast.intervals import Interval
-from orwcfm_fast.policy import Policy
+from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_gap
+from orwcfm_fast.evaluation.evaluate import evaluate, exact_w2, judge_for, lipschitz
+from orwcfm_fast.evaluation.intervals import Interval
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.rollout import start_noise
 from orwcfm_fast.settings import Sampling

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from orwcfm_fast.fast_unet import FastUNet
+from orwcfm_fast.networks.fast_unet import FastUNet
 
 DIGITS = dict(
     dim=(1, 8, 8), num_channels=32, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions="4"
@@ -193,7 +193,7 @@ def test_dropout_acts_in_train_mode_alone_and_follows_the_seed():
 
 
 def test_importing_it_leaves_torchcfm_unimported():
-    code = "import sys, orwcfm_fast.fast_unet; sys.exit('torchcfm' in sys.modules or 'ot' in sys.modules)"
+    code = "import sys, orwcfm_fast.networks.fast_unet; sys.exit('torchcfm' in sys.modules or 'ot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -8,8 +8,8 @@ import torch
 
 from orwcfm_fast.data import load_data
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.features import features_for
-from orwcfm_fast.fidelity import (
+from orwcfm_fast.evaluation.features import features_for
+from orwcfm_fast.evaluation.fidelity import (
     fidelity,
     frechet_distance,
     kernel_distance,
@@ -17,7 +17,7 @@ from orwcfm_fast.fidelity import (
     precision_recall,
     vendi_score,
 )
-from orwcfm_fast.intervals import Interval, half_sampled, mean_pairwise_distance
+from orwcfm_fast.evaluation.intervals import Interval, half_sampled, mean_pairwise_distance
 
 
 def normal(n: int, mean=(0.0, 0.0), std=(1.0, 1.0), seed=0):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.forecast import REACH, alpha_for, forecast, forecast_many, front
 from orwcfm_fast.theory import GaussianMixture, exact_recursion
 from orwcfm_fast.theory.empirical import Empirical, EmpiricalVelocity
+from orwcfm_fast.theory.forecast import REACH, alpha_for, forecast, forecast_many, front
 
 TWO_GAUSSIANS = GaussianMixture([0.5, 0.5], [-1.5, 1.5], [0.3, 0.3])
 

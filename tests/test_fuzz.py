@@ -18,11 +18,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orwcfm_fast import checkpoint, history
 from orwcfm_fast.errors import UserError, WorkError
-from orwcfm_fast.foreign import foreign_weights, read_pt
-from orwcfm_fast.load import Loader
-from orwcfm_fast.run import CONFIG, HEADER, Run, resumed_settings
+from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.runs.run import CONFIG, HEADER, Run, resumed_settings
+from orwcfm_fast.saving import checkpoint, history
+from orwcfm_fast.saving.foreign import foreign_weights, read_pt
 from orwcfm_fast.settings import Finetune, to_toml
 
 MOST_MEMORY = 32 << 20  # bytes; far below what a lie in a header asks for

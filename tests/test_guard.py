@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from orwcfm_fast import checkpoint, history
-from orwcfm_fast.control import Control
 from orwcfm_fast.errors import UserError, WorkError
-from orwcfm_fast.guard import MAX_ROLLBACKS, Guard
+from orwcfm_fast.guarding.control import Control
+from orwcfm_fast.guarding.guard import MAX_ROLLBACKS, Guard
 from orwcfm_fast.rollout import sample
+from orwcfm_fast.saving import checkpoint, history
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.trainer import Trainer
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from orwcfm_fast import checkpoint
 from orwcfm_fast.cifar import read_batch
 from orwcfm_fast.data import load_data
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.foreign import read_pt
-from orwcfm_fast.load import Loader
 from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.saving import checkpoint
+from orwcfm_fast.saving.foreign import read_pt
 from orwcfm_fast.settings import RewardOptions
 
 CPU = torch.device("cpu")
@@ -200,7 +200,9 @@ def test_caches_that_were_replaced_by_pickles_are_made_anew_and_never_opened(mon
     digits.digit_classifier.__wrapped__()
     assert checkpoint.load(cache / "digits-classifier").state["accuracy"] == 0.99
     signed(cache / "pretrained" / "unet-digits", HOSTILE_PT["a bare pickle"])
-    monkeypatch.setattr("orwcfm_fast.load.load_data", lambda name: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr(
+        "orwcfm_fast.runs.load.load_data", lambda name: (_ for _ in ()).throw(InterruptedError)
+    )
     with pytest.raises(InterruptedError):  # it would pretrain
         Loader(CPU).default()
 

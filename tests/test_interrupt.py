@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orwcfm_fast.interrupt import Interruption, Stop
+from orwcfm_fast.runs.interrupt import Interruption, Stop
 from orwcfm_fast.trainer import Learner
 
 ORWCFM = Path(sys.executable).with_name("orwcfm")
@@ -225,7 +225,7 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_run):
 
 
 def test_ctrl_c_outside_training_is_one_line_too(run_cli, monkeypatch):
-    from orwcfm_fast import finetune_run
+    from orwcfm_fast.runs import finetune_run
 
     def interrupted(*args, **more):
         raise KeyboardInterrupt
@@ -237,10 +237,10 @@ def test_ctrl_c_outside_training_is_one_line_too(run_cli, monkeypatch):
 
 def test_strides_that_do_not_fit_the_samples_are_refused():
     """1×8×8 samples of either layout are 'contiguous', so a checkpoint keeps strides; they may lie."""
-    from orwcfm_fast.begun import unpack
-    from orwcfm_fast.checkpoint import Checkpoint
-    from orwcfm_fast.policy import make_policy
+    from orwcfm_fast.networks.policy import make_policy
     from orwcfm_fast.rewards import make_reward
+    from orwcfm_fast.saving.begun import unpack
+    from orwcfm_fast.saving.checkpoint import Checkpoint
     from orwcfm_fast.settings import Finetune
 
     s, policy = Finetune(rollout=8), make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.lock import Lock
+from orwcfm_fast.saving.lock import Lock
 
-HOLD = "import sys, time; from pathlib import Path; from orwcfm_fast.lock import Lock;"
+HOLD = "import sys, time; from pathlib import Path; from orwcfm_fast.saving.lock import Lock;"
 HOLD += "lock = Lock(Path(sys.argv[1])); print('held', flush=True); {then}; time.sleep(60)"
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from orwcfm_fast import coupling, noise, trainer
 from orwcfm_fast.coupling import Batch, couple
-from orwcfm_fast.policy import make_policy
+from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.pretrain import pretrain
 from orwcfm_fast.rollout import sample, start_noise
 from orwcfm_fast.settings import Finetune, Pretrain

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
-from orwcfm_fast import checkpoint, lora
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.load import Loader
-from orwcfm_fast.models import build_network
-from orwcfm_fast.policy import make_policy
+from orwcfm_fast.networks import lora
+from orwcfm_fast.networks.models import build_network
+from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.rollout import sample, start_noise
+from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.trainer import Trainer
 

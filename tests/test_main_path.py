@@ -57,7 +57,7 @@ def test_finetune_raises_the_reward_and_keeps_digits(finished):
 def test_first_use_pretrains_and_the_second_takes_it_from_the_cache(tmp_path, monkeypatch):
     import torch
 
-    from orwcfm_fast import load
+    from orwcfm_fast.runs import load
     from orwcfm_fast.settings import Pretrain
 
     monkeypatch.setenv("ORWCFM_CACHE", str(tmp_path))

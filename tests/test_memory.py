@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from orwcfm_fast import history
 from orwcfm_fast.errors import WorkError
-from orwcfm_fast.finetune_run import Finetuning
-from orwcfm_fast.memory import halving, out_of_memory
-from orwcfm_fast.models import VelocityMLP
+from orwcfm_fast.guarding.memory import halving, out_of_memory
+from orwcfm_fast.networks.models import VelocityMLP
+from orwcfm_fast.runs.finetune_run import Finetuning
+from orwcfm_fast.saving import history
 from orwcfm_fast.settings import Finetune
 
 FORWARD = VelocityMLP.forward

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from orwcfm_fast.data import source
+from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.plan import Course, allocations, make_plan
-from orwcfm_fast.policy import make_policy
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.trainer import Trainer
@@ -119,7 +119,7 @@ TRAIN = """
 import sys, torch
 from pathlib import Path
 from orwcfm_fast.data import source
-from orwcfm_fast.policy import make_policy
+from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.trainer import Trainer

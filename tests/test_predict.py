@@ -5,8 +5,8 @@ import json
 import pytest
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.prediction import forecast_line, known_density, reached_line
 from orwcfm_fast.theory.density import on_grid
+from orwcfm_fast.theory.prediction import forecast_line, known_density, reached_line
 
 SMALL = ("-n", 200, "--rounds", 2, "--nfe", 6)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from orwcfm_fast.recipe import FOLDER, RECIPES
+from orwcfm_fast.runs.recipe import FOLDER, RECIPES
 from orwcfm_fast.settings import Finetune, Pretrain, build
 
 FEW = ("--steps", 2, "--batch", 2, "--quiet")
@@ -38,7 +38,7 @@ SMALL += ("--quiet",)
 @pytest.fixture
 def small_cifar_network():
     """A preset of CIFAR's shape that costs nothing; the full one has its own test on the main path."""
-    from orwcfm_fast.models import MODELS, _unet
+    from orwcfm_fast.networks.models import MODELS, _unet
 
     MODELS.register("unet-cifar10-tiny")(
         lambda shape: _unet(
@@ -176,7 +176,7 @@ def test_recipes_that_cannot_run_are_one_line_and_nothing_is_written(run_cli):
 
 def test_half_of_the_images_are_mirrored_the_same_ones_again(monkeypatch):
     from orwcfm_fast import pretrain as module
-    from orwcfm_fast.policy import make_policy
+    from orwcfm_fast.networks.policy import make_policy
 
     seen = []
     real = module.interpolate

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orwcfm_fast.charts import Series, chart, ticks
+from orwcfm_fast.showing.charts import Series, chart, ticks
 
 SMALL = ("--rounds", "2", "--rollout", "64", "--batch", "32", "--steps-per-round", "3", "--eval-n", "64",
          "--probe", "16", "--quiet")  # fmt: skip

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from orwcfm_fast import history
-from orwcfm_fast.drift import coupled_w2
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.evaluation.drift import coupled_w2
+from orwcfm_fast.guarding.steer import Steering
 from orwcfm_fast.rollout import sample, start_noise
+from orwcfm_fast.saving import history
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.steer import Steering
 from orwcfm_fast.theory import GaussianMixture, exact_recursion
 from orwcfm_fast.trainer import Trainer
 

@@ -7,7 +7,7 @@ import torch
 
 from orwcfm_fast import noise
 from orwcfm_fast.coupling import couple
-from orwcfm_fast.policy import make_policy
+from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
 
@@ -61,8 +61,8 @@ def test_step_follows_the_gradient_of_the_objective(alpha, coupling):
 
 
 def test_reference_never_moves_and_dropout_stays_off():
-    from orwcfm_fast.fast_unet import FastUNet
-    from orwcfm_fast.policy import Policy
+    from orwcfm_fast.networks.fast_unet import FastUNet
+    from orwcfm_fast.networks.policy import Policy
 
     torch.manual_seed(0)
     network = FastUNet((1, 8, 8), 32, 1, channel_mult=(1,), attention_resolutions="1", dropout=0.5)

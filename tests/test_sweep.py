@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.runs.sweep_grid import grid
 from orwcfm_fast.settings import Sweep
-from orwcfm_fast.sweep_grid import grid
 
 ORWCFM = Path(sys.executable).with_name("orwcfm")
 SMALL = ("--rounds", 1, "--rollout", 32, "--batch", 16, "--steps-per-round", 2, "--eval-n", 32, "--probe", 8)
@@ -58,8 +58,8 @@ def test_a_wrong_grid_is_one_clear_line_before_any_work(change, message):
 
 def test_sweep_keeps_what_is_done_goes_on_and_widens(run_cli, tiny_run, monkeypatch):
     """The second of two runs is interrupted in its last round; the same command ends it, the first stays as it was."""
-    from orwcfm_fast import sweep as module
-    from orwcfm_fast.finetune_run import Finetuning
+    from orwcfm_fast.runs import sweep as module
+    from orwcfm_fast.runs.finetune_run import Finetuning
 
     begun = []
     loads = []

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from orwcfm_fast import tracking
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.tracking import check_loggers
+from orwcfm_fast.showing import tracking
+from orwcfm_fast.showing.tracking import check_loggers
 
 SMALL = ("--rounds", 2, "--rollout", 32, "--batch", 16, "--steps-per-round", 2, "--eval-n", 32, "--probe", 8)
 

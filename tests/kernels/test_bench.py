@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 import torch
@@ -12,8 +13,7 @@ def quick(monkeypatch):
     """Digit batches alone, a few calls each."""
     digits = [listed.Case(op, "fp32", listed.DIGITS) for op in listed.OPS]
     monkeypatch.setattr(bench, "cases", lambda device, short: digits)
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(bench, "seconds_of", lambda function, device: function() is None or 1e-3)
+    monkeypatch.setattr(bench, "seconds_in_turn", lambda calls, device: [call() is None or 1e-3 for call in calls])
     return lambda: bench.run(compiled=False, training_step=False)
 
 
@@ -24,6 +24,21 @@ def test_run_gives_time_and_error_against_float64(quick, tmp_path):
     assert all(row["correct"] and row["seconds"] > 0 and row["error"] < 1e-6 for row in ours)
     assert all(len(bench.cells(row)) == len(bench.COLUMNS) for row in ours)
     assert list(tmp_path.glob("*.png"))
+
+
+def test_each_call_is_timed_as_often_and_in_turn():
+    order = []
+    calls = [lambda: order.append("a"), lambda: (order.append("b"), time.sleep(2e-3))]
+    a, b = bench.seconds_in_turn(calls, torch.device("cpu"), budget=0.01)
+    assert a < 1e-3 < 2e-3 <= b < 1
+    assert order == ["a", "b"] * (len(order) // 2) and len(order) >= 16
+
+
+def test_copy_moves_the_bytes_that_the_op_must_move(monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda y, x: moved.append(x.nbytes + y.nbytes))
+    bench.copying(4096, torch.device("cpu"))()
+    assert moved == [4096]
 
 
 def test_no_speed_for_an_op_that_is_wrong(quick, monkeypatch):

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orwcfm_fast.charts import Series, chart
-from orwcfm_fast.files import write_text
-from orwcfm_fast.table import interval, measure_rows
+from orwcfm_fast.saving.files import write_text
+from orwcfm_fast.showing.charts import Series, chart
+from orwcfm_fast.showing.table import interval, measure_rows
 
 if TYPE_CHECKING:
-    from orwcfm_fast.result import Result
+    from orwcfm_fast.runs.result import Result
 
 MOST_PICTURES = 25
 Record = dict[str, Any]
@@ -58,7 +58,7 @@ def write_page(path: Path, page: Page) -> Path:
     """Render the page to one file that needs no network and no other file."""
     import jinja2
 
-    loader = jinja2.PackageLoader("orwcfm_fast", "templates")
+    loader = jinja2.PackageLoader("orwcfm_fast.showing")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     write_text(path, environment.get_template("report.html").render(page=page))
     return path

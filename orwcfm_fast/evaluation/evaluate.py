@@ -9,12 +9,12 @@ from torch import Tensor
 
 from orwcfm_fast import noise
 from orwcfm_fast.data import SHIPPED, load_data
-from orwcfm_fast.drift import sample_with_gap
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.features import Features, features_for
-from orwcfm_fast.fidelity import FIDELITY_MIN, fidelity, mode_coverage, vendi_score
-from orwcfm_fast.intervals import Interval, half_sampled, mean_pairwise_distance
-from orwcfm_fast.policy import Policy
+from orwcfm_fast.evaluation.drift import sample_with_gap
+from orwcfm_fast.evaluation.features import Features, features_for
+from orwcfm_fast.evaluation.fidelity import FIDELITY_MIN, fidelity, mode_coverage, vendi_score
+from orwcfm_fast.evaluation.intervals import Interval, half_sampled, mean_pairwise_distance
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
 from orwcfm_fast.rollout import Reward, sample, start_noise
 from orwcfm_fast.settings import RewardOptions, Sampling

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.intervals import Interval, from_halves, half_sampled, halves
+from orwcfm_fast.evaluation.intervals import Interval, from_halves, half_sampled, halves
 
 REPEATS = 32
 NEIGHBOURS = 3

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orwcfm_fast import checkpoint, history
 from orwcfm_fast.data import load_data, source
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, UserError, WorkError
-from orwcfm_fast.interrupt import Interruption, Stop
-from orwcfm_fast.pictures import save_samples
-from orwcfm_fast.policy import make_policy
+from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.pretrain import Pretrainer
 from orwcfm_fast.rollout import sample, start_noise
-from orwcfm_fast.run import Run, next_run_path, resume_command, resumed_settings
+from orwcfm_fast.runs.interrupt import Interruption, Stop
+from orwcfm_fast.runs.run import Run, next_run_path, resume_command, resumed_settings
+from orwcfm_fast.saving import checkpoint, history
 from orwcfm_fast.settings import Pretrain, Sampling
+from orwcfm_fast.showing.pictures import save_samples
 
 RESUME_MAY_CHANGE = ("save_every", "device")
 KEEP = 2

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast import noise
-from orwcfm_fast.checkpoint import Checkpoint, Tensors
-from orwcfm_fast.policy import Policy
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum, Scores
 from orwcfm_fast.rollout import Rollout
+from orwcfm_fast.saving.checkpoint import Checkpoint, Tensors
 from orwcfm_fast.settings import Finetune
 
 

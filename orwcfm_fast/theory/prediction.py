@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.evaluate import judge_for
-from orwcfm_fast.forecast import AlphaInterval, Forecast, alpha_for, forecast_many
-from orwcfm_fast.policy import Policy
+from orwcfm_fast.evaluation.evaluate import judge_for
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum
 from orwcfm_fast.rollout import Rollout, sample, start_noise
-from orwcfm_fast.run import Run
+from orwcfm_fast.runs.run import Run
 from orwcfm_fast.settings import Finetune, Predict, build, read_toml
 from orwcfm_fast.theory import Density, GaussianMixture, GridDensity, Recursion, exact_recursion, refit
+from orwcfm_fast.theory.forecast import AlphaInterval, Forecast, alpha_for, forecast_many
 
 
 def known_density(data: str) -> GaussianMixture | GridDensity:

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from orwcfm_fast.policy import Policy
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.samplers import solve
 from orwcfm_fast.settings import Sampling
 

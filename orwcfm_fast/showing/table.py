@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orwcfm_fast.evaluate import Measures
-    from orwcfm_fast.intervals import Interval
+    from orwcfm_fast.evaluation.evaluate import Measures
+    from orwcfm_fast.evaluation.intervals import Interval
 
 
 def interval(value: "Interval | None") -> str:

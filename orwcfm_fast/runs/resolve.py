@@ -5,7 +5,7 @@ import re
 import torch
 
 from orwcfm_fast.data import source
-from orwcfm_fast.load import DEFAULT, Loaded
+from orwcfm_fast.runs.load import DEFAULT, Loaded
 from orwcfm_fast.settings import Finetune
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.headers import check_pt, check_safetensors
+from orwcfm_fast.saving.headers import check_pt, check_safetensors
 
 KEYS = ("ema_model", "net_model")
 

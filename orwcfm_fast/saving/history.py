@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orwcfm_fast.checkpoint import Checkpoint, load
 from orwcfm_fast.errors import UserError, warn
+from orwcfm_fast.saving.checkpoint import Checkpoint, load
 
 BEST = "best"
 Records = list[dict[str, Any]]

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orwcfm_fast.charts import Series, chart
-from orwcfm_fast.evaluate import Measures
-from orwcfm_fast.files import write_text
-from orwcfm_fast.forecast import Forecast
-from orwcfm_fast.intervals import Interval
-from orwcfm_fast.report import Page, Picture, Table, data_uri, settings_table, write_page
-from orwcfm_fast.run import Run
+from orwcfm_fast.evaluation.evaluate import Measures
+from orwcfm_fast.evaluation.intervals import Interval
+from orwcfm_fast.runs.run import Run
+from orwcfm_fast.saving.files import write_text
 from orwcfm_fast.settings import Finetune, Sweep, build
-from orwcfm_fast.table import interval, measure_rows
+from orwcfm_fast.showing.charts import Series, chart
+from orwcfm_fast.showing.report import Page, Picture, Table, data_uri, settings_table, write_page
+from orwcfm_fast.showing.table import interval, measure_rows
+from orwcfm_fast.theory.forecast import Forecast
 
 LOOKS = "abcde"
 MEASURED = ("reward", "w2_coupled", "diversity")

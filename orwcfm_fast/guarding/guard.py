@@ -7,8 +7,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
-from orwcfm_fast.control import Control
 from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.guarding.control import Control
 from orwcfm_fast.settings import Finetune
 
 FINITE = {

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.files import read_small
-from orwcfm_fast.headers import check_safetensors
+from orwcfm_fast.saving.files import read_small
+from orwcfm_fast.saving.headers import check_safetensors
 
 Tensors = dict[str, Tensor]
 STATE, OWN_DIGEST = "state.json", "sha256_of_this"

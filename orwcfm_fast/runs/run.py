@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from orwcfm_fast import history
 from orwcfm_fast.errors import UserError, WorkError, warn
-from orwcfm_fast.files import open_regular, read_small, write_text
-from orwcfm_fast.lock import LOCK, Lock
+from orwcfm_fast.saving import history
+from orwcfm_fast.saving.files import open_regular, read_small, write_text
+from orwcfm_fast.saving.lock import LOCK, Lock
 from orwcfm_fast.settings import S, build, read_toml, to_toml
 
 CONFIG, METRICS, SUMMARY, FORECAST = "config.toml", "metrics.jsonl", "summary.json", "forecast.json"

@@ -49,7 +49,7 @@ def build_network(name: str, shape: Sequence[int]) -> nn.Module:
 def _unet(name: str, made_for: Shape, shape: Shape, **arguments) -> nn.Module:
     if shape != made_for:
         raise UserError(f"model '{name}' is made for samples {_by(made_for)}, these are {_by(shape)}")
-    from orwcfm_fast.fast_unet import FastUNet
+    from orwcfm_fast.networks.fast_unet import FastUNet
 
     return FastUNet(dim=shape, **arguments).to(memory_format=torch.channels_last)
 

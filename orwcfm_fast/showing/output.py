@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError, WorkError
-from orwcfm_fast.pictures import grid_image, save_samples
+from orwcfm_fast.showing.pictures import grid_image, save_samples
 
 
 def check_target(path: Path, overwrite: bool) -> None:

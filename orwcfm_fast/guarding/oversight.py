@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from orwcfm_fast.control import Control
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.guard import MAX_ROLLBACKS, Fault, Finding, Guard, cured
-from orwcfm_fast.memory import halving
+from orwcfm_fast.guarding.control import Control
+from orwcfm_fast.guarding.guard import MAX_ROLLBACKS, Fault, Finding, Guard, cured
+from orwcfm_fast.guarding.memory import halving
+from orwcfm_fast.guarding.steer import Steering
 from orwcfm_fast.rollout import Rollout
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.steer import Steering
 from orwcfm_fast.weighting import effective_sample_size, weigh
 
 T = TypeVar("T")

@@ -9,24 +9,24 @@ from typing import Any
 
 import torch
 
-from orwcfm_fast import checkpoint, history
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
-from orwcfm_fast.evaluate import evaluate, judge_for
-from orwcfm_fast.files import read_small, write_text
-from orwcfm_fast.guard import Fault
-from orwcfm_fast.interrupt import Interruption, Stop
-from orwcfm_fast.load import Loaded, Loader, Watch
-from orwcfm_fast.pictures import save_curves, save_samples
-from orwcfm_fast.prediction import forecast_line, forecast_run, reached_line
-from orwcfm_fast.report import run_report
-from orwcfm_fast.resolve import anchored, resolved, run_name
-from orwcfm_fast.result import Result
+from orwcfm_fast.evaluation.evaluate import evaluate, judge_for
+from orwcfm_fast.guarding.guard import Fault
 from orwcfm_fast.rewards import check_code_named, make_holdout, make_reward, user_code
-from orwcfm_fast.run import Run, next_run_path, resume_command, resumed_settings
+from orwcfm_fast.runs.interrupt import Interruption, Stop
+from orwcfm_fast.runs.load import Loaded, Loader, Watch
+from orwcfm_fast.runs.resolve import anchored, resolved, run_name
+from orwcfm_fast.runs.result import Result
+from orwcfm_fast.runs.run import Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.samplers import times as solver_times
+from orwcfm_fast.saving import checkpoint, history
+from orwcfm_fast.saving.files import read_small, write_text
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.tracking import Log, check_loggers, loggers
+from orwcfm_fast.showing.pictures import save_curves, save_samples
+from orwcfm_fast.showing.report import run_report
+from orwcfm_fast.showing.tracking import Log, check_loggers, loggers
+from orwcfm_fast.theory.prediction import forecast_line, forecast_run, reached_line
 from orwcfm_fast.trainer import Progress, Trainer
 
 PICTURE_SAMPLES = 64

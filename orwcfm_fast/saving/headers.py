@@ -6,7 +6,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
-from orwcfm_fast.files import open_regular
+from orwcfm_fast.saving.files import open_regular
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_PICKLE_BYTES = 64 << 20

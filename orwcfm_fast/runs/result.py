@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orwcfm_fast import checkpoint
-from orwcfm_fast.evaluate import Measures
-from orwcfm_fast.prediction import reached_line
-from orwcfm_fast.run import Run
+from orwcfm_fast.evaluation.evaluate import Measures
+from orwcfm_fast.runs.run import Run
+from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.theory.prediction import reached_line
 from orwcfm_fast.trainer import PHASES
 
 

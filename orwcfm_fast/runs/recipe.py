@@ -7,7 +7,7 @@ from typing import Any
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import Registry
-from orwcfm_fast.run import newest_run
+from orwcfm_fast.runs.run import newest_run
 
 RECIPES = Registry("recipe")
 FOLDER = Path(__file__).with_name("recipes")

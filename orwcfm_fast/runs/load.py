@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from orwcfm_fast import checkpoint, history
 from orwcfm_fast.data import load_data, source
 from orwcfm_fast.device import cache_dir
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.foreign import KEYS, foreign_weights, read_pt
-from orwcfm_fast.models import MODELS
-from orwcfm_fast.policy import Policy, make_policy
+from orwcfm_fast.networks.models import MODELS
+from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.pretrain import pretrain
-from orwcfm_fast.run import Run, is_run, newest_run
+from orwcfm_fast.runs.run import Run, is_run, newest_run
+from orwcfm_fast.saving import checkpoint, history
+from orwcfm_fast.saving.foreign import KEYS, foreign_weights, read_pt
 from orwcfm_fast.settings import Pretrain
 
 DEFAULT = "unet-digits"

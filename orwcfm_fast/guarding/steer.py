@@ -61,7 +61,7 @@ class Steering:
 
     def foresee(self, rollout: Rollout, tau: float, s: Finetune) -> None:
         """The first round's drive: forecast from its own rollout at α = 0."""
-        from orwcfm_fast.forecast import forecast
+        from orwcfm_fast.theory.forecast import forecast
 
         x, r = rollout.x1[:FORECAST_SAMPLES], rollout.reward[:FORECAST_SAMPLES]
         found = forecast(x, r, 0.0, tau, 1, weighting=s.weights, exact_w2=False, seed=s.seed)

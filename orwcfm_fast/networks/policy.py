@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from orwcfm_fast import lora
 from orwcfm_fast.device import resolve_precision
-from orwcfm_fast.models import build_network
+from orwcfm_fast.networks import lora
+from orwcfm_fast.networks.models import build_network
 
 
 @dataclass(frozen=True)

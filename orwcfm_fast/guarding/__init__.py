@@ -1,0 +1,1 @@
+"""What watches over a run: the guard, the controllers of α and τ, memory."""

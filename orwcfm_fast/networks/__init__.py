@@ -1,0 +1,1 @@
+"""The velocity networks, and the policy made of one."""

@@ -1,0 +1,1 @@
+"""Whole runs in directories: what the commands call."""

@@ -1,0 +1,1 @@
+"""Files: checkpoints, what may be read, what is kept, who may write."""

@@ -1,0 +1,1 @@
+"""Tables, pictures, charts, the page, the logs."""
