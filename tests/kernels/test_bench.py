@@ -13,7 +13,9 @@ def quick(monkeypatch):
     """Digit batches alone, a few calls each."""
     digits = [listed.Case(op, "fp32", listed.DIGITS) for op in listed.OPS]
     monkeypatch.setattr(bench, "cases", lambda device, short: digits)
-    monkeypatch.setattr(bench, "seconds_in_turn", lambda calls, device: [call() is None or 1e-3 for call in calls])
+    monkeypatch.setattr(
+        bench, "seconds_in_turn", lambda calls, device: [call() is None or 1e-3 for call in calls]
+    )
     return lambda: bench.run(compiled=False, training_step=False)
 
 
