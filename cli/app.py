@@ -1,5 +1,6 @@
 """The `orwcfm` command: its panels, and how errors end it."""
 
+import os
 import sys
 
 import typer
@@ -62,5 +63,8 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _main(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True)) -> None:
-    pass
+def _main(
+    ctx: typer.Context, version: bool = typer.Option(False, "--version", callback=_version, is_eager=True)
+) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and ctx.invoked_subcommand != "finetune":
+        raise UserError(f"{ctx.invoked_subcommand}: works in one process; torchrun is for finetune")

@@ -1,5 +1,6 @@
 """What users see: one-line errors, progress, and the closing tables."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,25 @@ from orwcfm_fast.showing.table import measure_rows
 
 if TYPE_CHECKING:
     from orwcfm_fast.evaluation.evaluate import Measures
+    from orwcfm_fast.ranks import Ranks
     from orwcfm_fast.runs.result import Result
 
 out = Console(highlight=False, soft_wrap=True)
 if not out.is_terminal:
     out.width = 160  # tables on a pipe are not cut
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# of several processes of one launch, one a machine says what is wrong before they know each other
+err = Console(stderr=True, highlight=False, soft_wrap=True, quiet=os.environ.get("LOCAL_RANK", "0") != "0")
+
+
+@contextmanager
+def one_voice(ranks: "Ranks") -> Iterator[None]:
+    """Of several ranks the first speaks, and of an error whichever meets it first."""
+    out.quiet = not ranks.first
+    try:
+        yield
+    except BaseException:
+        err.quiet = not ranks.speaks()
+        raise
 
 
 def say(text: str, quiet: bool = False) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from orwcfm_fast.cli.app import app
 from orwcfm_fast.cli.common import Config, Debug, Out, Overwrite, Quiet, Recipe, settings
-from orwcfm_fast.cli.console import closing, progress, round_line, say
+from orwcfm_fast.cli.console import closing, one_voice, progress, round_line, say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Finetune, Pretrain, Sweep
@@ -63,6 +63,13 @@ def finetune(
     debug: Debug = False,
 ) -> None:
     """Fine-tune a model online with a reward; with nothing given: even handwritten digits, on any machine."""
+    from orwcfm_fast.ranks import joined
+
+    with joined() as ranks, one_voice(ranks):
+        _finetune(ranks, given, recipe, config, out, overwrite, resume, quiet or not ranks.first)
+
+
+def _finetune(ranks, given, recipe, config, out, overwrite, resume, quiet) -> None:
     from orwcfm_fast.runs.finetune_run import Finetuning
 
     began = time.perf_counter()
@@ -76,6 +83,7 @@ def finetune(
             out=out,
             overwrite=overwrite,
             watch_pretraining=lambda step, steps, loss: bar.at(step / steps, f"loss {loss:.4f}"),
+            ranks=ranks,
         )
     s = task.settings
     say(f"run {task.run.path}: {'+'.join(s.reward)} on {task.loaded.name}", quiet)
@@ -89,7 +97,7 @@ def finetune(
         )
     say("measuring before and after on held-out noise", quiet)
     result = task.finish(began)
-    if not quiet:
+    if result and not quiet:
         closing(result)
     say(f"run {task.run.path}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Batch:
         index: global numbers [B] of the draws; they name x0.
         w, a: loss weights [B] of the flow-matching term and of the anchor.
         v_ref: the anchor's velocity at (t, x_t) where it is known from an earlier pass.
+        whole: samples of the minibatch that this is a part of; 0 where it is no part.
     """
 
     x1: Tensor
@@ -29,11 +31,22 @@ class Batch:
     w: Tensor
     a: Tensor
     v_ref: Tensor | None = None
+    whole: int = 0
+
+    @property
+    def size(self) -> int:
+        """Samples of the whole minibatch, over which its loss is a mean."""
+        return self.whole or len(self.w)
+
+    def part(self, rows: slice) -> "Batch":
+        """Some of its samples, which stay a part of the same minibatch."""
+        tensors: dict[str, Any] = {k: x[rows] for k, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, whole=self.size, **tensors)
 
     def split(self, size: int) -> Iterator["Batch"]:
-        """Batches of at most `size` samples, in order."""
+        """Parts of at most `size` samples, in order."""
         for i in range(0, len(self.w), size):
-            yield replace(self, **{k: x[i : i + size] for k, x in vars(self).items() if x is not None})
+            yield self.part(slice(i, i + size))
 
 
 def couple(

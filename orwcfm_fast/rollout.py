@@ -50,11 +50,14 @@ def draw(
     how: Sampling,
     chunk: int,
     pause: Callable[[], None] = lambda: None,
+    part: slice | None = None,
 ) -> Rollout:
-    """The rollout of a round: n fresh samples of the policy, not yet scored."""
-    x0 = start_noise(policy, n, seed, noise.ROLLOUT, round * n)
+    """The rollout of a round: n fresh samples of the policy, or a part of them, not yet scored."""
+    part = part or slice(0, n)
+    first, n = round * n + part.start, part.stop - part.start
+    x0 = start_noise(policy, n, seed, noise.ROLLOUT, first)
     x1 = sample(policy, x0, how, chunk, pause).clone()  # out of inference mode
-    return Rollout(x1, noise.indices(round * n, n, policy.device), torch.empty(0))
+    return Rollout(x1, noise.indices(first, n, policy.device), torch.empty(0))
 
 
 def score(reward: Reward, samples: Tensor, name: str, where: str = "", seed: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ from orwcfm_fast.guarding.memory import halving
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
 from orwcfm_fast.networks.lora import trained_parameters
 from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.ranks import ALONE, Ranks
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.timing import Phases
 
@@ -34,13 +35,17 @@ class Learner:
         policy: its network's parameters are trained, in eval mode: dropout would be taken for drift.
         reference: the anchor, frozen.
         settings: learning rate, warm-up, gradient clipping, micro-batch.
+        ranks: those that each minibatch is spread over.
 
     Attributes:
         micro_batch: samples at once; halved, and `on_halved` told, where memory runs out.
     """
 
-    def __init__(self, policy: Policy, reference: Policy, settings: Finetune) -> None:
+    def __init__(
+        self, policy: Policy, reference: Policy, settings: Finetune, ranks: Ranks = ALONE
+    ) -> None:
         self.policy, self.reference, self.grad_clip = policy, reference, settings.grad_clip
+        self.ranks = ranks
         policy.network.eval()
         self.parameters = trained_parameters(policy.network)
         self.micro_batch = min(settings.micro_batch or settings.batch, settings.batch)
@@ -61,13 +66,14 @@ class Learner:
         """The reference's velocity at the batch's points, [B, *shape]."""
 
         def parts(size: int) -> Tensor:
-            return torch.cat([self.reference.velocity(part.t, part.x_t) for part in batch.split(size)])
+            parts = [self.reference.velocity(part.t, part.x_t) for part in batch.split(size)]
+            return torch.cat(parts) if parts else batch.x_t  # a rank's share may be none
 
         with self.phases("reference"), torch.no_grad():
             return halving(parts, self.micro_batch, "micro-batch", self.set_micro_batch)
 
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
-        """One step on a batch; returns (mean fm, mean w2, gradient norm) [3], float32 on the device."""
+        """One step on a batch, or on this rank's part of it; (mean fm, mean w2, gradient norm) [3], float32."""
         losses = halving(
             lambda size: self.gradient(batch, seed, size),
             self.micro_batch,
@@ -75,6 +81,7 @@ class Learner:
             self.set_micro_batch,
         )
         with self.phases("optimizer"):
+            self.add_up(losses)
             norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, foreach=True)
             self.optimizer.step()
             self.schedule.step()
@@ -85,11 +92,11 @@ class Learner:
         """Accumulate the batch's gradient, `micro_batch` samples at a time; (mean fm, mean w2) [2].
 
         Gradient of L = 1/B Σ [w_i·1/D‖v − u‖² + a_i·1/D‖v − v_ref‖²], by hand, in the op's one pass; 1/B is
-        the whole batch's, so that parts add up to it.
+        the whole batch's, so that parts add up to it, those of several ranks too.
         """
-        size = len(batch.w)
+        size = batch.size
         self.optimizer.zero_grad(set_to_none=True)  # of a try that ran out of memory
-        fm, w2 = [], []
+        fm, w2 = [batch.w.new_zeros(0)], [batch.w.new_zeros(0)]
         for part in batch.split(micro_batch):
             v_ref = part.v_ref
             if v_ref is None:
@@ -103,7 +110,19 @@ class Learner:
                 v.backward(dv)
             fm.append(means[0])
             w2.append(means[1])
-        return torch.stack([torch.cat(fm).mean(), torch.cat(w2).mean()])
+        return torch.stack([torch.cat(fm).sum(), torch.cat(w2).sum()]) / size
+
+    def add_up(self, losses: Tensor) -> None:
+        """Gradients and losses of this rank's part become those of the whole minibatch, in one exchange.
+
+        Not DistributedDataParallel: it takes a mean over ranks, which uneven parts make wrong, and waits for ever
+        for a rank whose part is empty.
+        """
+        if self.ranks.world == 1:
+            return
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.ranks.add_up([*(p.grad for p in self.parameters if p.grad is not None), losses])
 
     def set_micro_batch(self, size: int) -> None:
         self.micro_batch = size

@@ -17,6 +17,7 @@ from orwcfm_fast.guarding.oversight import Oversight
 from orwcfm_fast.guarding.steer import probe_size
 from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.ranks import ALONE, Ranks
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
 from orwcfm_fast.rollout import Reward, Rollout, draw, sample, start_noise
 from orwcfm_fast.saving import checkpoint
@@ -49,6 +50,7 @@ class Trainer:
         reference: the anchor; by default a frozen copy of the policy as it is now.
         features: samples → features [B, F] in which diversity is measured; pixels where None.
         watch: called with a Progress at each phase of each step.
+        ranks: those that rollouts and minibatches are spread over; each holds the whole rollout, and all else too.
 
     Attributes:
         pause: called where a round can be left and taken up again: after a chunk of its rollout, and between
@@ -66,10 +68,14 @@ class Trainer:
         reference: Policy | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
         watch: Callable[[Progress], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        for name, n in (("rollout", settings.rollout), ("probe", probe_size(settings))):
+            if n < ranks.world:
+                raise UserError(f"--{name} {n}: is less than a sample for each of {ranks.world} ranks")
         if settings.coupling == "ot" and settings.batch < 2:
             raise UserError("coupling 'ot' needs a batch of at least 2")
-        self.policy, self.settings = policy, settings
+        self.policy, self.settings, self.ranks = policy, settings, ranks
         self.reward, self.holdout = make_reward(reward, name=reward_name), holdout
         if settings.lora:
             add_lora(policy.network, settings.lora, seed=settings.seed)
@@ -78,7 +84,7 @@ class Trainer:
         self.features = features or (lambda x: x)
         self.watch = watch or (lambda progress: None)
         self.oversight = Oversight(settings)
-        self.learner = Learner(policy, self.reference, settings)
+        self.learner = Learner(policy, self.reference, settings, ranks)
         self.learner.on_halved = self.oversight.set_micro_batch
         self.phases = self.learner.phases
         self.seed = torch.tensor(settings.seed, device=policy.device)
@@ -120,11 +126,15 @@ class Trainer:
             self.watch(Progress(number, len(losses), "step"))
             losses.append(self.learner.step(batch, self.seed))
             if len(losses) < s.steps_per_round:
-                self.pause()
+                with self.ranks.together():
+                    self.pause()
         self.steps += s.steps_per_round
         self.round += 1
         self.begun = None
-        return self.oversight.judge(self.round, self.measure(rollout, w, torch.stack(losses)), found)
+        record = self.measure(rollout, w, torch.stack(losses))
+        self.oversight.agree(self.ranks)
+        self.learner.micro_batch = self.oversight.control.micro_batch
+        return self.oversight.judge(self.round, record, found)
 
     @property
     def steps_taken(self) -> int:
@@ -135,21 +145,32 @@ class Trainer:
         """The round's whole rollout, drawn from the policy as it stands, with its rewards."""
         s = self.settings
         self.watch(Progress(number, 0, "rollout"))
-        with self.phases("rollout"):
-            rollout = self.oversight.in_chunks(
-                lambda chunk: draw(self.policy, s.rollout, number, s.seed, s, chunk, self.pause)
+        mine = self.ranks.share(s.rollout)
+        with self.phases("rollout"), self.ranks.together():
+            part = self.oversight.in_chunks(
+                lambda chunk: draw(self.policy, s.rollout, number, s.seed, s, chunk, self.pause, mine)
             )
         self.watch(Progress(number, 0, "reward"))
         with self.phases("reward"):
-            samples, where = self.policy.decode(rollout.x1), f"round {number + 1}"
-            seed = s.seed * 1_000_003 + number
-            self.scores = self.reward.scores(samples, where, seed)
-            self.held_out = self.holdout.scores(samples, where, seed) if self.holdout else None
-            rollout.reward = self.trained_on(self.scores)
-        return rollout
+            where, seed = f"round {number + 1}", s.seed * 1_000_003 + number + (self.ranks.rank << 40)
+            with self.ranks.together():
+                samples = self.policy.decode(part.x1)
+                found = self.reward.scores(samples, where, seed)
+                held_out = self.holdout.scores(samples, where, seed) if self.holdout else None
+            self.scores = self.of_all(found)
+            self.held_out = self.of_all(held_out) if held_out else None
+        with self.phases("rollout"):
+            x1 = self.ranks.gather(part.x1, s.rollout)
+        index = noise.indices(number * s.rollout, s.rollout, self.policy.device)
+        return Rollout(x1, index, self.trained_on(self.scores))
+
+    def of_all(self, mine: Scores) -> Scores:
+        """What the rewards say of the whole rollout, each rank having asked them of its share."""
+        values = {name: self.ranks.gather(v, self.settings.rollout) for name, v in mine.values.items()}
+        return replace(mine, values=values)
 
     def minibatches(self, rollout: Rollout, w: Tensor, number: int, skip: int = 0) -> Iterator[Batch]:
-        """`steps_per_round` coupled minibatches, but the first `skip`.
+        """This rank's parts of `steps_per_round` coupled minibatches, but of the first `skip`.
 
         The draws (sample, t, noise) run over the rollout, each time in an order of its own. With several
         reference passes there are as many times fewer of them, taken in a new order in each pass, and the
@@ -166,7 +187,8 @@ class Trainer:
             index = noise.indices(number * wanted + k * s.batch, s.batch, self.policy.device)
             with self.phases("policy"):
                 alpha = self.oversight.control.alpha
-                return couple(rollout.x1[pick], w[pick], alpha, self.seed, index, s.coupling)
+                batch = couple(rollout.x1[pick], w[pick], alpha, self.seed, index, s.coupling)
+                return batch.part(self.ranks.share(s.batch))
 
         if s.reference_passes == 1:
             yield from map(make, range(skip, drawn))
@@ -187,16 +209,20 @@ class Trainer:
         s = self.settings
         self.watch(Progress(self.round - 1, s.steps_per_round, "measure"))
         with self.phases("probe"):
-            self.probe, gap = self.oversight.in_chunks(
-                lambda chunk: sample_with_gap(self.policy, self.reference, self.probe_noise, s, chunk)
-            )
+            x0 = self.probe_noise[self.ranks.share(len(self.probe_noise))]
+            with self.ranks.together():
+                probe, gap = self.oversight.in_chunks(
+                    lambda chunk: sample_with_gap(self.policy, self.reference, x0, s, chunk)
+                )
+            self.probe = self.ranks.gather(probe, len(self.probe_noise))
+            gap = sum(self.ranks.all(gap * len(x0))) / len(self.probe)
             spread, probe_spread = self.diversity(rollout.x1[:512]), self.diversity(self.probe)
         seconds = self.phases.read()
         training = sum(seconds[p] for p in PHASES[2:])
         loss_fm, loss_w2, norm, norm_max = torch.cat([losses.mean(0), losses[:, 2:].amax(0)]).tolist()
         assert self.scores
         reward = self.scores.total
-        return {
+        record = {
             "round": self.round,
             "reward_mean": float(reward.mean()),
             "reward_std": float(reward.std(correction=0)),
@@ -216,6 +242,7 @@ class Trainer:
             "images_per_s_rollout": s.rollout / seconds["rollout"],
             "images_per_s_train": s.steps_per_round * s.batch / training,
         }
+        return self.ranks.from_first(lambda: record)  # one clock, one judgement
 
     def save(self, path, more: dict[str, Any]) -> None:
         """Write a checkpoint from which `restore` goes on bit for bit on the same device."""
@@ -285,7 +312,11 @@ class Trainer:
 
     def draw_probe(self, policy: Policy) -> Tensor:
         """A policy's samples [probe, *shape] from the noise that W2 is followed on."""
-        return self.oversight.in_chunks(lambda chunk: sample(policy, self.probe_noise, self.settings, chunk))
+        n = len(self.probe_noise)
+        x0 = self.probe_noise[self.ranks.share(n)]
+        with self.ranks.together():
+            part = self.oversight.in_chunks(lambda chunk: sample(policy, x0, self.settings, chunk))
+        return self.ranks.gather(part, n)
 
     def diversity(self, x: Tensor) -> float:
         """Mean distance of two of the samples x [N, *shape] in features."""

@@ -11,6 +11,7 @@ from orwcfm_fast.guarding.control import Control
 from orwcfm_fast.guarding.guard import MAX_ROLLBACKS, Fault, Finding, Guard, cured
 from orwcfm_fast.guarding.memory import halving
 from orwcfm_fast.guarding.steer import Steering
+from orwcfm_fast.ranks import Ranks
 from orwcfm_fast.rollout import Rollout
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.weighting import effective_sample_size, weigh
@@ -125,6 +126,18 @@ class Oversight:
     def set_micro_batch(self, size: int) -> None:
         self.control = replace(self.control, micro_batch=size)
         self.note(f"out of memory: goes on with a micro-batch of {size}")
+
+    def agree(self, ranks: Ranks) -> None:
+        """Every rank goes on with the smallest sizes that memory left to any, and knows what the others noted."""
+        notes, controls = zip(*ranks.all((self.notes, self.control)), strict=True)
+        for text in dict.fromkeys(text for told in notes for text in told):
+            if text not in self.notes:
+                self.note(text)
+        self.control = replace(
+            self.control,
+            micro_batch=min(c.micro_batch for c in controls),
+            chunk=min(c.chunk for c in controls),
+        )
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint must hold of it."""

@@ -13,12 +13,14 @@ from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
 from orwcfm_fast.evaluation.evaluate import evaluate, judge_for
 from orwcfm_fast.guarding.guard import Fault
+from orwcfm_fast.ranks import ALONE, Ranks
 from orwcfm_fast.rewards import check_code_named, make_holdout, make_reward, user_code
 from orwcfm_fast.runs.interrupt import Interruption, Stop
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
+from orwcfm_fast.runs.relaunch import MAY_CHANGE, begun_before
 from orwcfm_fast.runs.resolve import anchored, resolved, run_name
 from orwcfm_fast.runs.result import Result
-from orwcfm_fast.runs.run import Run, next_run_path, resume_command, resumed_settings
+from orwcfm_fast.runs.run import Onlooker, Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.saving import checkpoint, history
 from orwcfm_fast.saving.files import read_small, write_text
@@ -31,7 +33,6 @@ from orwcfm_fast.trainer import Progress, Trainer
 
 PICTURE_SAMPLES = 64
 MAX_FORECAST_BYTES = 1 << 20
-RESUME_MAY_CHANGE = ("rounds", "device", "log")
 
 
 class Finetuning:
@@ -41,10 +42,13 @@ class Finetuning:
         settings: resolved: model, data, reward, precision as they will be.
         loaded: the pretrained model, which is also the reference.
         run: its directory.
+        ranks: those that work on it; the first writes its files.
     """
 
-    def __init__(self, settings: Finetune, loaded: Loaded, run: Run) -> None:
+    def __init__(self, settings: Finetune, loaded: Loaded, run: Run, ranks: Ranks = ALONE) -> None:
         self.settings, self.loaded, self.run, self.resumed = settings, loaded, run, False
+        self.ranks = ranks
+        ranks.spread([*loaded.policy.network.state_dict().values()])
         reward, holdout = make_reward(settings.reward, settings), make_holdout(settings)
         self.judge = judge_for(loaded.policy.data, reward, reward.name, holdout)
         self.trainer = Trainer(
@@ -53,6 +57,7 @@ class Finetuning:
             settings,
             holdout=holdout,
             features=self.judge.features,
+            ranks=ranks,
         )
         self.reference = self.trainer.reference
 
@@ -66,6 +71,7 @@ class Finetuning:
         out: Path | None = None,
         overwrite: bool = False,
         watch_pretraining: Watch | None = None,
+        ranks: Ranks = ALONE,
     ) -> "Finetuning":
         """Check everything that can be checked, load the model, make the directory.
 
@@ -73,51 +79,67 @@ class Finetuning:
             settings: of a new run; None with `resume`.
             given: the settings that the user set by hand.
             resume: a run to go on with.
+            ranks: all of which call this.
 
         Raises:
             UserError: anything wrong with what the user gave; nothing is left behind.
         """
+        if settings and (before := begun_before(settings, out, overwrite)):
+            resume, given = out, before
         if resume:
             run = Run(resume)
-            settings = resumed_settings(run, Finetune, given, RESUME_MAY_CHANGE)
+            settings = resumed_settings(run, Finetune, given, MAY_CHANGE)
             for key in ("reward", "holdout_reward"):
                 check_code_named(getattr(settings, key), given.get(key, []), run.config, key)
         assert settings is not None
+        ranks.check_same(settings.model_dump() | checkpoint.versions() | {"--out": out, "--resume": resume})
         solver_times(settings.nfe, settings.solver, settings.grid)
         check_loggers(settings.log)
-        device = resolve_device(settings.device)
+        device = ranks.device(resolve_device(settings.device))
         if settings.reward:
-            make_reward(settings.reward, settings)
-        make_holdout(settings)
+            ranks.in_turn(lambda: make_reward(settings.reward, settings))
+        ranks.in_turn(lambda: make_holdout(settings))
         loader = Loader(device, settings.precision, settings.model, settings.data, watch_pretraining)
         if resume:
             begun = checkpoint.is_checkpoint(run.reference)  # else it was killed before its first round
-            return cls.go_on(settings, loader.load(str(run.reference) if begun else settings.checkpoint), run)
-        loaded = loader.load(settings.checkpoint) if settings.checkpoint else loader.default()
-        return cls.begin(settings, loaded, out, overwrite)
+            spec = str(run.reference) if begun else settings.checkpoint
+            return cls.go_on(settings, ranks.in_turn(lambda: loader.load(spec)), run, ranks)
+        spec = settings.checkpoint
+        loaded = ranks.in_turn(lambda: loader.load(spec) if spec else loader.default())
+        return cls.begin(settings, loaded, out, overwrite, ranks)
 
     @classmethod
     def begin(
-        cls, settings: Finetune, loaded: Loaded, out: Path | None = None, overwrite: bool = False
+        cls,
+        settings: Finetune,
+        loaded: Loaded,
+        out: Path | None = None,
+        overwrite: bool = False,
+        ranks: Ranks = ALONE,
     ) -> "Finetuning":
         """A new run of a model that is loaded."""
         settings = resolved(settings, loaded)
-        run = Run(out or next_run_path(run_name(settings)))
-        task = cls(settings, loaded, run)
-        task.run = Run.create(run.path, overwrite)
+        ranks.check_same(settings.model_dump())
+        path = ranks.from_first(lambda: out or next_run_path(run_name(settings)))
+        task = cls(settings, loaded, Run(path), ranks)
+        with ranks.together():
+            task.run = Run.create(path, overwrite) if ranks.first else Onlooker(path)
         try:
-            task._begin()
+            with ranks.together():
+                task._begin()
         except BaseException:
             task.run.undo()
             raise
         return task
 
     @classmethod
-    def go_on(cls, settings: Finetune, loaded: Loaded, run: Run) -> "Finetuning":
+    def go_on(cls, settings: Finetune, loaded: Loaded, run: Run, ranks: Ranks = ALONE) -> "Finetuning":
         """A run that was begun, from its newest checkpoint; `loaded` is its reference."""
-        run.lock()
+        run = run if ranks.first else Onlooker(run.path)
+        with ranks.together():
+            run.lock()
         try:
-            task = cls(settings, loaded, run)
+            task = cls(settings, loaded, run, ranks)
             task._go_on()
         except BaseException:
             run.unlock()
@@ -145,6 +167,8 @@ class Finetuning:
 
     def _begin(self) -> None:
         """Write what a new run must hold before its first round."""
+        if not self.ranks.first:
+            return
         self.run.write_config("finetune", self.settings)
         self.run.samples.mkdir(exist_ok=True)
         policy = self.reference
@@ -155,17 +179,22 @@ class Finetuning:
     def _go_on(self) -> None:
         """Go on from the newest whole checkpoint; rounds after it are forgotten."""
         self.resumed = True
-        history.sweep(self.run.checkpoints)
-        newest = history.load_newest(self.run.checkpoints, set_aside=True)
-        if newest is None:
-            self.run.truncate_metrics(0)
-            self._begin()
-            return
-        self.run.write_config("finetune", self.settings)
-        self.trainer.restore(newest)
-        self._check_forecast()
-        self.run.truncate_metrics(self.trainer.round)
-        self._prune()  # a kill may have come between the last save and this
+        newest = self.ranks.from_first(lambda: self._newest(set_aside=True))
+        if newest:
+            self.trainer.restore(newest)
+        with self.ranks.together():
+            self.run.truncate_metrics(self.trainer.round)
+            if not newest:
+                self._begin()
+            elif self.ranks.first:
+                self.run.write_config("finetune", self.settings)
+                self._check_forecast()
+                self._prune()  # a kill may have come between the last save and this
+
+    def _newest(self, set_aside: bool = False, every: int = 1) -> checkpoint.Checkpoint | None:
+        if set_aside:
+            history.sweep(self.run.checkpoints)
+        return history.load_newest(self.run.checkpoints, set_aside=set_aside, every=every)
 
     def _check_forecast(self) -> None:
         """A forecast that cannot be read is none; the report would stumble over it after all the training."""
@@ -193,22 +222,23 @@ class Finetuning:
         self.trainer.oversight.tell(on_line)
         s, resume = self.settings, self._resume_command()
         try:
-            with Interruption(f"left at once; {resume}") as interruption:
+            with Interruption(f"left at once; {resume}" if self.ranks.first else "") as interruption:
                 try:
                     self.trainer.pause = interruption.pause
-                    with loggers(s.log, self.run.path, self.run.path.name, s.model_dump()) as log:
+                    logs = s.log if self.ranks.first else []
+                    with loggers(logs, self.run.path, self.run.path.name, s.model_dump()) as log:
                         self._train(log, on_round, on_line)
                 except Stop:
-                    where = f"interrupted in round {self.trainer.round + 1}, saved at {self.save()}"
-                    self.run.settle()
+                    where = f"interrupted in round {self.trainer.round + 1}, saved at {self._saved()}"
                     raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
             if self.trainer.round == 0:
                 if not self.resumed:
-                    self.run.undo()
+                    with self.ranks.together():
+                        self.run.undo()
                 raise
-            raise type(error)(f"{error}; the run is saved at {self.save()}") from error
+            raise type(error)(f"{error}; the run is saved at {self._saved()}") from error
         except OSError as error:
             raise self.run.write_failed(error, resume) from error
         finally:
@@ -220,21 +250,29 @@ class Finetuning:
         return resume_command(self.run, "finetune", {k: v for k, v in named.items() if user_code(v)})
 
     def _train(self, log: Log, on_round: Log | None, on_line: Callable[[str], None]) -> None:
-        s = self.settings
         for record in self._standing():
-            self.run.append(record)
-            log(record)
-            # all that a round leaves is there before its checkpoint, or a kill between the two would lose it
-            self._picture(self.trainer.round)
-            forecast = self._forecast() if self.trainer.round == 1 and s.target_w2 is None else ""
-            if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
-                self.save()
-            self.run.settle()
-            if on_round:
-                on_round(record)
-            if forecast:
-                on_line(forecast)
-            self.trainer.pause()
+            with self.ranks.together():
+                if self.ranks.first:
+                    self._keep(record, log, on_round, on_line)
+                self.trainer.pause()
+
+    def _keep(
+        self, record: dict[str, Any], log: Log, on_round: Log | None, on_line: Callable[[str], None]
+    ) -> None:
+        """Write and show what a round leaves."""
+        s = self.settings
+        self.run.append(record)
+        log(record)
+        # all that a round leaves is there before its checkpoint, or a kill between the two would lose it
+        self._picture(self.trainer.round)
+        forecast = self._forecast() if self.trainer.round == 1 and s.target_w2 is None else ""
+        if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
+            self.save()
+        self.run.settle()
+        if on_round:
+            on_round(record)
+        if forecast:
+            on_line(forecast)
 
     def _standing(self) -> Iterator[dict[str, Any]]:
         """The records of the rounds that stand; the others are taken back or end the run, as --guard says."""
@@ -246,18 +284,20 @@ class Finetuning:
                     if self.settings.guard != "rollback":
                         raise
                     self.trainer.take_back(fault, self._back)
-                    if self.trainer.round:
-                        self.save(anew=True)  # with the α and τ that hold from here on
+                    with self.ranks.together():
+                        if self.trainer.round:
+                            self.save(anew=True)  # with the α and τ that hold from here on
                 except Fault:
                     self.run.append(fault.record)
                     self.run.settle()
-                    kept = history.steps(self.run.checkpoints)
+                    with self.ranks.together():  # its files are written before anyone leaves
+                        kept = history.steps(self.run.checkpoints)
                     where = f"the last good checkpoint is {kept[0]}" if kept else "no round was good yet"
                     raise WorkError(f"{fault}; stopped, {where}") from None
 
     def _back(self) -> int:
         """To the newest checkpoint, or the start where there is none; the round it holds."""
-        newest = history.load_newest(self.run.checkpoints, every=self._every)
+        newest = self.ranks.from_first(lambda: self._newest(every=self._every))
         if newest:
             self.trainer.restore(newest)
         else:
@@ -280,10 +320,17 @@ class Finetuning:
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
         return forecast_line(found)
 
+    def _saved(self) -> Path:
+        """`save`, for which all ranks wait: a launcher ends the others as soon as one leaves."""
+        with self.ranks.together():
+            path = self.save()
+            self.run.settle()
+        return path
+
     def save(self, anew: bool = False) -> Path:
         """A checkpoint of what is trained so far; its path. `anew`: in place of one that is there."""
         path = self.run.checkpoints / f"step_{self.trainer.steps_taken}"
-        if anew or not checkpoint.is_checkpoint(path):
+        if self.ranks.first and (anew or not checkpoint.is_checkpoint(path)):
             try:
                 self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
                 self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
@@ -318,10 +365,15 @@ class Finetuning:
         """What of the probe fits a picture: the first images, all vectors."""
         return self.reference.decode(x[:PICTURE_SAMPLES] if x.dim() == 4 else x)
 
-    def finish(self, began: float) -> Result:
-        """Held-out evaluation before and after, the pictures and summary.json."""
+    def finish(self, began: float) -> Result | None:
+        """Held-out evaluation before and after, the pictures and summary.json; None on all ranks but the first."""
         try:
-            return self._finish(began)
+            with self.ranks.together():
+                result = self._finish(began) if self.ranks.first else None
+            for rewards in (self.trainer.reward, self.trainer.holdout):
+                if rewards:
+                    rewards.close()
+            return result
         except KeyboardInterrupt:
             left = f"interrupted; training is done and saved; to measure it: {self._resume_command()}"
             raise Interrupted(left) from None
@@ -336,9 +388,6 @@ class Finetuning:
         before, after = trainer.oversight.in_chunks(
             lambda chunk: evaluate(models, self.reference, self.judge, s, s.eval_n, chunk)
         )
-        for rewards in (trainer.reward, trainer.holdout):
-            if rewards:
-                rewards.close()
         records = self.run.read_metrics()
         pictures = {"before": self._shown(trainer.probe_reference), "after": self._shown(trainer.probe)}
         save_samples(self.run.samples / "before_after.png", pictures)

@@ -19,7 +19,7 @@ class Interruption:
     delivers no signals, nothing is caught.
 
     Args:
-        last_words: one line for those who leave at once.
+        last_words: one line for those who leave at once; nothing is said where it is empty.
 
     Attributes:
         signal: the one that came, or None.
@@ -54,10 +54,11 @@ class Interruption:
         # os.write: a handler may run in the middle of a buffered one
         if self.signal is None:
             self.signal = number
-            if os.isatty(2):
+            if self.last_words and os.isatty(2):
                 os.write(2, b"\nstopping after this step, then saving; Ctrl-C again leaves at once\n")
         elif number == signal.SIGINT:
             if os.isatty(1):
                 os.write(1, SHOW_CURSOR)
-            os.write(2, f"error: {self.last_words}\n".encode())
+            if self.last_words:
+                os.write(2, f"error: {self.last_words}\n".encode())
             os._exit(128 + number)

@@ -1,12 +1,21 @@
 """What a run will be, once its model is known: every setting filled in, its name, its α in words."""
 
 import re
+from typing import Any
 
 import torch
 
 from orwcfm_fast.data import source
 from orwcfm_fast.runs.load import DEFAULT, Loaded
 from orwcfm_fast.settings import Finetune
+
+
+FILLED = ("checkpoint", "reward", "model", "data", "precision")  # by the model, where not given
+
+
+def left_open(key: str, value: Any) -> bool:
+    """Whether a setting of that value is one that `resolved` fills in."""
+    return key in FILLED and value in ("", [], "auto")
 
 
 def anchored(s: Finetune) -> str:

@@ -139,6 +139,28 @@ class Run:
         write_text(self.metrics, "".join(json.dumps(r) + "\n" for _, r in sorted(kept.items())))
 
 
+class Onlooker(Run):
+    """A run as it is for a rank that leaves its files to the first."""
+
+    def lock(self) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def undo(self) -> None:
+        pass
+
+    def write_config(self, command: str, settings: BaseModel) -> None:
+        pass
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        pass
+
+    def truncate_metrics(self, last: int, key: str = "round") -> None:
+        pass
+
+
 def _has_content(path: Path) -> bool:
     """Whether a folder holds more than a run that died before its first line leaves."""
     return any(p.name not in (LOCK, f".{CONFIG}.part") for p in path.iterdir())

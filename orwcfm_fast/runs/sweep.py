@@ -16,7 +16,7 @@ from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards import check_code_named, make_reward
 from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
-from orwcfm_fast.runs.resolve import resolved
+from orwcfm_fast.runs.resolve import FILLED, left_open, resolved
 from orwcfm_fast.runs.run import Run, is_run, next_run_path, read_command
 from orwcfm_fast.runs.sweep_grid import grid
 from orwcfm_fast.samplers import times as solver_times
@@ -29,7 +29,6 @@ from orwcfm_fast.theory.prediction import FORECAST_ROUNDS, Reference, draw_refer
 from orwcfm_fast.trainer import Progress
 
 MAY_CHANGE = ("alpha", "tau", "device", "log")
-FILLED = ("checkpoint", "reward", "model", "data", "precision")  # by the model, where not given
 REWARD_KEYS = [key for key in RewardOptions.model_fields if key not in Settings.model_fields]
 
 
@@ -240,8 +239,7 @@ def _widened(path: Path, given: dict[str, Any]) -> Sweep:
     for key, value in given.items():
         if key not in Sweep.model_fields:
             raise unknown("setting", key, Sweep.model_fields)
-        left_open = key in FILLED and value in ("", [], "auto")
-        if key not in MAY_CHANGE and not left_open and value != getattr(own, key):
+        if key not in MAY_CHANGE and not left_open(key, value) and value != getattr(own, key):
             flag = f"--{key.replace('_', '-')}"
             raise UserError(
                 f"--out {path}: this sweep has {flag} {getattr(own, key)}, not {value}; use another --out"

@@ -1,0 +1,215 @@
+"""Ranks: the processes of one torchrun, and all that they say to each other.
+
+Everything that is drawn has a global number, so a rank takes its slice of the numbers and nothing else changes:
+a slice is all there is where there is one rank, and then nothing is exchanged.
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from orwcfm_fast.errors import UserError, WorkError
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=6)  # for a rank whose reward is slow; one that died is known of at once
+
+
+class RankLost(WorkError):
+    """Another rank ended in the middle of an exchange."""
+
+
+class Ranks:
+    """All ranks, seen from one of them.
+
+    Args:
+        rank, world: which of how many. store: of torch.distributed, where the ranks leave each other words.
+
+    Attributes:
+        first: whether this is the rank that writes files and speaks.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1, store: dist.Store | None = None) -> None:
+        self.rank, self.world, self.first, self._store = rank, world, rank == 0, store
+
+    def share(self, n: int, rank: int | None = None) -> slice:
+        """This rank's part of n things in order; parts differ by one at most and may be empty."""
+        k = self.rank if rank is None else rank
+        return slice(n * k // self.world, n * (k + 1) // self.world)
+
+    def gather(self, part: Tensor, n: int) -> Tensor:
+        """The whole [n, …], on every rank, of which each has its share."""
+        if self.world == 1:
+            return part
+        shares = [self.share(n, k) for k in range(self.world)]
+        sizes = [share.stop - share.start for share in shares]
+        padded = part.new_zeros((max(sizes), *part.shape[1:]))
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in sizes]
+        with _exchange():
+            dist.all_gather(parts, padded)
+        return torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)])
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes its sum over all ranks, in one exchange."""
+        if self.world == 1:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        with _exchange():
+            dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes the first rank's."""
+        for t in tensors if self.world > 1 else ():
+            whole = t.contiguous()
+            with _exchange():
+                dist.broadcast(whole, 0)
+            t.copy_(whole)
+
+    def all(self, value: T) -> list[T]:
+        """Every rank's value, in order."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        with _exchange():
+            dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work of each rank's own, without an exchange inside: where it fails on one, it fails on all.
+
+        Raises:
+            Exception: of the lowest rank that failed, with its number where that is not the first.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            if self.world == 1:
+                raise
+            error = raised
+        if self.world == 1:
+            return
+        failed = torch.tensor(error is not None, dtype=torch.int32)
+        with _exchange():
+            dist.all_reduce(failed)
+        if failed:
+            errors = self.all(None if error is None else _portable(error))
+            number, found = next((k, e) for k, e in enumerate(errors) if e)
+            if number and found.args == (str(found),):
+                found = type(found)(f"rank {number}: {found}")
+            raise found from error
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """make() of the first rank, on all."""
+        made: list[Any] = [None]
+        with self.together():
+            if self.first:
+                made = [make()]
+        if self.world > 1:
+            with _exchange():
+                dist.broadcast_object_list(made, 0, device=torch.device("cpu"))
+        return made[0]
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """work() on the first rank, then on the others, which find in the cache what it left there."""
+        done: list[T] = []
+        for turn in (True, False)[: self.world]:
+            with self.together():
+                if self.first is turn:
+                    done.append(work())
+        return done[0]
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Raises UserError where the ranks do not have the same values; names the first that differs."""
+        first, *others = self.all(values)
+        for number, other in enumerate(others, 1):
+            for key in first | other:
+                if first.get(key) != other.get(key):
+                    raise UserError(
+                        f"the ranks disagree: {key} is {first.get(key)!r} on rank 0 and {other.get(key)!r} "
+                        f"on rank {number}; start every rank by the same command, with the same packages"
+                    )
+
+    def device(self, device: torch.device) -> torch.device:
+        """This rank's own device where `device` says which kind.
+
+        Raises:
+            UserError: one GPU is named for several ranks, or this machine has too few.
+        """
+        if self.world == 1 or device.type != "cuda":
+            return device
+        number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device.index is not None:
+            raise UserError(f"--device {device}: is one GPU for {self.world} ranks; say --device cuda")
+        if number >= there:
+            raise UserError(f"--device cuda: this machine has {there} GPUs; lower --nproc-per-node to that")
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
+
+    def speaks(self) -> bool:
+        """Whether this rank is the first to ask; the others keep silent of the error that ends them all."""
+        if self._store is None:
+            return self.first
+        try:
+            return self._store.add(f"spoken/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+        except RuntimeError:  # it is gone with the rank that held it
+            return False
+
+
+ALONE = Ranks()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one of its text where it cannot be sent to another process."""
+    try:
+        sent = pickle.loads(pickle.dumps(error))
+        if (type(sent), str(sent)) == (type(error), str(error)):
+            return sent
+    except Exception:  # whatever its class does
+        pass
+    return WorkError(f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).split("\n")[0]
+        raise RankLost(f"another rank has ended, or cannot be reached ({text})") from error
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks of this launch, from torchrun's environment: gloo on CPUs, NCCL on GPUs as well.
+
+    Raises:
+        WorkError: they cannot reach each other.
+    """
+    if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield ALONE
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    with _exchange():
+        store, rank, world = next(iter(dist.rendezvous("env://")))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    ranks = Ranks(rank, world, store)
+    yield ranks
+    with ranks.together():  # nobody leaves before all have come
+        pass
+    dist.destroy_process_group()
