@@ -39,9 +39,9 @@ class Ranks:
         self.rank, self.world, self.first, self._store = rank, world, rank == 0, store
 
     def share(self, n: int, rank: int | None = None) -> slice:
-        """This rank's part of n things in order; parts differ by one at most and may be empty."""
+        """This rank's part of n things in order; parts differ by one at most, and only the first's is never empty."""
         k = self.rank if rank is None else rank
-        return slice(n * k // self.world, n * (k + 1) // self.world)
+        return slice(-(-n * k // self.world), -(-n * (k + 1) // self.world))
 
     def gather(self, part: Tensor, n: int) -> Tensor:
         """The whole [n, …], on every rank, of which each has its share."""
@@ -185,8 +185,7 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error).split("\n")[0]
-        raise RankLost(f"another rank has ended, or cannot be reached ({text})") from error
+        raise RankLost("lost another rank, which ended or cannot be reached; torchrun says which") from error
 
 
 def launched() -> bool:

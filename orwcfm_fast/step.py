@@ -41,9 +41,7 @@ class Learner:
         micro_batch: samples at once; halved, and `on_halved` told, where memory runs out.
     """
 
-    def __init__(
-        self, policy: Policy, reference: Policy, settings: Finetune, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, policy: Policy, reference: Policy, settings: Finetune, ranks: Ranks = ALONE) -> None:
         self.policy, self.reference, self.grad_clip = policy, reference, settings.grad_clip
         self.ranks = ranks
         policy.network.eval()

@@ -40,7 +40,7 @@ class Phases:
             self._events[-1][2].synchronize()
         for name, start, end in self._events:
             self._seconds[name] += start.elapsed_time(end) / 1000
-        found = dict(self._seconds)
+        found = self._seconds.copy()  # 0 for a phase that this process had no part in
         self._seconds.clear()
         self._events.clear()
         return found

@@ -9,7 +9,6 @@ from orwcfm_fast.data import source
 from orwcfm_fast.runs.load import DEFAULT, Loaded
 from orwcfm_fast.settings import Finetune
 
-
 FILLED = ("checkpoint", "reward", "model", "data", "precision")  # by the model, where not given
 
 

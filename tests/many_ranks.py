@@ -1,0 +1,236 @@
+"""Ranks as torchrun would start them, forked from one process that has imported everything: a launch takes a second.
+
+Run by test_ranks.py: one JSON line a launch on standard input, one on standard output when all its ranks have ended.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+PRELOADED = (
+    "jinja2", "matplotlib.pyplot", "ot", "torch._dynamo", "orwcfm_fast.kernels.anchored_residual", "orwcfm_fast.ranks",
+    "orwcfm_fast.rewards.all", "orwcfm_fast.runs.finetune_run", "orwcfm_fast.theory.forecast",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Exit codes of all ranks, and what they said, in order of rank."""
+
+    codes: list[int]
+    out: list[str]
+    err: list[str]
+
+
+class Launcher:
+    """Starts ranks from outside; `close` ends it."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, world: int, *args: object, act: str = "", **environment: str) -> Ended:
+        """`orwcfm *args` here on so many ranks, each after ACTS[act]() where one is named."""
+        assert self._process.stdin and self._process.stdout
+        job = {"cwd": os.getcwd(), "world": world, "args": [*map(str, args)], "act": act, "more": environment}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return Ended(**json.loads(self._process.stdout.readline()))
+
+    def loop(self, world: int, mistake: str = "", **settings: object) -> list[dict]:
+        """The loop alone, from the checkpoint "base" here: what each rank has seen (`trace`) and where it ended."""
+        ended = self(world, json.dumps(settings), act=f"loop {mistake}".strip())
+        assert not any(ended.codes), ended.err
+        return [torch.load(f"trace_{k}.pt") for k in range(world)]
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def loop() -> None:
+    """Writes to trace_<rank>.pt what this rank drew, took and learned, by round or step, and where it ended."""
+    from orwcfm_fast import noise, rollout, trainer
+    from orwcfm_fast.guarding.oversight import Oversight
+    from orwcfm_fast.ranks import joined
+    from orwcfm_fast.runs.load import Loader
+    from orwcfm_fast.settings import Finetune
+    from orwcfm_fast.step import Learner
+
+    seen: dict[str, Any] = {key: [] for key in ("x0", "drawn", "w", "index", "x_t", "gradient")}
+
+    def tell(owner: object, name: str, what: Callable[..., dict]) -> None:
+        original = getattr(owner, name)
+
+        def told(*args, **more):
+            result = original(*args, **more)
+            for key, value in what(result, *args, **more).items():
+                seen[key].append(value)
+            return result
+
+        setattr(owner, name, told)
+
+    def of_rollouts(x0, policy, n, seed, purpose=noise.SAMPLE, first=0):
+        return {"x0": x0} if purpose == noise.ROLLOUT else {}
+
+    tell(rollout, "start_noise", of_rollouts)
+    tell(trainer, "draw", lambda found, *args: {"drawn": found.index})
+    tell(Oversight, "begin_round", lambda found, *args, **more: {"w": found[0]})
+    tell(Learner, "step", lambda _, learner, batch, seed: {"index": batch.index, "x_t": batch.x_t})
+    tell(Learner, "add_up", lambda _, learner, losses: {"gradient": flat(p.grad for p in learner.parameters)})
+    s = Finetune(**json.loads(sys.argv[1]))
+    with joined() as ranks:
+        policy = Loader(torch.device("cpu"), "fp32").load("base").policy
+        loop = trainer.Trainer(policy, lambda x: x.flatten(1).mean(1), s, ranks=ranks)
+        seen["records"] = [*loop.train(s.rounds)]
+    seen["parameters"] = flat(policy.network.state_dict().values())
+    seen["samples"] = rollout.sample(policy, rollout.start_noise(policy, 64, 5), s, 64)
+    torch.save(seen, f"trace_{rank()}.pt")
+    sys.exit(0)
+
+
+def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def at_step(number: int, which: int, do: Callable[[], object]) -> None:
+    """do() before the so-many-th step of one rank."""
+    from orwcfm_fast.step import Learner
+
+    step, calls = Learner.step, []
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == number and rank() == which:
+            do()
+        return step(*args)
+
+    Learner.step = counted  # type: ignore[method-assign]
+
+
+def normalised_by_rank() -> None:
+    """The mistake of dividing each rank's weights by their own mean."""
+    from orwcfm_fast import weighting
+    from orwcfm_fast.guarding import oversight
+
+    world = int(os.environ["WORLD_SIZE"])
+
+    def wrong(reward, *how):
+        return torch.cat([weighting.weigh(part, *how) for part in reward.chunk(world)])
+
+    oversight.weigh = wrong  # type: ignore[assignment]
+
+
+def out_of_memory() -> None:
+    """The last rank cannot take more than four samples at once through a step."""
+    from orwcfm_fast.step import Learner
+
+    gradient = Learner.gradient
+
+    def limited(self, batch, seed, micro_batch):
+        if rank() == int(os.environ["WORLD_SIZE"]) - 1 and micro_batch > 4:
+            raise MemoryError
+        return gradient(self, batch, seed, micro_batch)
+
+    Learner.gradient = limited  # type: ignore[method-assign]
+
+
+def other_packages() -> None:
+    from orwcfm_fast.saving import checkpoint
+
+    own = checkpoint.versions()
+    if rank() == 1:
+        checkpoint.versions = lambda: own | {"torch": "2.11.0"}  # type: ignore[assignment]
+
+
+def other_settings() -> None:
+    if rank() == 1:
+        sys.argv += ["--alpha", "3"]
+
+
+def raises() -> None:
+    raise RuntimeError("lost")
+
+
+ACTS: dict[str, Callable[[], None]] = {
+    "loop": loop,
+    "loop normalised by rank": lambda: (normalised_by_rank(), loop()),
+    "out of memory": out_of_memory,
+    "other packages": other_packages,
+    "other settings": other_settings,
+    "signal": lambda: at_step(6, 1, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "kill": lambda: at_step(6, 1, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "bug": lambda: at_step(6, 1, raises),
+}
+
+
+def start(job: dict, number: int, port: int) -> int:
+    """Fork one rank; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.setsid()
+        os.chdir(job["cwd"])
+        for handle, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"rank_{number}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(job["world"])}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"} | job["more"]
+        sys.argv = ["orwcfm", *job["args"]]
+        if job["act"]:
+            ACTS[job["act"]]()
+        from orwcfm_fast.cli import main
+
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def launch(job: dict) -> Ended:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's
+    children = [start(job, number, store.port) for number in range(job["world"])]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    said = [
+        [Path(job["cwd"], f"rank_{k}.{name}").read_text() for k in range(job["world"])] for name in ("out", "err")
+    ]
+    return Ended(codes, *said)
+
+
+def main() -> None:
+    for name in PRELOADED:
+        importlib.import_module(name)
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(vars(launch(json.loads(line)))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
