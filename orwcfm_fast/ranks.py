@@ -6,6 +6,8 @@ a slice is all there is where there is one rank, and then nothing is exchanged.
 
 import os
 import pickle
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -161,7 +163,7 @@ class Ranks:
         if self._store is None:
             return self.first
         try:
-            return self._store.add(f"spoken/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+            return self._store.add("spoken", 1) == 1
         except RuntimeError:  # it is gone with the rank that held it
             return False
 
@@ -193,6 +195,27 @@ def launched() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
+def _meet(store: dist.Store, rank: int, world: int) -> str:
+    """A name for this start of all ranks: torchrun's store outlives a restart, and holds what ranks now dead left.
+
+    Each writes who it is; the first calls the roll until all that it read of have answered.
+    """
+    me = uuid.uuid4().hex
+    store.set(f"rank/{rank}", me)
+    while True:
+        if rank == 0:
+            roll = [store.get(f"rank/{k}").decode() for k in range(world)]
+            store.set("roll", " ".join(roll))
+            if store.check([f"here/{me}/{who}" for who in roll[1:]]):
+                return me
+        else:
+            roll = store.get("roll").decode().split()
+            if me in roll:
+                store.set(f"here/{roll[0]}/{me}", "")
+                return roll[0]
+        time.sleep(0.02)
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The ranks of this launch, from torchrun's environment: gloo on CPUs, NCCL on GPUs as well.
@@ -206,6 +229,7 @@ def joined() -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     with _exchange():
         store, rank, world = next(iter(dist.rendezvous("env://")))
+        store = dist.PrefixStore(_meet(store, rank, world), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     ranks = Ranks(rank, world, store)
     yield ranks

@@ -131,9 +131,9 @@ class Trainer:
         self.steps += s.steps_per_round
         self.round += 1
         self.begun = None
-        record = self.measure(rollout, w, torch.stack(losses))
         self.oversight.agree(self.ranks)
         self.learner.micro_batch = self.oversight.control.micro_batch
+        record = self.measure(rollout, w, torch.stack(losses))
         return self.oversight.judge(self.round, record, found)
 
     @property

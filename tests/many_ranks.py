@@ -40,7 +40,11 @@ class Launcher:
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
 
     def __call__(self, world: int, *args: object, act: str = "", **environment: str) -> Ended:
@@ -215,11 +219,14 @@ def start(job: dict, number: int, port: int) -> int:
 
 
 def launch(job: dict) -> Ended:
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # as torchrun's
     children = [start(job, number, store.port) for number in range(job["world"])]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     said = [
-        [Path(job["cwd"], f"rank_{k}.{name}").read_text() for k in range(job["world"])] for name in ("out", "err")
+        [Path(job["cwd"], f"rank_{k}.{name}").read_text() for k in range(job["world"])]
+        for name in ("out", "err")
     ]
     return Ended(codes, *said)
 

@@ -1,7 +1,9 @@
 """N ranks do what one does: same noise, same weights, same gradients; they save, resume, fail and stop as one."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -103,7 +105,207 @@ def test_saved_on_four_ranks_resumed_on_one_two_and_four(launch, run_cli):
         assert "".join(ended.out) == f"run on{world}\n"
         for mine, theirs in zip(records("whole"), records(f"on{world}"), strict=True):
             assert mine.keys() == theirs.keys()
-            for key in ("reward_mean", "loss_fm", "loss_w2", "ess", "w2_coupled", "velocity_gap", "diversity"):
+            for key in (
+                "reward_mean",
+                "loss_fm",
+                "loss_w2",
+                "ess",
+                "w2_coupled",
+                "velocity_gap",
+                "diversity",
+            ):
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-3)
     assert difference(Path("whole"), Path("on4")) == ""
     assert "begun.safetensors" in {p.name for p in Path("cut/checkpoints/step_6").iterdir()}
+
+
+def test_memory_that_runs_out_on_one_rank_is_known_to_all(launch, run_cli):
+    base(run_cli)
+    assert not any(launch(3, *LOOP, "run", act="out of memory").codes)
+    found = records("run")
+    assert any("micro-batch of 4" in text for text in found[0]["guard"])
+    assert [r["micro_batch"] for r in found] == [4, 4, 4]
+
+
+FAILS = """
+import os
+calls = []
+def f(x):
+    calls.append(1)
+    if os.environ["RANK"] == "2" and len(calls) == {call}:
+        raise ValueError("boom")
+    return x[:, 0]
+"""
+ON_2 = "error: rank 2: reward bad.py:f, round {round}: ValueError: boom"
+
+
+def test_what_fails_on_one_rank_ends_all_with_one_line(launch, run_cli):
+    base(run_cli)
+    Path("bad.py").write_text(FAILS.format(call=1))
+    failed = launch(4, *LOOP, "bad", "--reward", "bad.py:f")
+    assert failed.codes == [1] * 4 and "".join(failed.err) == ON_2.format(round=1) + "\n"
+    assert not Path("bad").exists(), "a run that came to nothing leaves nothing"
+    Path("bad.py").write_text(FAILS.format(call=2))
+    failed = launch(4, *LOOP, "bad", "--reward", "bad.py:f")
+    saved = "; the run is saved at bad/checkpoints/step_4\n"
+    assert failed.codes == [1] * 4 and "".join(failed.err) == ON_2.format(round=2) + saved
+    failed = launch(2, *LOOP, "bug", act="bug")
+    assert (
+        failed.codes == [1, 1] and "".join(failed.err) == "error: RuntimeError: lost (--debug shows where)\n"
+    )
+
+
+def test_ranks_that_disagree_say_so_once(launch, run_cli):
+    base(run_cli)
+    for act, words in (
+        ("other packages", "torch is "),
+        ("other settings", "alpha is 1.0 on rank 0 and 3.0 on rank 1"),
+    ):
+        refused = launch(3, *LOOP, "run", act=act)
+        error = "".join(refused.err)
+        assert refused.codes == [2, 2, 2] and error.count("\n") == 1
+        assert error.startswith(f"error: the ranks disagree: {words}")
+        assert not Path("run").exists()
+
+
+def test_a_killed_rank_is_lost_to_the_others_and_the_same_command_goes_on(launch, run_cli):
+    base(run_cli)
+    assert not any(launch(2, *LOOP, "whole").codes)
+    killed = launch(2, *LOOP, "cut", act="kill")  # in the middle of round 2
+    assert killed.codes == [1, -9]
+    assert (
+        killed.err[0] == "error: lost another rank, which ended or cannot be reached; torchrun says which\n"
+    )
+    assert not any(launch(2, *LOOP, "cut").codes)
+    assert difference(Path("whole"), Path("cut")) == ""
+    other = launch(2, *LOOP, "cut", "--alpha", 3)
+    assert other.codes == [2, 2]
+    assert "".join(other.err) == "error: --out cut: holds a run with --alpha 1.0, not 3.0; choose another\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((*LOOP, "run", "--overwrite"), "--overwrite: a restart by torchrun would replace what was trained"),
+        (LOOP[:-1], "--max-restarts: name the run with --out DIR"),
+        ((*LOOP, "run", "--probe", 2), "--probe 2: is less than a sample for each of 3 ranks"),
+        (("sweep", "--rounds", 1), "sweep: works in one process; torchrun is for finetune"),
+        ((*LOOP, "run", "--alhpa", 3), "No such option"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_in_one_line(launch, run_cli, args, words):
+    if "--probe" in args:
+        base(run_cli, steps=2)
+    refused = launch(3, *args, TORCHELASTIC_MAX_RESTARTS="2")
+    error = "".join(refused.err)
+    assert refused.codes == [2, 2, 2] and words in error and error.count("\n") == 1, error
+    assert not Path("run").exists()
+
+
+@pytest.fixture
+def torchrun():
+    """torchrun(*args) in a process of its own, ended with the test if not before."""
+    begun = []
+
+    def start(*args: object, within: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+        command = [*within, sys.executable, "-m", "torch.distributed.run", *map(str, args)]
+        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        begun.append(subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=variables))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.terminate()  # it ends its ranks
+        process.wait(60)
+
+
+KILLS = """
+import os, signal
+from orwcfm_fast.step import Learner
+
+step, calls = Learner.step, []
+
+def counted(*args):
+    calls.append(1)
+    if len(calls) == 6 and (os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT")) == ("1", "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args)
+
+Learner.step = counted
+
+def f(x):
+    return x[:, 0]
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(launch, run_cli, torchrun):
+    base(run_cli)
+    Path("kills.py").write_text(KILLS)
+    more = ("--reward", "kills.py:f")
+    assert not any(launch(2, *LOOP, "whole", *more).codes)
+    ranks = ("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "-m", "orwcfm_fast.cli")
+    out, err = (process := torchrun(*ranks, *LOOP, "run", *more)).communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "exitcode: -9" in err and err.count("error: ") <= 1, (
+        "torchrun may end the others before they notice"
+    )
+    assert out == "run run\n"
+    assert difference(Path("whole"), Path("run")) == ""
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces joined by a cable, as ip netns names with their addresses."""
+    names = [f"orwcfm-{os.getpid()}-{k}" for k in "ab"]
+
+    def ip(*args: str) -> None:
+        subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
+
+    if shutil.which("ip") is None:
+        pytest.skip("no ip command; iproute2 has it")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip(
+            "link",
+            "add",
+            "cable",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable",
+            "netns",
+            names[1],
+        )
+        for k, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{k + 1}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+    yield [(name, f"10.77.0.{k + 1}") for k, name in enumerate(names)]
+    for name in names:
+        ip("netns", "del", name)
+
+
+@pytest.mark.soak
+def test_two_hosts_complete_a_run(launch, run_cli, torchrun, two_hosts):
+    base(run_cli)
+    assert not any(launch(2, *LOOP, "whole").codes)
+    meet = f"--nnodes 2 --rdzv-backend c10d --rdzv-endpoint {two_hosts[0][1]}:29400 --rdzv-id job".split()
+    hosts = [
+        torchrun(
+            *meet, "--rdzv-conf", f"is_host={k == 0}", "--local-addr", address,
+            "-m", "orwcfm_fast.cli", *LOOP, "run",
+            within=("ip", "netns", "exec", name), GLOO_SOCKET_IFNAME="cable",
+        )
+        for k, (name, address) in enumerate(two_hosts)
+    ]  # fmt: skip
+    ended = [host.communicate(timeout=120) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], ended
+    assert sorted(out for out, _ in ended) == ["", "run run\n"], "one of all ranks speaks"
+    assert difference(Path("whole"), Path("run")) == ""
