@@ -232,7 +232,11 @@ def joined() -> Iterator[Ranks]:
         store = dist.PrefixStore(_meet(store, rank, world), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     ranks = Ranks(rank, world, store)
-    yield ranks
-    with ranks.together():  # nobody leaves before all have come
-        pass
-    dist.destroy_process_group()
+    try:
+        yield ranks
+        with ranks.together():  # nobody leaves before all have come
+            pass
+        dist.destroy_process_group()
+    finally:
+        # gloo's threads let go of the last tensors a little later; one that does so in Python's own end aborts it
+        time.sleep(0.2)
