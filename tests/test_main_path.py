@@ -34,7 +34,7 @@ def summary(run: Path) -> dict:
 def finished(digits_model, tmp_path_factory):
     """`orwcfm finetune --tau 2`, two short rounds, typed in an empty directory."""
     cwd = tmp_path_factory.mktemp("user")
-    less = ("--rounds", "2", "--rollout", "512", "--steps-per-round", "60", "--eval-n", "768")
+    less = ("--rounds", "2", "--rollout", "384", "--steps-per-round", "50", "--eval-n", "512", "--nfe", "8")
     result = orwcfm("finetune", "--tau", "2", *less, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return cwd, result.stdout
@@ -107,7 +107,7 @@ def test_sample_and_evaluate_with_no_argument_speak_of_that_run(finished):
     sampled = orwcfm("sample", cwd=cwd)
     assert sampled.returncode == 0 and "model: runs/digits-even-digits-a1-t2-001" in sampled.stdout
     assert (cwd / sampled.stdout.splitlines()[-1]).read_bytes().startswith(b"\x89PNG")
-    measured = json.loads(orwcfm("evaluate", "-n", "512", "--json", cwd=cwd).stdout)
+    measured = json.loads(orwcfm("evaluate", "-n", "384", "--nfe", "8", "--json", cwd=cwd).stdout)
     reference, tuned = measured["models"]
     assert tuned["reward"]["mean"] > reference["reward"]["mean"] + 0.03
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_torchcfms_cifar10_script_serves_every_command(run_cli):
     found["sched"] = {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"}
     file = "otcfm_cifar10_weights_step_400000.pt"
     torch.save(found, file)
-    cheap = ("--nfe", "4", "--chunk", "4", "--quiet")
+    cheap = ("--solver", "euler", "--nfe", "2", "--chunk", "4", "--quiet")
     result = run_cli("sample", file, "-n", "2", "--out", "two.npz", *cheap)
     assert result.code == 0, result.err
     result = run_cli("evaluate", file, "-n", "4", "--reward", "jpeg-compressibility", *cheap)

@@ -27,7 +27,8 @@ def stranger(run_cli, tiny_run):
 
 
 @pytest.mark.parametrize("spec", ["song.py:f=0.5", "song:f", "right=0.5"])
-def test_a_runs_code_runs_only_when_the_user_names_it_too(run_cli, stranger, spec):
+def test_a_runs_code_runs_only_when_the_user_names_it_too(run_cli, stranger, spec, monkeypatch):
+    monkeypatch.setattr("orwcfm_fast.theory.prediction.REFITTED", 20_000)
     config = stranger / "config.toml"
     config.write_text(config.read_text().replace('"song.py:f"', f'"{spec}"'))
     code = spec.startswith("song")
