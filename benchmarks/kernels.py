@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.benchmarks.cases import CIFAR, OPS, Case, Inputs, cases
+from orwcfm_fast.device import device_name
 
 IMPLEMENTATIONS = ("eager", "compile", "ours")
 
@@ -203,9 +204,7 @@ def run(
         on_case(str(case))
         rows += _measure(case, device, compiled, step)
     return {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or "cpu",
+        "device": device_name(device),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": _versions(),
         "step_seconds": None if math.isnan(step) else step,
@@ -224,6 +223,7 @@ def _versions() -> dict[str, str]:
 
 def _measure(case: Case, device: torch.device, compiled: bool, step: float) -> list[Row]:
     """All implementations of a case, timed in turn with a copy of as many bytes."""
+    torch.compiler.reset()  # or its limit on recompiling one function ends the run after a few cases
     inputs, rows, calls = case.inputs(device), [], []
     correct = check(case, inputs)
     for passes in OPS[case.op].passes:
@@ -257,15 +257,15 @@ COLUMNS = {
     "dtype": "dtype",
     "shape": "shape",
     "passes": "passes",
-    "implementation": "implementation",
+    "implementation": "by",
     "seconds": "time",
     "gb_per_s": "GB/s",
     "copy_gb_per_s": "copy GB/s",
     "copy_share": "of copy",
     "speedup": "speed-up",
-    "peak_bytes": "peak memory",
+    "peak_bytes": "peak",
     "error": "error",
-    "step_share": "of a CIFAR-10 step",
+    "step_share": "of a step",
 }
 
 

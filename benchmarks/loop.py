@@ -13,6 +13,7 @@ from torch import Tensor
 from orwcfm_fast import noise
 from orwcfm_fast.benchmarks.plain_loop import BATCH, EULER_STEPS, PlainLoop, torchcfm_network
 from orwcfm_fast.coupling import Batch, couple
+from orwcfm_fast.device import device_name
 from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.rollout import sample, start_noise
 from orwcfm_fast.saving import checkpoint
@@ -232,7 +233,7 @@ def run(full: bool = False, watch: Callable[[str], None] | None = None) -> dict[
         found += measure(data, batch, repeats, share)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(torch.device("cpu")),
         "versions": checkpoint.versions(),
         "solver": f"{DEFAULT.solver}, {DEFAULT.nfe} evaluations; plain: euler, {EULER_STEPS}",
         "reuse": REUSE,

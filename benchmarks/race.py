@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
+from orwcfm_fast.device import device_name
 from orwcfm_fast.evaluation.drift import coupled_w2
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import make_reward
@@ -129,7 +130,7 @@ def race(seeds: int, limit: float) -> dict[str, Any]:
     ]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(torch.device("cpu")),
         "versions": checkpoint.versions(),
         "goal": GOAL, "alpha": ALPHA, "tau": TAU, "limit": limit,
         "ratio": statistics.median(ratios),
