@@ -1,6 +1,5 @@
 """The fused ops against eager and torch.compile: `orwcfm bench kernels`."""
 
-import json
 import math
 import platform
 import statistics
@@ -318,13 +317,3 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
         axes.legend(fontsize="small")
     figure.suptitle(f"{result['device']}, {result['date']}")
     figure.savefig(path, dpi=120)
-
-
-def save(result: dict[str, Any], folder: str | Path) -> Path:
-    """Write <device>-<date>.json, and the plot beside it; returns the JSON file's path."""
-    name = "".join(c if c.isalnum() else "-" for c in f"{result['device']}-{result['date']}".lower())
-    path = Path(folder) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, path.with_suffix(".png"))
-    return path
