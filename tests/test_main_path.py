@@ -101,6 +101,19 @@ def test_median_of_three_seeds_reaches_058_at_alpha_1_and_080_at_alpha_0(tmp_pat
         assert statistics.median(rewards) >= bar, f"α={alpha}: {rewards}"
 
 
+@pytest.mark.soak
+def test_bf16_and_float32_runs_end_within_each_others_intervals(tmp_path):
+    ends = {}
+    for precision in ("fp32", "bf16"):
+        result = orwcfm("finetune", "--precision", precision, "--out", precision, "--quiet", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        ends[precision] = summary(tmp_path / precision)["after"]
+    for what in ("reward", "w2_coupled", "diversity"):
+        one, other = (ends[precision][what] for precision in ("fp32", "bf16"))
+        print(what, one, other)
+        assert one["low"] <= other["mean"] <= one["high"] and other["low"] <= one["mean"] <= other["high"]
+
+
 @pytest.mark.slow
 def test_sample_and_evaluate_with_no_argument_speak_of_that_run(finished):
     cwd, _ = finished
