@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False, soft_wrap=True)
 if not out.is_terminal:
-    out.width = 160  # tables on a pipe are not cut
+    out.width = 200  # tables on a pipe are not cut
 # of several processes of one launch, one a machine says what is wrong before they know each other
 err = Console(stderr=True, highlight=False, soft_wrap=True, quiet=os.environ.get("LOCAL_RANK", "0") != "0")
 

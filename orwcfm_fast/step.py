@@ -11,6 +11,7 @@ from orwcfm_fast.coupling import Batch
 from orwcfm_fast.guarding.memory import halving
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
 from orwcfm_fast.networks.lora import trained_parameters
+from orwcfm_fast.networks.paired import check_pairs, paired_velocities
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.ranks import ALONE, Ranks
 from orwcfm_fast.settings import Finetune
@@ -44,6 +45,9 @@ class Learner:
     def __init__(self, policy: Policy, reference: Policy, settings: Finetune, ranks: Ranks = ALONE) -> None:
         self.policy, self.reference, self.grad_clip = policy, reference, settings.grad_clip
         self.ranks = ranks
+        self.pair = settings.pair
+        if self.pair:
+            check_pairs(policy, reference)
         policy.network.eval()
         self.parameters = trained_parameters(policy.network)
         self.micro_batch = min(settings.micro_batch or settings.batch, settings.batch)
@@ -97,11 +101,14 @@ class Learner:
         fm, w2 = [batch.w.new_zeros(0)], [batch.w.new_zeros(0)]
         for part in batch.split(micro_batch):
             v_ref = part.v_ref
-            if v_ref is None:
+            if v_ref is None and not self.pair:
                 with self.phases("reference"), torch.no_grad():
                     v_ref = self.reference.velocity(part.t, part.x_t)
             with self.phases("policy"):
-                v = self.policy.velocity(part.t, part.x_t)
+                if v_ref is None:
+                    v, v_ref = paired_velocities(self.policy, self.reference, part.t, part.x_t)
+                else:
+                    v = self.policy.velocity(part.t, part.x_t)
                 _, *means, dv = anchored_residual(
                     v.detach(), v_ref, part.x1, seed, part.index, part.w / size, part.a / size
                 )

@@ -229,7 +229,7 @@ class Finetuning:
                     with loggers(logs, self.run.path, self.run.path.name, s.model_dump()) as log:
                         self._train(log, on_round, on_line)
                 except Stop:
-                    where = f"interrupted in round {self.trainer.round + 1}, saved at {self._saved()}"
+                    where = f"interrupted {self.trainer.where()}, saved at {self._saved()}"
                     raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
