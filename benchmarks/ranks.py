@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
+from orwcfm_fast.benchmarks.loop import bench_policy
 from orwcfm_fast.networks.lora import trained_parameters
 from orwcfm_fast.ranks import joined
-from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.trainer import Trainer
 
-LOOP = Finetune(rollout=512, batch=128, steps_per_round=16, rounds=3, probe=16, chunk=128)
+LOOP = Finetune(rollout=256, batch=64, steps_per_round=8, rounds=4, probe=8, chunk=64)
 WORLDS = (1, 2, 4)
 REPEATS = 2
 EXCHANGES = 30
@@ -37,7 +37,7 @@ EXCHANGES = 30
 def measure() -> dict[str, Any] | None:
     """This launch's fastest round; None on all ranks but the first."""
     with joined() as ranks:
-        policy = ranks.in_turn(lambda: Loader(torch.device("cpu"), "fp32").default()).policy
+        policy = bench_policy("digits", "fp32")
         trainer = Trainer(policy, lambda x: x.flatten(1).mean(1), LOOP, ranks=ranks)
         records = [*trainer.train(LOOP.rounds)]
         gradient = torch.zeros(sum(p.numel() for p in trained_parameters(policy.network)))
