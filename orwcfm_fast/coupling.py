@@ -20,6 +20,7 @@ class Batch:
         index: global numbers [B] of the draws; they name x0.
         w, a: loss weights [B] of the flow-matching term and of the anchor.
         v_ref: the anchor's velocity at (t, x_t) where it is known from an earlier pass.
+        condition: rows [B] of the policy's prompts, where it has some.
     """
 
     x1: Tensor
@@ -29,6 +30,7 @@ class Batch:
     w: Tensor
     a: Tensor
     v_ref: Tensor | None = None
+    condition: Tensor | None = None
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Batches of at most `size` samples, in order."""

@@ -61,7 +61,8 @@ class Learner:
         """The reference's velocity at the batch's points, [B, *shape]."""
 
         def parts(size: int) -> Tensor:
-            return torch.cat([self.reference.velocity(part.t, part.x_t) for part in batch.split(size)])
+            parts = batch.split(size)
+            return torch.cat([self.reference.velocity(p.t, p.x_t, p.condition) for p in parts])
 
         with self.phases("reference"), torch.no_grad():
             return halving(parts, self.micro_batch, "micro-batch", self.set_micro_batch)
@@ -94,9 +95,9 @@ class Learner:
             v_ref = part.v_ref
             if v_ref is None:
                 with self.phases("reference"), torch.no_grad():
-                    v_ref = self.reference.velocity(part.t, part.x_t)
+                    v_ref = self.reference.velocity(part.t, part.x_t, part.condition)
             with self.phases("policy"):
-                v = self.policy.velocity(part.t, part.x_t)
+                v = self.policy.velocity(part.t, part.x_t, part.condition)
                 _, *means, dv = anchored_residual(
                     v.detach(), v_ref, part.x1, seed, part.index, part.w / size, part.a / size
                 )

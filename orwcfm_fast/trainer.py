@@ -69,8 +69,14 @@ class Trainer:
     ) -> None:
         if settings.coupling == "ot" and settings.batch < 2:
             raise UserError("coupling 'ot' needs a batch of at least 2")
+        if settings.coupling == "ot" and policy.conditions and len(policy.conditions) > 1:
+            raise UserError(
+                "coupling 'ot': would pair noise across prompts, which skews them; use --coupling independent"
+            )
         self.policy, self.settings = policy, settings
         self.reward, self.holdout = make_reward(reward, name=reward_name), holdout
+        if settings.gradient_checkpointing:
+            policy.checkpoint_gradients()
         if settings.lora:
             add_lora(policy.network, settings.lora, seed=settings.seed)
         self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
@@ -142,9 +148,9 @@ class Trainer:
         self.watch(Progress(number, 0, "reward"))
         with self.phases("reward"):
             samples, where = self.policy.decode(rollout.x1), f"round {number + 1}"
-            seed = s.seed * 1_000_003 + number
-            self.scores = self.reward.scores(samples, where, seed)
-            self.held_out = self.holdout.scores(samples, where, seed) if self.holdout else None
+            told = (where, s.seed * 1_000_003 + number, self.policy.prompts_of(rollout.condition))
+            self.scores = self.reward.scores(samples, *told)
+            self.held_out = self.holdout.scores(samples, *told) if self.holdout else None
             rollout.reward = self.trained_on(self.scores)
         return rollout
 
@@ -166,7 +172,9 @@ class Trainer:
             index = noise.indices(number * wanted + k * s.batch, s.batch, self.policy.device)
             with self.phases("policy"):
                 alpha = self.oversight.control.alpha
-                return couple(rollout.x1[pick], w[pick], alpha, self.seed, index, s.coupling)
+                batch = couple(rollout.x1[pick], w[pick], alpha, self.seed, index, s.coupling)
+                c = rollout.condition
+                return batch if c is None else replace(batch, condition=c[pick])
 
         if s.reference_passes == 1:
             yield from map(make, range(skip, drawn))
@@ -229,9 +237,8 @@ class Trainer:
         checkpoint.save(
             path,
             {**state, **more},
-            model=self.policy.weights(),
             optimizer=checkpoint.optimizer_tensors(self.learner.optimizer),
-            **({"lora": lora_state(self.policy.network)} if self.settings.lora else {}),
+            **self.policy.tensors(),
             **begun,
         )
 
@@ -245,7 +252,7 @@ class Trainer:
         self.learner.micro_batch = self.oversight.control.micro_batch
         with checkpoint.reading(found):
             if self.settings.lora:
-                load_lora(self.policy.network, found.tensors.get("lora", {}), str(found.path))
+                load_lora(self.policy.network, found.tensors.get(self.policy.lora_file, {}), str(found.path))
             else:
                 checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
             checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
@@ -307,4 +314,5 @@ def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:
 
 def describe(policy: Policy) -> dict[str, Any]:
     """What a checkpoint must say of a policy so that it can be built again."""
-    return {"model": policy.model, "data": policy.data, "shape": list(policy.shape)}
+    found = {"model": policy.model, "data": policy.data, "shape": list(policy.shape)}
+    return found if policy.pipeline is None else found | {"pipeline": policy.pipeline_state()}
