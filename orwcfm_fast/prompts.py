@@ -96,6 +96,11 @@ class Conditions:
         return len(self.prompts)
 
     @property
+    def nbytes(self) -> int:
+        """Of the table, where it lies on the device."""
+        return sum(e.nbytes for e in self._embeddings if e.device == self.device)
+
+    @property
     def none(self) -> int:
         """The row of no prompt."""
         return len(self.prompts)

@@ -82,7 +82,7 @@ class Conditioned(Settings):
     )
     image_size: int = Field(0, ge=0, description="pipeline: side in pixels; 0: the pipeline's own")
     prompt_tokens: int = Field(0, ge=0, description="pipeline: T5 tokens of a prompt; 0: the pipeline's own")
-    vae_chunk: int = Field(8, ge=1, description="pipeline: latents decoded to images at once")
+    vae_chunk: int = Field(4, ge=1, description="pipeline: latents decoded to images at once")
 
 
 class Sampling(Conditioned):

@@ -29,6 +29,7 @@ class SD3Velocity(nn.Module):
     kind: ClassVar = "StableDiffusion3Pipeline"
     transformer_kind: ClassVar = "SD3Transformer2DModel"
     own_tokens: ClassVar = 256
+    clip_tokens: ClassVar = True  # beside T5's
     by_difference: ClassVar = True  # takes classifier-free guidance
 
     def __init__(self, transformer: nn.Module, guidance: float = 1.0) -> None:
@@ -85,6 +86,7 @@ class FluxVelocity(nn.Module):
     kind: ClassVar = "FluxPipeline"
     transformer_kind: ClassVar = "FluxTransformer2DModel"
     own_tokens: ClassVar = 512
+    clip_tokens: ClassVar = False
     by_difference: ClassVar = False  # distilled
 
     def __init__(self, transformer: nn.Module, guidance: float = 1.0) -> None:
@@ -129,6 +131,11 @@ class FluxVelocity(nn.Module):
     def encode(pipeline: Any, texts: list[str], tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         embeds, pooled, _ = pipeline.encode_prompt(texts, None, device, max_sequence_length=tokens)
         return embeds, pooled
+
+
+def embedding_widths(config: Any) -> tuple[int, int]:
+    """Of embeddings and of pooled ones."""
+    return config["joint_attention_dim"], config["pooled_projection_dim"]
 
 
 Family = type[SD3Velocity] | type[FluxVelocity]
