@@ -149,6 +149,8 @@ def reward_options(s: RewardOptions, found: "Loaded") -> RewardOptions:
         written = {k: v for k, v in build(RewardOptions, written, where=f"{config}: ") if k in written}
         for key in ("reward", "holdout_reward"):
             check_code_named(written.get(key, []), (), config, key)
+        if found.policy.conditions:
+            written["prompts"] = str(config)  # the run has its prompts with it
         s = s.model_copy(update=written)
     return s if s.reward else s.model_copy(update={"reward": [own_reward(found.policy)]})
 

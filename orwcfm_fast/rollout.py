@@ -97,7 +97,10 @@ def _told(reward: Callable[..., Tensor], prompts: Sequence[Prompt] | None) -> di
         takes = inspect.signature(reward).parameters
     except (TypeError, ValueError):  # of C, it says nothing of its parameters
         return {}
-    all_of_it = {"prompts": [p.text for p in prompts], "metadata": [p.metadata for p in prompts]}
+    all_of_it: dict[str, list] = {
+        "prompts": [p.text for p in prompts],
+        "metadata": [p.metadata for p in prompts],
+    }
     return {key: values for key, values in all_of_it.items() if key in takes}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -14,8 +15,10 @@ from orwcfm_fast.errors import RewardError, UserError
 from orwcfm_fast.networks import embeddings, lora
 from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.prompts import Conditions, Prompt, read_prompts
+from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.rollout import draw, sample, start_conditions, start_noise
 from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune, Sample
 from orwcfm_fast.step import Learner
 from orwcfm_fast.trainer import Trainer
@@ -112,6 +115,30 @@ def test_a_rollouts_prompts_are_those_of_its_global_numbers_and_reach_reward_pol
     assert not torch.equal(trainer.learner.anchor(other), v)
 
 
+def test_a_round_left_between_its_steps_goes_on_bit_for_bit(trained_on, tmp_path):
+    def trainer():
+        s, policy = trained_on("flux", lora=4, rounds=2, steps_per_round=3)
+        return Trainer(policy, lambda x: x.flatten(1).mean(1), s)
+
+    class Left(Exception):
+        pass
+
+    def leave():
+        if left.round == 1 and left.begun and left.begun.losses:
+            raise Left
+
+    whole, left, again = trainer(), trainer(), trainer()
+    list(whole.train(2))
+    left.pause = leave
+    with pytest.raises(Left):
+        list(left.train(2))
+    left.save(tmp_path / "step_4", {})
+    again.restore(checkpoint.load(tmp_path / "step_4"))
+    list(again.train(2))
+    one, two = (lora.lora_state(t.policy.network) for t in (whole, again))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
 def test_prompts_are_drawn_by_their_weights_and_a_group_shares_one():
     prompts = [Prompt("a"), Prompt("b", 2.0), Prompt("c", 0.5)]
     table = Conditions(prompts, [torch.zeros(4, 1)], CPU)
@@ -196,6 +223,26 @@ def test_embeddings_are_computed_once_and_the_cache_knows_what_they_were_made_of
     data[-1] ^= 1
     weights.write_bytes(data)
     assert embeddings.fingerprint(other) != embeddings.fingerprint(pipeline_folder("sd3"))
+
+
+def test_clip_without_a_prompt_of_its_own_scores_each_image_against_its_own(trained_on, clip_folder):
+    local = dict(clip_model=f"local-dir:{clip_folder()}", reward=["clip"])
+    s, policy = trained_on(**local)
+    images, rows = torch.rand(4, 3, 16, 16) * 2 - 1, torch.tensor([0, 2, 1, 1])
+    found = make_reward(s.reward, s).scores(images, prompts=policy.prompts_of(rows)).total
+    for i, prompt in enumerate(policy.conditions.of(rows)):
+        alone = Finetune(**local, prompt=[prompt.text], clip_score="cosine")
+        assert torch.allclose(make_reward(alone.reward, alone)(images[i : i + 1]), found[i], atol=1e-5)
+
+
+def test_a_reward_in_another_process_is_told_the_prompts(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "def f(x, prompts, metadata):\n    return [len(p) + m.get('k', 0) for p, m in zip(prompts, metadata)]\n"
+    )
+    reward = make_reward(f"process:{sys.executable}:{tmp_path / 'r.py'}:f")
+    prompts = [Prompt("ab"), Prompt("abc", metadata={"k": 0.5})]
+    assert reward.scores(torch.zeros(2, 3, 4, 4), prompts=prompts).total.tolist() == [2.0, 3.5]
+    reward.close()
 
 
 def test_ot_coupling_across_prompts_is_refused(trained_on):
