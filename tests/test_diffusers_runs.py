@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -55,19 +57,23 @@ def test_without_the_rewards_weights_brightness_does_not_rise(kind, run_cli, of_
     assert after["mean"] < before["high"]
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.soak)])
 def test_thirty_rounds_raise_brightness_and_the_export_makes_our_images(
     kind, run_cli, of_pipeline, pipeline_folder
 ):
-    import diffusers
-
     before, after = learned(kind, 1.0, run_cli, of_pipeline)
     assert after["low"] > before["high"]
+    check_export(kind, pipeline_folder(kind, True), Path("run/checkpoints/step_90"))
+
+
+def check_export(kind, folder, exported):
+    """The pipeline itself, with the adapters of the run's checkpoint, makes the run's images; without, others."""
+    import diffusers
 
     how = Sample(solver="euler", grid="own", nfe=3)
     policy = Loader(CPU, "fp32", how=how).load("run").policy
     ours = images_of(policy, how, 6)
-    theirs = diffusers.DiffusionPipeline.from_pretrained(pipeline_folder(kind, True))
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     x0 = start_noise(policy, 6, 0)
 
@@ -79,7 +85,7 @@ def test_thirty_rounds_raise_brightness_and_the_export_makes_our_images(
         ).images - 1  # fmt: skip
 
     untuned = own_images()
-    theirs.load_lora_weights(Path("run/checkpoints/step_90"))
+    theirs.load_lora_weights(exported)
     assert (ours - own_images()).abs().max() <= 1e-3 < (ours - untuned).abs().mean()
 
 
@@ -161,7 +167,7 @@ def test_all_weights_can_be_trained_and_a_run_is_looked_at_by_itself(run_cli, of
     assert again.code == 2 and "--resume" in again.err and again.err.count("\n") == 1
 
 
-def test_an_adapted_run_is_its_own_reference(run_cli, of_pipeline):
+def test_an_adapted_run_is_its_own_reference_and_is_exported(run_cli, of_pipeline, pipeline_folder):
     made = run_cli(
         "finetune", *of_pipeline("flux"), *SHORT, "--rounds", 1, "--reward", "brightness", "--out", "run"
     )
@@ -171,6 +177,7 @@ def test_an_adapted_run_is_its_own_reference(run_cli, of_pipeline):
     reference, tuned = json.loads(measured.out)["models"]
     assert reference["w2_coupled"]["mean"] == 0 < tuned["w2_coupled"]["mean"]
     assert sorted(p.name for p in Path("run/reference").iterdir()) == ["state.json"]
+    check_export("flux", pipeline_folder("flux"), Path("run/checkpoints/step_3"))
 
 
 def test_bad_input_is_one_line(run_cli, of_pipeline, pipeline_folder, prompts_file, tmp_path, monkeypatch):
@@ -233,3 +240,19 @@ def test_bad_input_is_one_line(run_cli, of_pipeline, pipeline_folder, prompts_fi
     monkeypatch.setattr(builtins, "__import__", without)
     assert "transformers is missing: pip install 'orwcfm-fast[diffusers]'" in refused(*sd3)
     assert adapter.FAMILIES.keys() == {"StableDiffusion3Pipeline", "FluxPipeline"}
+
+
+def test_the_readmes_commands_work(run_cli, pipeline_folder, clip_folder):
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    block = re.search(r"## Large models.*?```sh\n(.*?)```", readme, re.S).group(1)
+    Path("prompts.txt").write_text("a cat\na dog\n")
+    cheap = ("--image-size", 16, "--prompt-tokens", 6)
+    run = ("--rounds", 1, "--steps-per-round", 1, "--probe", 2, "--eval-n", 4, "--precision", "fp32", "--lora", 2,
+           "--clip-model", f"local-dir:{clip_folder()}")  # fmt: skip
+    cheap = {"finetune": (*cheap, *run, "--nfe", 2), "sample": ("--nfe", 2)}
+    commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("orwcfm ")]
+    assert [c[0] for c in commands] == ["doctor", "finetune", "sample"]  # the first: test_diffusers_plan.py
+    for command in commands[1:]:
+        named = [f"diffusers:{pipeline_folder('sd3')}" if c.startswith("diffusers:") else c for c in command]
+        ended = run_cli(*named, *cheap[command[0]])
+        assert ended.code == 0, (command, ended.err)
