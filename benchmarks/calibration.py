@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from orwcfm_fast.data import load_data
+from orwcfm_fast.device import device_name
 from orwcfm_fast.evaluation.drift import coupled_w2
 from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.pretrain import pretrain
@@ -163,7 +164,7 @@ def main() -> None:
     parts = arguments.parts or ["digits", "points", "rest"]
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(torch.device("cpu")),
         "versions": checkpoint.versions(),
         "rows": [],
     }

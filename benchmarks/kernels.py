@@ -1,6 +1,5 @@
 """The fused ops against eager and torch.compile: `orwcfm bench kernels`."""
 
-import json
 import math
 import platform
 import statistics
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.benchmarks.cases import CIFAR, OPS, Case, Inputs, cases
+from orwcfm_fast.device import device_name
 
 IMPLEMENTATIONS = ("eager", "compile", "ours")
 
@@ -203,9 +203,7 @@ def run(
         on_case(str(case))
         rows += _measure(case, device, compiled, step)
     return {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or "cpu",
+        "device": device_name(device),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": _versions(),
         "step_seconds": None if math.isnan(step) else step,
@@ -224,6 +222,7 @@ def _versions() -> dict[str, str]:
 
 def _measure(case: Case, device: torch.device, compiled: bool, step: float) -> list[Row]:
     """All implementations of a case, timed in turn with a copy of as many bytes."""
+    torch.compiler.reset()  # or its limit on recompiling one function ends the run after a few cases
     inputs, rows, calls = case.inputs(device), [], []
     correct = check(case, inputs)
     for passes in OPS[case.op].passes:
@@ -257,15 +256,15 @@ COLUMNS = {
     "dtype": "dtype",
     "shape": "shape",
     "passes": "passes",
-    "implementation": "implementation",
+    "implementation": "by",
     "seconds": "time",
     "gb_per_s": "GB/s",
     "copy_gb_per_s": "copy GB/s",
     "copy_share": "of copy",
     "speedup": "speed-up",
-    "peak_bytes": "peak memory",
+    "peak_bytes": "peak",
     "error": "error",
-    "step_share": "of a CIFAR-10 step",
+    "step_share": "of a step",
 }
 
 
@@ -318,13 +317,3 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
         axes.legend(fontsize="small")
     figure.suptitle(f"{result['device']}, {result['date']}")
     figure.savefig(path, dpi=120)
-
-
-def save(result: dict[str, Any], folder: str | Path) -> Path:
-    """Write <device>-<date>.json, and the plot beside it; returns the JSON file's path."""
-    name = "".join(c if c.isalnum() else "-" for c in f"{result['device']}-{result['date']}".lower())
-    path = Path(folder) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, path.with_suffix(".png"))
-    return path

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from orwcfm_fast import noise
 from orwcfm_fast.benchmarks.plain_loop import BATCH, EULER_STEPS, PlainLoop, torchcfm_network
 from orwcfm_fast.coupling import Batch, couple
+from orwcfm_fast.device import device_name
 from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.rollout import sample, start_noise
 from orwcfm_fast.saving import checkpoint
@@ -20,6 +22,7 @@ from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
 
 SIZES = {"digits": ("unet-digits", (1, 8, 8)), "cifar10": ("unet-cifar10", (3, 32, 32))}
+CPU = torch.device("cpu")
 LORA_RANK = 16
 PASSES = 4  # over each draw where the reference is cached
 DEFAULT = Finetune()
@@ -44,6 +47,7 @@ LADDER = (
     Rung("+ cached reference", "fp32", "cached"),
     Rung("the same in bf16", "bf16", "bf16 cached"),
     Rung("the same with LoRA", "lora", "lora"),
+    Rung("LoRA, reference paired", "lora", "lora paired"),
     Rung("one fresh batch a step, fp32", "fp32", "fp32", 1.0),
     Rung("one fresh batch a step, bf16", "bf16", "bf16", 1.0),
 )
@@ -68,10 +72,10 @@ class Row:
     matrix_share: float
 
 
-def bench_policy(data: str, precision: str) -> Policy:
+def bench_policy(data: str, precision: str, device: torch.device = CPU) -> Policy:
     """The preset as initialised, its zero layers randomised so that every product is a real one."""
     model, shape = SIZES[data]
-    policy = make_policy(model, data, shape, torch.device("cpu"), precision)
+    policy = make_policy(model, data, shape, device, precision)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in policy.network.parameters():
@@ -80,28 +84,34 @@ def bench_policy(data: str, precision: str) -> Policy:
     return policy
 
 
-def alternate(ways: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
+def alternate(
+    ways: dict[str, Callable[[], int]], repeats: int, device: torch.device = CPU
+) -> dict[str, list[float]]:
     """Images a second of each way, in turn, `repeats` times after one warm-up; each call returns its images."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for call in ways.values():
         call()
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, call in ways.items():
+            wait()
             began = time.perf_counter()
             images = call()
+            wait()
             found[name].append(images / (time.perf_counter() - began))
     return found
 
 
-def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of a product of two square matrices, the best of four."""
-    a = torch.randn(size, size).to(dtype)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds[1:])
+def matrix_rate(dtype: torch.dtype, device: torch.device = CPU) -> float:
+    """FLOP/s of a product of two large square matrices, the best of four."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device).to(dtype)
+
+    def product() -> int:
+        torch.mm(a, a)
+        return 1
+
+    return 2 * size**3 * max(alternate({"product": product}, 4, device)["product"])
 
 
 def forward_flop(policy: Policy) -> float:
@@ -109,19 +119,19 @@ def forward_flop(policy: Policy) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        policy.velocity(0.5, torch.zeros(1, *policy.shape))
+        policy.velocity(0.5, torch.zeros(1, *policy.shape, device=policy.device))
     return float(counter.get_total_flops())
 
 
 class Measured:
     """Every way of drawing and of stepping on one data set, ready to run."""
 
-    def __init__(self, data: str, batch: int, euler_share: float) -> None:
+    def __init__(self, data: str, batch: int, euler_share: float, device: torch.device = CPU) -> None:
         self.batch, self.settings = batch, DEFAULT.model_copy(update={"batch": batch, "rollout": batch})
-        self.policies = {p: bench_policy(data, p) for p in ("fp32", "bf16")}
+        self.policies = {p: bench_policy(data, p, device) for p in ("fp32", "bf16")}
         first = self.policies["fp32"]
         self.steps = max(2, round(EULER_STEPS * euler_share))
-        network = torchcfm_network(first.model, first.network.state_dict())
+        network = torchcfm_network(first.model, first.network.state_dict()).to(device)
         self.torchcfm = replace(first, network=network)
         self.plain = PlainLoop(
             network, lambda x: x.flatten(1).mean(1), first.shape, 1.0, 0.5, batch, self.steps
@@ -132,15 +142,18 @@ class Measured:
 
         add_lora(adapted.network, LORA_RANK)
         self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)
-        self.x0, self.x1 = start_noise(first, batch, 0), torch.randn(batch, *first.shape).clamp(-1, 1)
-        self.seed = torch.tensor(0)
+        self.learners["lora paired"] = self.learner(adapted, pair=True)
+        self.x0 = start_noise(first, batch, 0)
+        self.x1 = torch.randn(batch, *first.shape, device=device).clamp(-1, 1)
+        self.seed = torch.tensor(0, device=device)
 
-    def learner(self, policy: Policy) -> Learner:
-        return Learner(policy, policy.frozen_copy(), self.settings)
+    def learner(self, policy: Policy, pair: bool = False) -> Learner:
+        return Learner(policy, policy.frozen_copy(), self.settings.model_copy(update={"pair": pair}))
 
     def coupled(self) -> Batch:
-        index = noise.indices(0, self.batch, "cpu")
-        return couple(self.x1, torch.ones(self.batch), 1.0, self.seed, index)
+        device = self.x1.device
+        index = noise.indices(0, self.batch, device)
+        return couple(self.x1, torch.ones(self.batch, device=device), 1.0, self.seed, index)
 
     def step(self, way: str, v_ref: Tensor | None = None) -> int:
         self.learners[way].step(replace(self.coupled(), v_ref=v_ref), self.seed)
@@ -176,17 +189,17 @@ class Measured:
         return ways
 
 
-def measure(data: str, batch: int, repeats: int, euler_share: float) -> list[Row]:
+def measure(data: str, batch: int, repeats: int, euler_share: float, device: torch.device = CPU) -> list[Row]:
     """The ladder on one data set.
 
     Args:
         euler_share: the plain rollout takes this share of its 99 steps and is scaled up; its steps are equal.
     """
-    ready = Measured(data, batch, euler_share)
-    rollout, step = alternate(ready.rollouts(), repeats), alternate(ready.trainings(), repeats)
+    ready = Measured(data, batch, euler_share, device)
+    rollout, step = (alternate(ways, repeats, device) for ways in (ready.rollouts(), ready.trainings()))
     rollout["plain"] = [v * ready.steps / EULER_STEPS for v in rollout["plain"]]
     flop = forward_flop(ready.policies["fp32"])
-    rates = {t: matrix_rate(t) for t in (torch.float32, torch.bfloat16)}
+    rates = {t: matrix_rate(t, device) for t in (torch.float32, torch.bfloat16)}
     for way, whole in (
         ("cached", "fp32"),
         ("bf16 cached", "bf16"),
@@ -218,26 +231,62 @@ def paired(found: list[float], plain: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(found, plain, strict=True))
 
 
-def run(full: bool = False, watch: Callable[[str], None] | None = None) -> dict[str, Any]:
+def run(
+    full: bool = False, watch: Callable[[str], None] | None = None, device: torch.device = CPU
+) -> dict[str, Any]:
     """Measure; the short form takes under two minutes on two cores.
 
     Returns:
-        machine, versions, date and rows as plain values.
+        machine, versions, date and rows as plain values; with `full` the race to a wanted reward as well.
     """
+    from orwcfm_fast.benchmarks.race import race
+
     say = watch or (lambda text: None)
-    plan = [("digits", BATCH, 3, 0.1), ("cifar10", 16 if full else 2, 3 if full else 1, 0.03)]
-    found: list[Row] = []
+    cuda = device.type == "cuda"
+    cifar = (512 if full else 128) if cuda else (16 if full else 2)
+    plan = [("digits", BATCH, 3, 0.1), ("cifar10", cifar, 3 if full or cuda else 1, 0.03)]
+    rows: list[Row] = []
     for data, batch, repeats, share in plan:
         say(f"{data}, batch {batch}")
-        found += measure(data, batch, repeats, share)
-    return {
+        rows += measure(data, batch, repeats, share, device)
+    found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "versions": checkpoint.versions(),
         "solver": f"{DEFAULT.solver}, {DEFAULT.nfe} evaluations; plain: euler, {EULER_STEPS}",
         "reuse": REUSE,
-        "rows": [asdict(row) for row in found],
+        "rows": [asdict(row) for row in rows],
     }
+    if full:
+        say("race to a wanted reward on digits")
+        found["race"] = race(seeds=1, limit=120.0, device=device)
+    return found
+
+
+def race_line(found: dict[str, Any]) -> str:
+    """What the race found, in one line."""
+    ways = ", ".join(
+        f"{f['way']} {f['seconds']:.3g} s" if f["seconds"] else f"{f['way']} not in {found['limit']:g} s"
+        for f in found["finishes"]
+    )
+    return f"to mean reward {found['goal']} on digits: {ways}; {found['ratio']:.3g}×"
+
+
+def plot(found: dict[str, Any], path: str | Path) -> None:
+    """Write a PNG: images a second through the loop, over the plain loop's, by rung."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    names = [*dict.fromkeys(row["data"] for row in found["rows"])]
+    for i, name in enumerate(names):
+        rows = [row for row in found["rows"] if row["data"] == name][::-1]
+        axes = figure.add_subplot(1, len(names), i + 1)
+        bars = axes.barh([row["way"] for row in rows], [row["loop_ratio"] for row in rows])
+        axes.bar_label(bars, fmt="%.3g×", padding=2)
+        axes.set(title=name, xlabel="images/s through the loop, over the plain loop's", xscale="log")
+        axes.margins(x=0.25)
+    figure.suptitle(f"{found['device']}, {found['date'][:10]}")
+    figure.savefig(path, dpi=120)
 
 
 COLUMNS = ("data", "way", "drawn", "trained on", "loop", "× drawn", "× trained", "× loop", "of matrix rate")

@@ -22,6 +22,7 @@ from orwcfm_fast import noise
 from orwcfm_fast.benchmarks.loop import LORA_RANK, bench_policy
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
 from orwcfm_fast.coupling import couple
+from orwcfm_fast.device import device_name
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.rollout import sample, start_noise
 from orwcfm_fast.saving import checkpoint
@@ -116,7 +117,7 @@ def main() -> None:
         return
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(torch.device("cpu")),
         "versions": checkpoint.versions(),
         "batch": arguments.batch,
         "rows": measure(arguments.batch),

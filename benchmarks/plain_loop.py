@@ -58,10 +58,11 @@ class PlainLoop:
 
     def rollout(self) -> Tensor:
         """A fresh batch from the behaviour policy."""
-        x = torch.randn(self.batch, *self.shape)
+        device = next(self.network.parameters()).device
+        x = torch.randn(self.batch, *self.shape, device=device)
         with torch.no_grad():
             for k in range(self.euler_steps):
-                t = torch.full((self.batch,), k / self.euler_steps)
+                t = torch.full((self.batch,), k / self.euler_steps, device=device)
                 x = x + self.behaviour(t, x) / self.euler_steps
         return x
 
@@ -70,7 +71,7 @@ class PlainLoop:
         with torch.no_grad():
             reward = self.reward(x1.clamp(-1, 1))
         w = (self.tau * reward).exp()
-        t = torch.rand(len(x1))
+        t = torch.rand(len(x1), device=x1.device)
         x0, s = torch.randn_like(x1), t.view(-1, *[1] * len(self.shape))
         x_t = (1 - s) * x0 + s * x1
         v = self.network(t, x_t)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
+from orwcfm_fast.device import device_name
 from orwcfm_fast.evaluation.drift import coupled_w2
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import make_reward
@@ -27,6 +28,7 @@ from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune, Sampling
 from orwcfm_fast.trainer import Progress, Trainer
 
+CPU = torch.device("cpu")
 ALPHA, TAU, GOAL, HELD_OUT, IN_A_ROW = 1.0, 2.0, 0.65, 256, 3
 EPOCH = 24  # plain steps between hard copies: as many samples as our rollout
 OURS: dict[str, Any] = dict(rollout=384, steps_per_round=48, batch=64, warmup=4, cooldown=0.9, probe=2)
@@ -62,7 +64,6 @@ class Looks:
         self.running += time.perf_counter() - self.began
         self.x = sample(self.policy, self.x0, Sampling(), HELD_OUT)
         self.seen.append((self.running, float(self.reward(self.policy.decode(self.x)).mean())))
-        print(f"  {self.running:.1f} s: {self.seen[-1][1]:.3f}", flush=True)
         over = self.there() is not None or self.running > self.limit
         self.began = time.perf_counter()
         return over
@@ -80,7 +81,7 @@ class Looks:
 def race_plain(base: Policy, seed: int, limit: float, every: int = 8) -> Finish:
     """The paper's loop from the same weights."""
     torch.manual_seed(seed)
-    network = torchcfm_network(base.model, base.network.state_dict())
+    network = torchcfm_network(base.model, base.network.state_dict()).to(base.device)
     loop = PlainLoop(network, make_reward("even-digits"), base.shape, ALPHA, TAU)
     looks = Looks(Policy(network, base.shape, base.model, base.data), base, seed, limit)
     for step in range(1, 100_000):
@@ -119,9 +120,9 @@ def race_ours(base: Policy, seed: int, limit: float, every: int = 8, **change: A
     return looks.finish("ours", steps)
 
 
-def race(seeds: int, limit: float) -> dict[str, Any]:
+def race(seeds: int, limit: float, device: torch.device = CPU) -> dict[str, Any]:
     """Both ways, alternating, seed by seed."""
-    base = Loader(torch.device("cpu"), "fp32").default().policy
+    base = Loader(device, "fp32").default().policy
     finishes = [run(base, seed, limit) for seed in range(seeds) for run in (race_ours, race_plain)]
     ratios = [  # one that is not there in time counts as if it were at the limit
         (plain.seconds or limit) / (ours.seconds or limit)
@@ -129,7 +130,7 @@ def race(seeds: int, limit: float) -> dict[str, Any]:
     ]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "versions": checkpoint.versions(),
         "goal": GOAL, "alpha": ALPHA, "tau": TAU, "limit": limit,
         "ratio": statistics.median(ratios),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False, soft_wrap=True)
 if not out.is_terminal:
-    out.width = 160  # tables on a pipe are not cut
+    out.width = 200  # tables on a pipe are not cut
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

@@ -146,7 +146,7 @@ def _show_plan(found: "Plan", s: Finetune) -> None:
 def bench(
     what: Annotated[str, typer.Argument(metavar="[kernels|loop]", help="default: both, short")] = "",
     full: Annotated[bool, typer.Option("--full", help="all sizes; many minutes")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder for the JSON and the plot of the kernels")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the JSON files and the plots")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -157,10 +157,12 @@ def bench(
 
     if what not in ("", "kernels", "loop"):
         raise UserError(str(unknown("bench", what, ("kernels", "loop"))))
+    from orwcfm_fast.benchmarks.record import save
+    from orwcfm_fast.device import resolve_device
+
     found = {}
     if what != "loop":
         from orwcfm_fast.benchmarks import kernels
-        from orwcfm_fast.device import resolve_device
 
         with console.progress(1, "kernels", as_json) as bar:
             found["kernels"] = kernels.run(
@@ -174,14 +176,18 @@ def bench(
                 )
             )
         if out:
-            say(str(kernels.save(found["kernels"], out)), as_json)
+            say(str(save(found["kernels"], out, kernels.plot)), as_json)
     if what != "kernels":
         from orwcfm_fast.benchmarks import loop
 
         with console.progress(1, "loop", as_json) as bar:
-            found["loop"] = loop.run(full, lambda case: bar.at(0, case))
+            found["loop"] = loop.run(full, lambda case: bar.at(0, case), resolve_device("auto"))
         if not as_json:
             say(f"\nloop on {found['loop']['device']}; {found['loop']['solver']}; images/s and × plain")
             console.out.print(console.plain_table(loop.COLUMNS, map(loop.cells, found["loop"]["rows"])))
+            if full:
+                say(loop.race_line(found["loop"]["race"]))
+        if out:
+            say(str(save(found["loop"], out, loop.plot, "loop-")), as_json)
     if as_json:
         print(json.dumps(found, indent=1))

@@ -1,6 +1,7 @@
 """Where to run, in what precision, and where to keep what is made once."""
 
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -27,6 +28,18 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device '{name}': only cpu and cuda are supported")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's and how many threads torch uses of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        named = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        named = platform.processor() or platform.machine()
+    return f"{named}, {torch.get_num_threads()} threads"
 
 
 def fast_bf16(device: torch.device, parameters: int = 10**9) -> bool:

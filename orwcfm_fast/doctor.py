@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from orwcfm_fast.device import cache_dir, fast_bf16, resolve_device
+from orwcfm_fast.device import cache_dir, device_name, fast_bf16, resolve_device
 
 PACKAGES = (
     "orwcfm-fast",
@@ -50,14 +50,11 @@ def _device(device: torch.device) -> dict[str, str]:
     sizes = {"MLPs": 50_000, "the digits U-Net": 700_000, "the CIFAR-10 U-Net": 36_000_000}
     precision = ", ".join(f"{'bf16' if fast_bf16(device, n) else 'fp32'} for {k}" for k, n in sizes.items())
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, memory = properties.name, properties.total_memory
+        memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        name = platform.processor() or platform.machine()
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "device": f"{device} ({name}, {memory / 2**30:.0f} GiB)",
-        "threads": str(torch.get_num_threads()),
+        "device": f"{device} ({device_name(device)}, {memory / 2**30:.0f} GiB)",
         "precision auto": precision,
     }
 

@@ -192,6 +192,9 @@ class Finetune(Training, Sampling, RewardOptions):
     reference_passes: int = Field(
         1, ge=1, description="passes over a round's draws; the reference is evaluated in the first alone"
     )
+    pair: bool = Field(
+        False, description="policy and reference in one batched call a step; slower on every CPU measured"
+    )
     rollout: int = Field(1536, ge=2, description="samples drawn a round")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     micro_batch: int = Field(0, ge=0, description="samples at once in a gradient step; 0: the whole batch")

@@ -11,6 +11,7 @@ from orwcfm_fast.coupling import Batch
 from orwcfm_fast.guarding.memory import halving
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
 from orwcfm_fast.networks.lora import trained_parameters
+from orwcfm_fast.networks.paired import check_pairs, paired_velocities
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.timing import Phases
@@ -41,6 +42,9 @@ class Learner:
 
     def __init__(self, policy: Policy, reference: Policy, settings: Finetune) -> None:
         self.policy, self.reference, self.grad_clip = policy, reference, settings.grad_clip
+        self.pair = settings.pair
+        if self.pair:
+            check_pairs(policy, reference)
         policy.network.eval()
         self.parameters = trained_parameters(policy.network)
         self.micro_batch = min(settings.micro_batch or settings.batch, settings.batch)
@@ -93,11 +97,14 @@ class Learner:
         fm, w2 = [], []
         for part in batch.split(micro_batch):
             v_ref = part.v_ref
-            if v_ref is None:
+            if v_ref is None and not self.pair:
                 with self.phases("reference"), torch.no_grad():
                     v_ref = self.reference.velocity(part.t, part.x_t, part.condition)
             with self.phases("policy"):
-                v = self.policy.velocity(part.t, part.x_t, part.condition)
+                if v_ref is None:
+                    v, v_ref = paired_velocities(self.policy, self.reference, part.t, part.x_t)
+                else:
+                    v = self.policy.velocity(part.t, part.x_t, part.condition)
                 _, *means, dv = anchored_residual(
                     v.detach(), v_ref, part.x1, seed, part.index, part.w / size, part.a / size
                 )

@@ -35,12 +35,12 @@ class Phases:
             self._seconds[name] += value
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase since the last read; waits for the device once."""
+        """Seconds by phase since the last read, 0 for a phase that never was; waits for the device once."""
         if self._events:
             self._events[-1][2].synchronize()
         for name, start, end in self._events:
             self._seconds[name] += start.elapsed_time(end) / 1000
-        found = dict(self._seconds)
+        found = self._seconds.copy()
         self._seconds.clear()
         self._events.clear()
         return found

@@ -137,6 +137,11 @@ class Trainer:
         """Gradient steps in all, those of a round that has begun among them."""
         return self.steps + (len(self.begun.losses) if self.begun else 0)
 
+    def where(self) -> str:
+        """Where the loop stands, in words."""
+        begun = self.begun or self.round == 0
+        return f"in round {self.round + 1}" if begun else f"after round {self.round}"
+
     def draw_and_score(self, number: int) -> Rollout:
         """The round's whole rollout, drawn from the policy as it stands, with its rewards."""
         s = self.settings

@@ -1,6 +1,7 @@
 """Shared by all tests: a cache of their own, a small pretrained model, the command line in process."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,19 +30,19 @@ def stopwatch():
 @pytest.fixture
 def run_cli(tmp_path, monkeypatch):
     """orwcfm(*args) in an empty directory → code, out, err; tracebacks of bugs come through."""
+    monkeypatch.chdir(tmp_path)
+    return orwcfm
+
+
+def orwcfm(*args) -> SimpleNamespace:
     from typer.testing import CliRunner
 
     from orwcfm_fast.cli import load_app
 
-    monkeypatch.chdir(tmp_path)
-
-    def orwcfm(*args: str) -> SimpleNamespace:
-        result = CliRunner().invoke(load_app(), [str(a) for a in args])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return SimpleNamespace(code=result.exit_code, out=result.stdout, err=result.stderr)
-
-    return orwcfm
+    result = CliRunner().invoke(load_app(), [str(a) for a in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return SimpleNamespace(code=result.exit_code, out=result.stdout, err=result.stderr)
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +90,7 @@ def two_gaussians_weights():
 
 @pytest.fixture(scope="session")
 def digits_model(cache):
-    """The default digits model in the cache, pretrained for a fifth of its steps."""
+    """The default digits model in the cache, pretrained for a seventh of its steps."""
     from orwcfm_fast.data import load_data
     from orwcfm_fast.networks.policy import make_policy
     from orwcfm_fast.pretrain import pretrain
@@ -98,7 +99,7 @@ def digits_model(cache):
     torch.set_num_threads(1)
     data, _ = load_data("digits")
     policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("cpu"))
-    trainer = pretrain(policy, data, Pretrain(steps=220, ema=0.98), lambda step, loss: None)
+    trainer = pretrain(policy, data, Pretrain(steps=150, ema=0.97), lambda step, loss: None)
     trainer.save(cache / "pretrained" / "unet-digits")
     return trainer.averaged()
 
@@ -124,10 +125,28 @@ def base(two_gaussians_weights, tmp_path, monkeypatch) -> str:
     return "base"
 
 
+@pytest.fixture(scope="session")
+def tiny_run_made(tmp_path_factory) -> Path:
+    """A folder with `base`, an all but untrained checkpoint on two Gaussians, and `run`, two rounds from it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        _make_tiny_run()
+    finally:
+        os.chdir(before)
+    return folder
+
+
 @pytest.fixture
-def tiny_run(run_cli):
-    """A one-round run on two Gaussians from an untrained checkpoint: files of every kind in a second."""
-    made = run_cli(
+def tiny_run(tiny_run_made, run_cli) -> Path:
+    """That run, copied to the test's directory: files of every kind."""
+    shutil.copytree(tiny_run_made, ".", dirs_exist_ok=True, symlinks=True)
+    return Path("run")
+
+
+def _make_tiny_run() -> None:
+    made = orwcfm(
         "pretrain", "--data", "two-gaussians", "--steps", 30, "--batch", 64, "--out", "base", "--quiet"
     )
     assert made.code == 0, made.err
@@ -145,9 +164,8 @@ def tiny_run(run_cli):
         "--probe",
         16,
     )
-    made = run_cli("finetune", "--checkpoint", "base", "--out", "run", *small, "--quiet")
+    made = orwcfm("finetune", "--checkpoint", "base", "--out", "run", *small, "--quiet")
     assert made.code == 0, made.err
-    return Path("run")
 
 
 def _words(folder: Path):

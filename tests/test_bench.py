@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, against a baseline that learns."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_plain_loop_follows_the_same_gradient_as_the_learner():
     x0 = noise.normal((1, 8, 8), seed, batch.index, noise.X0)
     plain.reward = lambda x: torch.zeros(len(x))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", lambda n: batch.t)
+        patch.setattr(torch, "rand", lambda n, **_: batch.t)
         patch.setattr(torch, "randn_like", lambda x: x0)
         plain.gradient_step(x1)
     ours = {}
@@ -60,4 +61,13 @@ def test_bench_loop_prints_json(run_cli, monkeypatch):
     monkeypatch.setattr(loop, "measure", lambda data, *a: [loop.Row(data, "plain", 3, 2, 1, 1, 1, 1, 0.5)])
     found = json.loads(run_cli("bench", "loop", "--json").out)["loop"]
     assert found["rows"][0]["rollout"] == 3 and "torch" in found["versions"]
-    assert "of matrix rate" in run_cli("bench", "loop").out
+    shown = run_cli("bench", "loop", "--out", "kept").out
+    assert "of matrix rate" in shown
+    (kept,) = Path("kept").glob("loop-*.json")
+    assert json.loads(kept.read_text())["rows"] == found["rows"] and kept.with_suffix(".png").exists()
+
+
+def test_the_race_is_told_in_one_line():
+    finishes = [{"way": "ours", "seconds": 1.5}, {"way": "plain", "seconds": None}]
+    line = loop.race_line({"goal": 0.65, "limit": 120.0, "ratio": 80.0, "finishes": finishes})
+    assert line == "to mean reward 0.65 on digits: ours 1.5 s, plain not in 120 s; 80×"

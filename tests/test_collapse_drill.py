@@ -30,7 +30,8 @@ def drill(run_cli, *flags):
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     found = json.loads(Path("run/summary.json").read_text())
     before, after = found["before"], found["after"]
-    share, rewards = after["diversity"] / before["diversity"], [m["reward"]["mean"] for m in (before, after)]
+    share = after["diversity"]["mean"] / before["diversity"]["mean"]
+    rewards = [m["reward"]["mean"] for m in (before, after)]
     for r in records:
         print(r["round"], f"α {r['alpha']:.3g} τ {r['tau']:.3g} share {r['diversity_share']:.3f}", r["guard"])
     print(flags, f"diversity {share:.3f} of the reference's, reward {rewards[0]:.3f} to {rewards[1]:.3f}")

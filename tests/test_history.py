@@ -134,6 +134,15 @@ def test_resuming_past_a_damaged_newest_ends_as_if_it_were_whole(run_cli, tiny_r
     assert rounds == [1, 2, 3, 4]
 
 
+def test_a_copy_that_followed_the_link_to_the_best_goes_on(folder):
+    history.prune(folder, 2, folder / "step_6")
+    copied = folder.parent / "copied"
+    shutil.copytree(folder, copied)
+    assert (copied / "best").is_dir() and not (copied / "best").is_symlink()
+    history.prune(copied, 2, copied / "step_9")
+    assert (copied / "best").is_symlink() and (copied / "best").resolve() == copied / "step_9"
+
+
 @pytest.mark.parametrize(
     "tail",
     ['{"round": 3', '{"round": 2}\n{"round": 2}\n', "\x00\x00", "[1]\n", '{"a": 1}\n', '{"round": 3}\n'],

@@ -83,6 +83,8 @@ def test_a_run_resumed_after_a_signal_ends_as_if_it_never_came(run_cli, data, pl
             cut = run_cli(*LOOP, out)
         assert cut.code == 130, cut.err
         assert f"saved at {out}/checkpoints/step_" in cut.err and cut.err.count("\n") == 1
+        where = {"step6": "in round 2", "step8": "after round 2"}.get(out, "interrupted")
+        assert where in cut.err
         assert cut.err.rstrip().endswith(f"orwcfm finetune --resume {out}")
         again = run_cli("finetune", "--resume", out, "--quiet")
         assert again.code == 0, again.err

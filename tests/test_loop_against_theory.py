@@ -60,7 +60,7 @@ def lopsided():
     normal = torch.randn(50_000, 1, generator=g)
     data = torch.where(left, 0.2 * normal - 1.0, 0.5 * normal + 1.2)
     policy = make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))
-    settings = Pretrain(data="two-gaussians", model="mlp", steps=1500, batch=512)
+    settings = Pretrain(data="two-gaussians", model="mlp", steps=800, batch=512)
     policy = pretrain(policy, data, settings, lambda step, loss: None).averaged()
     return policy, density_of(policy, parts=1)
 

@@ -34,7 +34,7 @@ def summary(run: Path) -> dict:
 def finished(digits_model, tmp_path_factory):
     """`orwcfm finetune --tau 2`, two short rounds, typed in an empty directory."""
     cwd = tmp_path_factory.mktemp("user")
-    less = ("--rounds", "2", "--rollout", "512", "--steps-per-round", "60", "--eval-n", "768")
+    less = ("--rounds", "2", "--rollout", "384", "--steps-per-round", "50", "--eval-n", "512", "--nfe", "8")
     result = orwcfm("finetune", "--tau", "2", *less, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return cwd, result.stdout
@@ -101,13 +101,26 @@ def test_median_of_three_seeds_reaches_058_at_alpha_1_and_080_at_alpha_0(tmp_pat
         assert statistics.median(rewards) >= bar, f"α={alpha}: {rewards}"
 
 
+@pytest.mark.soak
+def test_bf16_and_float32_runs_end_within_each_others_intervals(tmp_path):
+    ends = {}
+    for precision in ("fp32", "bf16"):
+        result = orwcfm("finetune", "--precision", precision, "--out", precision, "--quiet", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        ends[precision] = summary(tmp_path / precision)["after"]
+    for what in ("reward", "w2_coupled", "diversity"):
+        one, other = (ends[precision][what] for precision in ("fp32", "bf16"))
+        print(what, one, other)
+        assert one["low"] <= other["mean"] <= one["high"] and other["low"] <= one["mean"] <= other["high"]
+
+
 @pytest.mark.slow
 def test_sample_and_evaluate_with_no_argument_speak_of_that_run(finished):
     cwd, _ = finished
     sampled = orwcfm("sample", cwd=cwd)
     assert sampled.returncode == 0 and "model: runs/digits-even-digits-a1-t2-001" in sampled.stdout
     assert (cwd / sampled.stdout.splitlines()[-1]).read_bytes().startswith(b"\x89PNG")
-    measured = json.loads(orwcfm("evaluate", "-n", "512", "--json", cwd=cwd).stdout)
+    measured = json.loads(orwcfm("evaluate", "-n", "384", "--nfe", "8", "--json", cwd=cwd).stdout)
     reference, tuned = measured["models"]
     assert tuned["reward"]["mean"] > reference["reward"]["mean"] + 0.03
 
@@ -144,7 +157,7 @@ def test_a_checkpoint_of_torchcfms_cifar10_script_serves_every_command(run_cli):
     found["sched"] = {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"}
     file = "otcfm_cifar10_weights_step_400000.pt"
     torch.save(found, file)
-    cheap = ("--nfe", "4", "--chunk", "4", "--quiet")
+    cheap = ("--solver", "euler", "--nfe", "2", "--chunk", "4", "--quiet")
     result = run_cli("sample", file, "-n", "2", "--out", "two.npz", *cheap)
     assert result.code == 0, result.err
     result = run_cli("evaluate", file, "-n", "4", "--reward", "jpeg-compressibility", *cheap)

@@ -27,7 +27,8 @@ def stranger(run_cli, tiny_run):
 
 
 @pytest.mark.parametrize("spec", ["song.py:f=0.5", "song:f", "right=0.5"])
-def test_a_runs_code_runs_only_when_the_user_names_it_too(run_cli, stranger, spec):
+def test_a_runs_code_runs_only_when_the_user_names_it_too(run_cli, stranger, spec, monkeypatch):
+    monkeypatch.setattr("orwcfm_fast.theory.prediction.REFITTED", 20_000)
     config = stranger / "config.toml"
     config.write_text(config.read_text().replace('"song.py:f"', f'"{spec}"'))
     code = spec.startswith("song")
@@ -88,6 +89,23 @@ def test_code_in_other_places_of_a_runs_config_is_held_back_too(run_cli, strange
     assert 'set = ["reward' in own.read_text()
     result = run_cli("sweep", "--out", "s")
     assert result.code == 2 and "add --reward song.py:f" in result.err
+
+
+def test_an_interrupted_sweep_says_the_command_that_goes_on_with_its_code(run_cli, tiny_run, monkeypatch):
+    from orwcfm_fast.runs.finetune_run import Finetuning
+
+    Path("quiet.py").write_text("def f(x):\n    return x[:, 0]\n")
+
+    def stopped(self, *rest):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetuning, "train", stopped)
+        small = ("--rollout", 32, "--batch", 16, "--steps-per-round", 2, "--eval-n", 16, "--probe", 8)
+        once = ("--rounds", 1, "--alpha", 1, "--reward", "quiet.py:f", "--out", "s", "--quiet")
+        result = run_cli("sweep", "--checkpoint", "base", *small, *once)
+    assert result.code == 130 and "orwcfm sweep --out s --reward quiet.py:f goes on" in result.err
+    assert run_cli("sweep", "--out", "s", "--reward", "quiet.py:f", "--quiet").code == 0
 
 
 def test_no_config_in_the_working_directory_is_ever_read_unnamed(run_cli, tiny_run):

@@ -40,7 +40,8 @@ def test_a_wish_is_answered_with_an_interval_or_refused(run_cli, tiny_run):
     assert refused.code == 2 and "beyond reach" in refused.err
 
 
-def test_versus_lays_a_run_beside_forecast_and_exact_answer(run_cli, tiny_run):
+def test_versus_lays_a_run_beside_forecast_and_exact_answer(run_cli, tiny_run, monkeypatch):
+    monkeypatch.setattr("orwcfm_fast.theory.prediction.REFITTED", 20_000)
     found = json.loads(run_cli("predict", "--versus", "run", "-n", 200, "--json").out)
     assert len(found["reached"]) == len(found["forecast"]) == len(found["exact"]) == 3
     assert found["verdict"].startswith("forecast 0.")

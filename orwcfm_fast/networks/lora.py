@@ -24,13 +24,16 @@ class Adapters:
 
     def __init__(self, rank: int, scale: float) -> None:
         self.rank, self.scale, self.on = rank, scale, True
+        self.rows: int | None = None  # they act on the first rows of a batch; None: on all
         self.names: list[str] = []
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not self.on:
             return output
-        low = cast(Any, layer).lora_B(cast(Any, layer).lora_A(inputs[0]))
-        return output.add_(low, alpha=self.scale)
+        low = cast(Any, layer).lora_B(cast(Any, layer).lora_A(inputs[0][: self.rows]))
+        if self.rows is None:
+            return output.add_(low, alpha=self.scale)
+        return torch.cat([output[: self.rows].add(low, alpha=self.scale), output[self.rows :]])
 
 
 def add_lora(network: nn.Module, rank: int, scale: float = 1.0, seed: int = 0) -> None:
@@ -88,6 +91,18 @@ def base_only(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         adapters.on = before
+
+
+@contextmanager
+def first_half(network: nn.Module, rows: int) -> Iterator[None]:
+    """Inside, the adapters act on the first `rows` of a batch alone: the rest passes through the base."""
+    adapters = adapters_of(network)
+    assert adapters
+    adapters.rows = rows
+    try:
+        yield
+    finally:
+        adapters.rows = None
 
 
 def lora_state(network: nn.Module) -> dict[str, Tensor]:

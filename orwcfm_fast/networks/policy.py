@@ -60,7 +60,7 @@ class Policy:
         if not isinstance(t, Tensor):
             t = torch.full((1,), t, device=x.device, dtype=torch.float32).expand(x.shape[0])
         adapters = lora.base_only(self.network) if self.base_only else nullcontext()
-        with adapters, torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+        with adapters, self.autocast():
             if condition is None or self.conditions is None:
                 return self.network(t, x)
             v = self.network(t, x, *self.conditions.look_up(condition))
@@ -90,6 +90,11 @@ class Policy:
         if self.pipeline is None:
             raise UserError(f"grid '{OWN}': only a diffusers pipeline has one; use uniform or power:1.3")
         return self.pipeline.times
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the network runs at its precision."""
+        on = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision if on else torch.bfloat16, enabled=on)
 
     def decode(self, x1: Tensor) -> Tensor:
         """What the reward sees: images in [-1, 1], vectors as they are."""

@@ -200,7 +200,7 @@ class Finetuning:
                     with loggers(s.log, self.run.path, self.run.path.name, s.model_dump()) as log:
                         self._train(log, on_round, on_line)
                 except Stop:
-                    where = f"interrupted in round {self.trainer.round + 1}, saved at {self.save()}"
+                    where = f"interrupted {self.trainer.where()}, saved at {self.save()}"
                     self.run.settle()
                     raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
         except (RewardError, UserError) as error:

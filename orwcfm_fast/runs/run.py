@@ -179,7 +179,8 @@ def resumed_settings(run: Run, kind: type[S], given: dict[str, Any], may_change:
 def resume_command(run: Run, command: str, named: dict[str, list[str]] | None = None) -> str:
     """What to type to go on with a run; `named` are its rewards that are code and must be named again."""
     again = [f"--{k.replace('_', '-')} {shlex.quote(s)}" for k, specs in (named or {}).items() for s in specs]
-    return " ".join([f"orwcfm {command} --resume {shlex.quote(str(run.path))}", *again])
+    flag = "--out" if command == "sweep" else "--resume"
+    return " ".join([f"orwcfm {command} {flag} {shlex.quote(str(run.path))}", *again])
 
 
 def next_run_path(stem: str, root: Path = Path("runs")) -> Path:

@@ -13,11 +13,11 @@ from typing import Any
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, UserError, WorkError
 from orwcfm_fast.registry import unknown
-from orwcfm_fast.rewards import check_code_named, make_reward
+from orwcfm_fast.rewards import check_code_named, make_reward, user_code
 from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
 from orwcfm_fast.runs.resolve import resolved
-from orwcfm_fast.runs.run import Run, is_run, next_run_path, read_command
+from orwcfm_fast.runs.run import Run, is_run, next_run_path, read_command, resume_command
 from orwcfm_fast.runs.sweep_grid import grid
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.saving.files import write_text
@@ -178,7 +178,7 @@ class Sweeping:
             except (KeyboardInterrupt, Interrupted) as stopped:
                 left = len(self.runs) - len(self.finished())
                 raise Interrupted(
-                    f"interrupted in run {name}, {left} to go; orwcfm sweep --out {self.run.path} goes on",
+                    f"interrupted in run {name}, {left} to go; {self._again()} goes on",
                     getattr(stopped, "code", 130),
                 ) from None
             outcomes = self.write()
@@ -188,8 +188,15 @@ class Sweeping:
             name, first = next(iter(failed.items()))
             raise WorkError(
                 f"{len(failed)} of {len(self.runs)} runs failed, first {name}: {first}; "
-                f"orwcfm sweep --out {self.run.path} tries them again"
+                f"{self._again()} tries them again"
             )
+
+    def _again(self) -> str:
+        rewards = {
+            key: [*dict.fromkeys(name for s in self.runs.values() for name in getattr(s, key))]
+            for key in ("reward", "holdout_reward")
+        }
+        return resume_command(self.run, "sweep", {k: v for k, v in rewards.items() if user_code(v)})
 
     def _train(self, name: str, watch: Callable[[str, float], None] | None) -> None:
         began, task = time.perf_counter(), self._task(name)

@@ -65,6 +65,8 @@ def prune(folder: Path, keep: int, best: Path | None = None, every: int = 1) -> 
         link = folder / f".{BEST}.part"
         link.unlink(missing_ok=True)
         link.symlink_to(best.name)
+        if not (folder / BEST).is_symlink():  # the run came here by a copy that follows links
+            shutil.rmtree(folder / BEST, ignore_errors=True)
         link.replace(folder / BEST)
     kept = {*steps(folder)[:1], *steps(folder, every)[:keep], best}
     for path in steps(folder):

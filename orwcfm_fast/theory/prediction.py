@@ -20,6 +20,8 @@ from orwcfm_fast.settings import Finetune, Predict, build, read_toml
 from orwcfm_fast.theory import Density, GaussianMixture, GridDensity, Recursion, exact_recursion, refit
 from orwcfm_fast.theory.forecast import AlphaInterval, Forecast, alpha_for, forecast_many
 
+REFITTED = 500_000  # samples that a network's own density is made of
+
 
 def known_density(data: str) -> GaussianMixture | GridDensity:
     """The density that a 1-D or 2-D dataset was drawn from.
@@ -90,13 +92,13 @@ def wanted_alpha(reference: Reference, s: Predict) -> AlphaInterval:
 
 
 def own_density(policy: Policy, s: Predict) -> GridDensity:
-    """What the policy itself samples in 1-D or 2-D, refitted on half a million of its samples."""
-    each, batches = 50_000, 10
+    """What the policy itself samples in 1-D or 2-D, refitted on REFITTED of its samples."""
+    each = REFITTED // 10
 
     def drawn(k: int) -> Tensor:
         return sample(policy, start_noise(policy, each, s.seed, first=k * each), s, each)
 
-    return refit(drawn(k) for k in range(batches))
+    return refit(drawn(k) for k in range(10))
 
 
 def exact_grid(density: Density, reward: Callable[[Tensor], Tensor], s: Predict) -> list[Recursion]:

@@ -38,12 +38,15 @@ def exactly(v, v_ref, x1, seed, index, w, a):
 
 
 CASES = [(shape, torch.contiguous_format) for shape in SHAPES] + [((7, 3, 5, 5), torch.channels_last)]
-CASES += [pytest.param((64, 3072), torch.contiguous_format, marks=pytest.mark.slow)]
+CASES = [(*case, kind) for case in CASES for kind in DTYPES]
+CASES += [  # ten seconds each in the interpreter
+    pytest.param((64, 3072), torch.contiguous_format, kind, marks=pytest.mark.soak if k else pytest.mark.slow)
+    for k, kind in enumerate(reversed(DTYPES))
+]
 
 
-@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_kernel_matches_float64(shape, dtypes, layout, device, assert_as_good_as_torch):
+@pytest.mark.parametrize(("shape", "layout", "dtypes"), CASES, ids=str)
+def test_kernel_matches_float64(shape, layout, dtypes, device, assert_as_good_as_torch):
     args = arguments(shape, *dtypes, layout, device)
     ours = launch_anchored_residual(*args)
     assert ours[3].stride() == args[0].stride() and ours[3].dtype == args[0].dtype

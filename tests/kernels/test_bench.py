@@ -6,6 +6,7 @@ import torch
 
 from orwcfm_fast.benchmarks import cases as listed
 from orwcfm_fast.benchmarks import kernels as bench
+from orwcfm_fast.benchmarks.record import save
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def quick(monkeypatch):
 
 
 def test_run_gives_time_and_error_against_float64(quick, tmp_path):
-    result = json.loads(bench.save(quick(), tmp_path).read_text())
+    result = json.loads(save(quick(), tmp_path, bench.plot).read_text())
     ours = [row for row in result["rows"] if row["implementation"] == "ours"]
     assert {row["passes"] for row in ours} == {"forward", "forward+backward"}
     assert all(row["correct"] and row["seconds"] > 0 and row["error"] < 1e-6 for row in ours)

@@ -18,12 +18,15 @@ def arguments(shape, dtype=torch.float32, layout=torch.contiguous_format, device
 
 
 CASES = [(shape, torch.contiguous_format) for shape in SHAPES] + [((7, 3, 5, 5), torch.channels_last)]
-CASES += [pytest.param((64, 3072), torch.contiguous_format, marks=pytest.mark.slow)]
+CASES = [(*case, kind) for case in CASES for kind in DTYPES]
+CASES += [  # ten seconds each in the interpreter
+    pytest.param((64, 3072), torch.contiguous_format, kind, marks=pytest.mark.soak if k else pytest.mark.slow)
+    for k, kind in enumerate(reversed(DTYPES))
+]
 
 
-@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernel_matches_float64(shape, dtype, layout, device, assert_as_good_as_torch):
+@pytest.mark.parametrize(("shape", "layout", "dtype"), CASES, ids=str)
+def test_kernel_matches_float64(shape, layout, dtype, device, assert_as_good_as_torch):
     x1, t, seed, index = arguments(shape, dtype, layout, device)
     exact = interpolate_reference(x1.double(), t.double(), seed, index)
     ours = launch_interpolate(x1, t, seed, index)

@@ -10,7 +10,12 @@ import pytest
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="they run in this process already")
 @pytest.mark.parametrize(
-    "selected", ["interpreter and not slow", pytest.param("interpreter and slow", marks=pytest.mark.slow)]
+    "selected",
+    [
+        "interpreter and not slow and not soak",
+        pytest.param("interpreter and slow", marks=pytest.mark.slow),
+        pytest.param("interpreter and soak", marks=pytest.mark.soak),
+    ],
 )
 def test_kernels_pass_in_the_interpreter(selected):
     pytest.importorskip("triton")
