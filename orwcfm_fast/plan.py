@@ -167,6 +167,8 @@ def plan_run(s: Finetune) -> Plan:
     solver_times(s.nfe, s.solver, s.grid)
     if s.checkpoint:
         policy = Loader(device, s.precision, s.model, s.data).load(s.checkpoint).policy
+        if policy.pipeline:
+            raise UserError(f"--plan: of a pipeline, name it alone: --model {policy.model}")
     else:
         model = s.model or DEFAULT
         data = s.data or FOREIGN_DATA.get(model, "")

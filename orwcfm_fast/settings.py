@@ -162,7 +162,9 @@ class Finetune(Training, Sampling, RewardOptions):
     """Settings of `orwcfm finetune`; the defaults are those of the digits run."""
 
     checkpoint: str = Field("", description="pretrained model: run, checkpoint, foreign .pt or preset")
-    model: str = Field("", description="network preset of a foreign .pt (orwcfm list models)")
+    model: str = Field(
+        "", description="preset of a foreign .pt (orwcfm list models), or diffusers:PATH_OR_ID, a pipeline"
+    )
     data: str = Field("", description="dataset that a foreign .pt was trained on")
     alpha: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="W2 weight α: higher stays nearer the reference"

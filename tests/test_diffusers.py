@@ -1,5 +1,6 @@
 """A diffusers pipeline as a policy: its own images, its prompts, its base left alone."""
 
+import gc
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -191,6 +192,11 @@ def test_embeddings_are_computed_once_and_the_cache_knows_what_they_were_made_of
     trained_on, monkeypatch, pipeline_folder, tmp_path, prompts_file
 ):
     _, first = trained_on()
+    import transformers
+
+    encoders = (transformers.T5EncoderModel, transformers.CLIPTextModelWithProjection)
+    trained_on(prompt_tokens=5)
+    assert not [x for x in gc.get_objects() if type(x) in encoders]  # gone without a collection of ours
     calls = []
     monkeypatch.setattr(
         embeddings, "_encode", lambda *a: calls.append(a) or [torch.zeros(4, 18, 32), torch.zeros(4, 32)]

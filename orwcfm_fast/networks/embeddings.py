@@ -1,5 +1,6 @@
 """Prompt embeddings of a pipeline: computed once, kept on disk by what they were made of and from."""
 
+import gc
 import hashlib
 import json
 import os
@@ -58,6 +59,9 @@ def embed(
         return [found["embeds"], found["pooled"]]
     except (OSError, KeyError, safetensors.SafetensorError):
         embeds, pooled = _encode(folder, family, shell, texts, tokens, device, dtype)
+    gc.collect()  # the text encoders hold each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}.part")
     safetensors.torch.save_file({"embeds": embeds, "pooled": pooled}, beside)
