@@ -1,12 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint soak bench clean
+.PHONY: demo test test-slow lint soak bench clean
 demo: .venv/installed
 	$(BIN)/orwcfm finetune --alpha 1 --tau 0.5
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist loadfile -m "not slow and not soak"
+
+test-slow: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist loadfile -m "slow and not soak" --durations=15
 
 soak: .venv/installed-dev
 	$(BIN)/pytest tests -m soak
