@@ -58,7 +58,7 @@ def sample(
     times(s.nfe, s.solver, s.grid)
     if out:
         check_target(out, overwrite)
-    found = load(Loader(resolve_device(s.device), s.precision, preset, data), model, quiet)
+    found = load(Loader(resolve_device(s.device), s.precision, preset, data, how=s), model, quiet)
     say(f"model: {found.name}", quiet)
     policy = found.policy
     target = out or (
@@ -92,6 +92,7 @@ def evaluate(
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.evaluation.evaluate import evaluate as measure
     from orwcfm_fast.evaluation.evaluate import judge_for, target_for
+    from orwcfm_fast.networks.lora import adapters_of
     from orwcfm_fast.rewards import make_holdout, make_reward
     from orwcfm_fast.runs.load import Loader
     from orwcfm_fast.samplers import times
@@ -99,7 +100,7 @@ def evaluate(
     quiet = quiet or as_json
     s = settings(Evaluation, config, given)
     times(s.nfe, s.solver, s.grid)
-    loader = Loader(resolve_device(s.device), s.precision, preset, data)
+    loader = Loader(resolve_device(s.device), s.precision, preset, data, how=s)
     if s.reward:
         make_reward(s.reward, s)
     make_holdout(s)
@@ -114,7 +115,9 @@ def evaluate(
             )
     with_run = first.run if first.run and first.run.reference.is_dir() else None
     named = reference or (str(with_run.reference) if with_run else "")
-    anchor = loader.load(named).policy if named else None
+    # a pipeline under adapters is its own reference, at no further memory
+    shared = first.policy.pipeline and not reference and adapters_of(first.policy.network)
+    anchor = first.policy.frozen_copy() if shared else loader.load(named).policy if named else None
     options = reward_options(s, first)
     reward, holdout = make_reward(options.reward, options), make_holdout(options)
     policies = {item.name: item.policy for item in found}
@@ -134,8 +137,8 @@ def evaluate(
 
 def reward_options(s: RewardOptions, found: "Loaded") -> RewardOptions:
     """The reward that was asked for, else that of the model's run, with all it needs; else the data's."""
-    from orwcfm_fast.data import source
     from orwcfm_fast.rewards import check_code_named
+    from orwcfm_fast.runs.resolve import own_reward
     from orwcfm_fast.settings import build, read_toml
 
     if not s.reward and found.run:
@@ -146,8 +149,10 @@ def reward_options(s: RewardOptions, found: "Loaded") -> RewardOptions:
         written = {k: v for k, v in build(RewardOptions, written, where=f"{config}: ") if k in written}
         for key in ("reward", "holdout_reward"):
             check_code_named(written.get(key, []), (), config, key)
+        if found.policy.conditions:
+            written["prompts"] = str(config)  # the run has its prompts with it
         s = s.model_copy(update=written)
-    return s if s.reward else s.model_copy(update={"reward": [source(found.policy.data)[0].reward]})
+    return s if s.reward else s.model_copy(update={"reward": [own_reward(found.policy)]})
 
 
 def reward_for(s: RewardOptions, found: "Loaded") -> "RewardSum":

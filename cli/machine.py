@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from orwcfm_fast.cli.console import say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Finetune
+
+if TYPE_CHECKING:
+    from orwcfm_fast.plan import Plan
 
 PANEL = "Machine"
 
@@ -58,6 +61,10 @@ def doctor(
     plan: Annotated[
         bool, typer.Option("--plan", help="memory and time of a run with these settings")
     ] = False,
+    gpu_gib: Annotated[
+        float | None,
+        typer.Option(help="plan a diffusers pipeline for a GPU with this memory, in GiB", min=0.1),
+    ] = None,
     config: Config = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -66,9 +73,9 @@ def doctor(
     import json
 
     if plan:
-        _plan(settings(Finetune, config, given), as_json)
+        _plan(settings(Finetune, config, given), gpu_gib, as_json)
         return
-    if given or config:
+    if given or config or gpu_gib:
         raise UserError("settings say what to plan: give --plan as well")
     from orwcfm_fast.doctor import examine
 
@@ -82,21 +89,41 @@ def doctor(
             say(f"  {key:<22}{value}")
 
 
-def _plan(s: Finetune, as_json: bool) -> None:
+def _plan(s: Finetune, gpu_gib: float | None, as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
-    from orwcfm_fast.plan import plan_run
+    from orwcfm_fast.networks.diffusers import is_pipeline
 
     with console.progress(1, "probing", as_json):
-        found = plan_run(s)
+        if is_pipeline(s.model):
+            from orwcfm_fast.plan_pipeline import plan_pipeline
+
+            plans = plan_pipeline(s, gpu_gib)
+        elif gpu_gib:
+            raise UserError(
+                "--gpu-gib: plans a diffusers pipeline; other models are probed on the device here"
+            )
+        else:
+            from orwcfm_fast.plan import plan_run
+
+            plans = {"": plan_run(s)}
     if as_json:
-        print(json.dumps(asdict(found) | {"peak": found.peak, "fits": found.fits}, indent=1))
+        found = {k: asdict(p) | {"peak": p.peak, "fits": p.fits} for k, p in plans.items()}
+        print(json.dumps(found.get("", found), indent=1))
         return
+    for name, one in plans.items():
+        if name:
+            say(f"training {name}")
+        _show_plan(one, s)
+
+
+def _show_plan(found: "Plan", s: Finetune) -> None:
     sizes = {
         "step": f"micro-batch {found.micro_batch}",
         "rollout": f"chunk {found.chunk}",
         "reward": "whole rollout",
+        "encoding": "before the rest",
     }
     rows = [[name, f"{n / 2**20:.1f}"] for name, n in found.held.items()]
     for phase, size in sizes.items():
@@ -107,9 +134,10 @@ def _plan(s: Finetune, as_json: bool) -> None:
     rows += [[f"peak, in the {max(found.phases, key=found.phases.__getitem__)}", f"{found.peak / 2**20:.1f}"],
              [f"there is, on {found.device}", f"{found.limit / 2**20:.1f}"]]  # fmt: skip
     console.out.print(console.plain_table(["memory", "MiB"], rows))
-    seconds = ", ".join(f"{name} {value:.2g}" for name, value in found.seconds.items())
-    a_round = sum(found.seconds.values())
-    say(f"a round takes about {a_round:.2g} s ({seconds}); {s.rounds} rounds {a_round * s.rounds:.3g} s")
+    if found.seconds:
+        seconds = ", ".join(f"{name} {value:.2g}" for name, value in found.seconds.items())
+        a_round = sum(found.seconds.values())
+        say(f"a round takes about {a_round:.2g} s ({seconds}); {s.rounds} rounds {a_round * s.rounds:.3g} s")
     fits = f"fits with --micro-batch {found.micro_batch} --chunk {found.chunk}"
     say(fits if found.fits else "does not fit, even one sample at a time")
 

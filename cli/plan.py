@@ -58,7 +58,7 @@ def predict(
     times(s.nfe, s.solver, s.grid)
     if out.suffix != ".png" or not out.parent.is_dir():
         raise UserError(f"--out {out}: should be a .png in a folder that is there")
-    loader = Loader(resolve_device(s.device), s.precision, preset, data)
+    loader = Loader(resolve_device(s.device), s.precision, preset, data, how=s)
     if versus:
 
         def reward_of(run: Finetune) -> RewardSum:

@@ -21,6 +21,7 @@ class Batch:
         index: global numbers [B] of the draws; they name x0.
         w, a: loss weights [B] of the flow-matching term and of the anchor.
         v_ref: the anchor's velocity at (t, x_t) where it is known from an earlier pass.
+        condition: rows [B] of the policy's prompts, where it has some.
         whole: samples of the minibatch that this is a part of; 0 where it is no part.
     """
 
@@ -31,6 +32,7 @@ class Batch:
     w: Tensor
     a: Tensor
     v_ref: Tensor | None = None
+    condition: Tensor | None = None
     whole: int = 0
 
     @property

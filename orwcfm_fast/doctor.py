@@ -19,6 +19,8 @@ PACKAGES = (
     "POT",
     "torch-fidelity",
     "wandb",
+    "diffusers",
+    "transformers",
 )
 
 

@@ -5,9 +5,20 @@ from torch import Tensor
 
 from orwcfm_fast.kernels.philox import X0, normal, uniform
 
-T, MINIBATCH, ROLLOUT, PAIRING, SAMPLE, PRETRAIN_CHOICE, FLIP, REUSE = range(1, 9)
+T, MINIBATCH, ROLLOUT, PAIRING, SAMPLE, PRETRAIN_CHOICE, FLIP, REUSE, PROMPT = range(1, 10)
 
-__all__ = ["FLIP", "MINIBATCH", "PAIRING", "PRETRAIN_CHOICE", "REUSE", "ROLLOUT", "SAMPLE", "X0", "T"]
+__all__ = [
+    "FLIP",
+    "MINIBATCH",
+    "PAIRING",
+    "PRETRAIN_CHOICE",
+    "PROMPT",
+    "REUSE",
+    "ROLLOUT",
+    "SAMPLE",
+    "X0",
+    "T",
+]
 __all__ += ["choice", "indices", "normal", "permutation", "uniform"]
 
 

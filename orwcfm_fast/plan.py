@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
@@ -76,6 +76,7 @@ class Plan:
         held: by part, what is there all the time; step, rollout, reward: by part, what each adds at its peak.
         process: Python, torch and its libraries themselves (CPU only).
         limit: memory there is; seconds: of a round, by phase.
+        encoding: by part, of prompts, before anything else is there.
     """
 
     device: str
@@ -88,12 +89,14 @@ class Plan:
     process: int
     limit: int
     seconds: dict[str, float]
+    encoding: dict[str, int] = field(default_factory=dict)
 
     @property
     def phases(self) -> dict[str, int]:
-        """Peak of torch's own allocations in each phase of a round."""
+        """Peak of torch's own allocations in each phase of a round, and before all rounds."""
         held = sum(self.held.values())
-        return {name: held + sum(getattr(self, name).values()) for name in ("step", "rollout", "reward")}
+        found = {name: held + sum(getattr(self, name).values()) for name in ("step", "rollout", "reward")}
+        return found | ({"encoding": sum(self.encoding.values())} if self.encoding else {})
 
     @property
     def peak(self) -> int:
@@ -164,6 +167,8 @@ def plan_run(s: Finetune) -> Plan:
     solver_times(s.nfe, s.solver, s.grid)
     if s.checkpoint:
         policy = Loader(device, s.precision, s.model, s.data).load(s.checkpoint).policy
+        if policy.pipeline:
+            raise UserError(f"--plan: of a pipeline, name it alone: --model {policy.model}")
     else:
         model = s.model or DEFAULT
         data = s.data or FOREIGN_DATA.get(model, "")
@@ -233,8 +238,8 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
         return {"sampling": max(drawn.peak(chunk) + others, noised.peak(s.rollout))}
 
     room = int(HEADROOM * limit) - process - sum(held.values())
-    micro_batch = _fit(min(s.micro_batch or s.batch, s.batch), room, step_at)
-    chunk = _fit(min(s.chunk, s.rollout), room, rollout_at)
+    micro_batch = fitting(min(s.micro_batch or s.batch, s.batch), room, step_at)
+    chunk = fitting(min(s.chunk, s.rollout), room, rollout_at)
     per_step = (
         one.time(s.batch)
         if micro_batch == s.batch
@@ -253,7 +258,7 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
     )  # fmt: skip
 
 
-def _fit(size: int, room: int, at: Callable[[int], dict[str, int]]) -> int:
+def fitting(size: int, room: int, at: Callable[[int], dict[str, int]]) -> int:
     """The largest of size, size/2, … 1 that fits; 1 where none does."""
     while size > 1 and sum(at(size).values()) > room:
         size = max(1, size // 2)

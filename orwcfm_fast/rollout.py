@@ -1,7 +1,9 @@
 """A rollout: samples of the current policy and what the reward says of them."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,7 +11,8 @@ from torch import Tensor
 from orwcfm_fast import noise
 from orwcfm_fast.errors import RewardError
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.samplers import solve
+from orwcfm_fast.prompts import Prompt
+from orwcfm_fast.samplers import Velocity, solve
 from orwcfm_fast.settings import Sampling
 
 Reward = Callable[[Tensor], Tensor]
@@ -17,29 +20,57 @@ Reward = Callable[[Tensor], Tensor]
 
 @dataclass
 class Rollout:
-    """Samples x1 [N, *shape] of global numbers index [N]; reward [N] once scored."""
+    """Samples x1 [N, *shape] of global numbers index [N], of conditions [N] where there are some; reward [N] once
+    scored."""
 
     x1: Tensor
     index: Tensor
     reward: Tensor
+    condition: Tensor | None = None
 
 
 def sample(
-    policy: Policy, x0: Tensor, how: Sampling, chunk: int, pause: Callable[[], None] = lambda: None
+    policy: Policy,
+    x0: Tensor,
+    how: Sampling,
+    chunk: int,
+    pause: Callable[[], None] = lambda: None,
+    condition: Tensor | None = None,
 ) -> Tensor:
-    """Samples [N, *shape] of the policy from noise x0, `chunk` at a time, float32; `pause` after each chunk."""
+    """Samples [N, *shape] of the policy from noise x0, `chunk` at a time, float32; `pause` after each chunk.
+
+    Args:
+        condition: rows [N] of the policy's prompts; those of the first N draws where None.
+    """
     parts = []
     with torch.inference_mode():
-        for part in x0.split(chunk):
-            parts.append(solve(policy.velocity, part, how.solver, how.nfe, how.grid).float())
+        for part, velocity in in_parts(policy, x0, how, chunk, condition):
+            parts.append(solve(velocity, part, how.solver, how.nfe, policy.grid(how.grid)).float())
             pause()
         return torch.cat(parts)
+
+
+def in_parts(
+    policy: Policy, x0: Tensor, how: Sampling, chunk: int, condition: Tensor | None = None
+) -> Iterator[tuple[Tensor, Velocity]]:
+    """Noise x0 [N, *shape], `chunk` at a time, each with the policy's velocity under its part's conditions."""
+    if condition is None:
+        condition = start_conditions(policy, len(x0), how)
+    parts = x0.split(chunk)
+    conditions = [None] * len(parts) if condition is None else condition.split(chunk)
+    for part, c in zip(parts, conditions, strict=True):
+        yield part, partial(policy.velocity, condition=c)
 
 
 def start_noise(policy: Policy, n: int, seed: int, purpose: int = noise.SAMPLE, first: int = 0) -> Tensor:
     """Noise x0 [n, *shape] of draws first … first+n−1."""
     index = noise.indices(first, n, policy.device)
     return noise.normal(policy.shape, torch.tensor(seed, device=policy.device), index, purpose)
+
+
+def start_conditions(policy: Policy, n: int, how: Sampling, first: int = 0) -> Tensor | None:
+    """Rows [n] of the policy's prompts for draws first … first+n−1; None where it has none."""
+    return policy.draw_conditions(noise.indices(first, n, policy.device), how.seed, how.group)
 
 
 def draw(
@@ -56,14 +87,38 @@ def draw(
     part = part or slice(0, n)
     first, n = round * n + part.start, part.stop - part.start
     x0 = start_noise(policy, n, seed, noise.ROLLOUT, first)
-    x1 = sample(policy, x0, how, chunk, pause).clone()  # out of inference mode
-    return Rollout(x1, noise.indices(first, n, policy.device), torch.empty(0))
+    condition = start_conditions(policy, n, how, first)
+    x1 = sample(policy, x0, how, chunk, pause, condition).clone()  # out of inference mode
+    return Rollout(x1, noise.indices(first, n, policy.device), torch.empty(0), condition)
 
 
-def score(reward: Reward, samples: Tensor, name: str, where: str = "", seed: int = 0) -> Tensor:
+def _told(reward: Callable[..., Tensor], prompts: Sequence[Prompt] | None) -> dict[str, list]:
+    """What of the prompts a reward has parameters for."""
+    if prompts is None:
+        return {}
+    try:
+        takes = inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # of C, it says nothing of its parameters
+        return {}
+    all_of_it: dict[str, list] = {
+        "prompts": [p.text for p in prompts],
+        "metadata": [p.metadata for p in prompts],
+    }
+    return {key: values for key, values in all_of_it.items() if key in takes}
+
+
+def score(
+    reward: Callable[..., Tensor],
+    samples: Tensor,
+    name: str,
+    where: str = "",
+    seed: int = 0,
+    prompts: Sequence[Prompt] | None = None,
+) -> Tensor:
     """Rewards [N] of decoded samples, float32 on their device.
 
-    A reward that draws random numbers of torch draws those of `seed`: a resumed run asks it as the first did.
+    A reward that draws random numbers of torch draws those of `seed`: a resumed run asks it as the first did. One
+    with a parameter `prompts` or `metadata` is given the samples' prompts (texts) or their metadata (dicts).
 
     Raises:
         RewardError: the reward raised, or returned another shape or values that are not finite.
@@ -73,7 +128,7 @@ def score(reward: Reward, samples: Tensor, name: str, where: str = "", seed: int
         devices = [samples.device] if samples.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(seed % 2**63)
-            values = torch.as_tensor(reward(samples))
+            values = torch.as_tensor(reward(samples, **_told(reward, prompts)))
     except RewardError as error:  # one that says what happened itself, e.g. a worker process that died
         raise RewardError(f"{at}: {error}") from error
     except Exception as error:

@@ -19,7 +19,10 @@ Velocity = Callable[[float, Tensor], Tensor]
 History = list[tuple[float, Tensor]]
 SampleFunction = Callable[[Velocity, Tensor, Sequence[float]], Tensor]
 
+Grid = str | Callable[[int], list[float]]
+
 SOLVERS = Registry("solver")
+OWN = "own"
 
 
 class Solver:
@@ -63,27 +66,30 @@ def solver(name: str, evals: int, order: int, **more: int) -> Callable[[SampleFu
     return register
 
 
-def time_grid(steps: int, grid: str = "uniform") -> list[float]:
+def time_grid(steps: int, grid: Grid = "uniform") -> list[float]:
     """`steps` + 1 times from 0 to 1.
 
     Args:
-        grid: "uniform", or "power:P" for t = 1 − (1−s)^P, P ≥ 1, on uniform s: smaller steps near the data.
+        grid: "uniform", or "power:P" for t = 1 − (1−s)^P, P ≥ 1, on uniform s: smaller steps near the data; or a
+            function of `steps`, as `Policy.grid` makes of "own". Before there is a policy, "own" is uniform.
 
     Raises:
         UserError: unknown grid, or P not a number from 1 up.
     """
+    if callable(grid):
+        return grid(steps)
     s = [i / steps for i in range(steps + 1)]
-    if grid == "uniform":
+    if grid in ("uniform", OWN):
         return s
     name, _, value = grid.partition(":")
     if name != "power":
-        raise unknown("grid", grid, ["uniform", "power:1.3"])
+        raise unknown("grid", grid, ["uniform", "power:1.3", OWN])
     if not re.fullmatch(r"\d*\.?\d+", value) or float(value) < 1:
         raise UserError(f"grid '{grid}': P in power:P must be a number from 1 up, e.g. power:1.3")
     return [1 - (1 - u) ** float(value) for u in s]
 
 
-def times(nfe: int, solver: str, grid: str = "uniform") -> list[float]:
+def times(nfe: int, solver: str, grid: Grid = "uniform") -> list[float]:
     """The time grid on which `solver` makes at most `nfe` network evaluations, and as many as fit.
 
     Raises:
@@ -97,7 +103,7 @@ def times(nfe: int, solver: str, grid: str = "uniform") -> list[float]:
     return time_grid(method.steps(nfe), grid)
 
 
-def solve(velocity: Velocity, x: Tensor, solver: str, nfe: int, grid: str = "uniform") -> Tensor:
+def solve(velocity: Velocity, x: Tensor, solver: str, nfe: int, grid: Grid = "uniform") -> Tensor:
     """Integrate from t=0 to t=1.
 
     Args:

@@ -63,12 +63,37 @@ class RewardOptions(Settings):
     )
 
 
-class Sampling(Settings):
+class Conditioned(Settings):
+    """What a text-to-image pipeline (--model diffusers:…) is asked for; unset: as its run has it, or it itself."""
+
+    prompts: str = Field(
+        "", description="pipeline: file of prompts, a line each, or JSON lines of prompt, weight, metadata"
+    )
+    guidance: float | None = Field(
+        None,
+        ge=1,
+        allow_inf_nan=False,
+        description="pipeline: classifier-free guidance of the policy, or what FLUX embeds; default 1: none",
+    )
+    group: int = Field(
+        1,
+        ge=1,
+        description="pipeline: draws in a row that share a prompt; above 1 weights compare within a prompt",
+    )
+    image_size: int = Field(0, ge=0, description="pipeline: side in pixels; 0: the pipeline's own")
+    prompt_tokens: int = Field(0, ge=0, description="pipeline: T5 tokens of a prompt; 0: the pipeline's own")
+    vae_chunk: int = Field(4, ge=1, description="pipeline: latents decoded to images at once")
+
+
+class Sampling(Conditioned):
     """How noise becomes samples."""
 
     solver: str = Field("abm4", description="ODE solver (orwcfm list solvers)")
     nfe: int = Field(14, ge=1, description="network evaluations a sample (dopri5 chooses its own)")
-    grid: str = Field("power:1.3", description="uniform, or power:P for t = 1−(1−s)^P: finer near the data")
+    grid: str = Field(
+        "power:1.3",
+        description="uniform; power:P for t = 1−(1−s)^P: finer near the data; own: the pipeline's",
+    )
 
 
 class Evaluation(Sampling, RewardOptions):
@@ -137,7 +162,9 @@ class Finetune(Training, Sampling, RewardOptions):
     """Settings of `orwcfm finetune`; the defaults are those of the digits run."""
 
     checkpoint: str = Field("", description="pretrained model: run, checkpoint, foreign .pt or preset")
-    model: str = Field("", description="network preset of a foreign .pt (orwcfm list models)")
+    model: str = Field(
+        "", description="preset of a foreign .pt (orwcfm list models), or diffusers:PATH_OR_ID, a pipeline"
+    )
     data: str = Field("", description="dataset that a foreign .pt was trained on")
     alpha: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="W2 weight α: higher stays nearer the reference"
@@ -193,6 +220,9 @@ class Finetune(Training, Sampling, RewardOptions):
     )
     guard_diversity: float = Field(0.85, ge=0, description="least diversity, as a share of the reference's")
     lora: int = Field(0, ge=0, description="rank of low-rank adapters; 0 trains all weights")
+    gradient_checkpointing: bool = Field(
+        False, description="pipeline: compute activations again in the backward pass, for less memory"
+    )
     log: list[str] = Field([], description="also log to tensorboard, wandb or wandb:PROJECT; repeat for both")
 
 

@@ -68,7 +68,7 @@ class Learner:
         """The reference's velocity at the batch's points, [B, *shape]."""
 
         def parts(size: int) -> Tensor:
-            parts = [self.reference.velocity(part.t, part.x_t) for part in batch.split(size)]
+            parts = [self.reference.velocity(p.t, p.x_t, p.condition) for p in batch.split(size)]
             return torch.cat(parts) if parts else batch.x_t  # a rank's share may be none
 
         with self.phases("reference"), torch.no_grad():
@@ -103,12 +103,12 @@ class Learner:
             v_ref = part.v_ref
             if v_ref is None and not self.pair:
                 with self.phases("reference"), torch.no_grad():
-                    v_ref = self.reference.velocity(part.t, part.x_t)
+                    v_ref = self.reference.velocity(part.t, part.x_t, part.condition)
             with self.phases("policy"):
                 if v_ref is None:
                     v, v_ref = paired_velocities(self.policy, self.reference, part.t, part.x_t)
                 else:
-                    v = self.policy.velocity(part.t, part.x_t)
+                    v = self.policy.velocity(part.t, part.x_t, part.condition)
                 _, *means, dv = anchored_residual(
                     v.detach(), v_ref, part.x1, seed, part.index, part.w / size, part.a / size
                 )

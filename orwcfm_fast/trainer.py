@@ -19,7 +19,7 @@ from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.ranks import ALONE, Ranks
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
-from orwcfm_fast.rollout import Reward, Rollout, draw, sample, start_noise
+from orwcfm_fast.rollout import Reward, Rollout, draw, sample, start_conditions, start_noise
 from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.saving.begun import Begun, pack, unpack
 from orwcfm_fast.settings import Finetune
@@ -75,8 +75,14 @@ class Trainer:
                 raise UserError(f"--{name} {n}: is less than a sample for each of {ranks.world} ranks")
         if settings.coupling == "ot" and settings.batch < 2:
             raise UserError("coupling 'ot' needs a batch of at least 2")
+        if settings.coupling == "ot" and policy.conditions and len(policy.conditions) > 1:
+            raise UserError(
+                "coupling 'ot': would pair noise across prompts, which skews them; use --coupling independent"
+            )
         self.policy, self.settings, self.ranks = policy, settings, ranks
         self.reward, self.holdout = make_reward(reward, name=reward_name), holdout
+        if settings.gradient_checkpointing:
+            policy.checkpoint_gradients()
         if settings.lora:
             add_lora(policy.network, settings.lora, seed=settings.seed)
         self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
@@ -157,17 +163,19 @@ class Trainer:
             )
         self.watch(Progress(number, 0, "reward"))
         with self.phases("reward"):
-            where, seed = f"round {number + 1}", s.seed * 1_000_003 + number + (self.ranks.rank << 40)
+            number_of_rank = self.ranks.rank << 40
+            told = (f"round {number + 1}", s.seed * 1_000_003 + number + number_of_rank)
             with self.ranks.together():
-                samples = self.policy.decode(part.x1)
-                found = self.reward.scores(samples, where, seed)
-                held_out = self.holdout.scores(samples, where, seed) if self.holdout else None
+                samples, prompts = self.policy.decode(part.x1), self.policy.prompts_of(part.condition)
+                found = self.reward.scores(samples, *told, prompts)
+                held_out = self.holdout.scores(samples, *told, prompts) if self.holdout else None
             self.scores = self.of_all(found)
             self.held_out = self.of_all(held_out) if held_out else None
         with self.phases("rollout"):
             x1 = self.ranks.gather(part.x1, s.rollout)
         index = noise.indices(number * s.rollout, s.rollout, self.policy.device)
-        return Rollout(x1, index, self.trained_on(self.scores))
+        condition = start_conditions(self.policy, s.rollout, s, number * s.rollout)
+        return Rollout(x1, index, self.trained_on(self.scores), condition)
 
     def of_all(self, mine: Scores) -> Scores:
         """What the rewards say of the whole rollout, each rank having asked them of its share."""
@@ -193,6 +201,8 @@ class Trainer:
             with self.phases("policy"):
                 alpha = self.oversight.control.alpha
                 batch = couple(rollout.x1[pick], w[pick], alpha, self.seed, index, s.coupling)
+                if rollout.condition is not None:
+                    batch = replace(batch, condition=rollout.condition[pick])
                 return batch.part(self.ranks.share(s.batch))
 
         if s.reference_passes == 1:
@@ -214,10 +224,10 @@ class Trainer:
         s = self.settings
         self.watch(Progress(self.round - 1, s.steps_per_round, "measure"))
         with self.phases("probe"):
-            x0 = self.probe_noise[self.ranks.share(len(self.probe_noise))]
+            x0, condition = self.probe_part()
             with self.ranks.together():
                 probe, gap = self.oversight.in_chunks(
-                    lambda chunk: sample_with_gap(self.policy, self.reference, x0, s, chunk)
+                    lambda chunk: sample_with_gap(self.policy, self.reference, x0, s, chunk, condition)
                 )
             self.probe = self.ranks.gather(probe, len(self.probe_noise))
             gap = sum(self.ranks.all(gap * len(x0))) / len(self.probe)
@@ -261,9 +271,8 @@ class Trainer:
         checkpoint.save(
             path,
             {**state, **more},
-            model=self.policy.weights(),
             optimizer=checkpoint.optimizer_tensors(self.learner.optimizer),
-            **({"lora": lora_state(self.policy.network)} if self.settings.lora else {}),
+            **self.policy.tensors(),
             **begun,
         )
 
@@ -277,7 +286,7 @@ class Trainer:
         self.learner.micro_batch = self.oversight.control.micro_batch
         with checkpoint.reading(found):
             if self.settings.lora:
-                load_lora(self.policy.network, found.tensors.get("lora", {}), str(found.path))
+                load_lora(self.policy.network, found.tensors.get(self.policy.lora_file, {}), str(found.path))
             else:
                 checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
             checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
@@ -317,11 +326,18 @@ class Trainer:
 
     def draw_probe(self, policy: Policy) -> Tensor:
         """A policy's samples [probe, *shape] from the noise that W2 is followed on."""
-        n = len(self.probe_noise)
-        x0 = self.probe_noise[self.ranks.share(n)]
+        x0, condition = self.probe_part()
         with self.ranks.together():
-            part = self.oversight.in_chunks(lambda chunk: sample(policy, x0, self.settings, chunk))
-        return self.ranks.gather(part, n)
+            part = self.oversight.in_chunks(
+                lambda chunk: sample(policy, x0, self.settings, chunk, condition=condition)
+            )
+        return self.ranks.gather(part, len(self.probe_noise))
+
+    def probe_part(self) -> tuple[Tensor, Tensor | None]:
+        """This rank's share of the probe: its noise [n, *shape] and rows [n] of the prompts, where there are some."""
+        mine = self.ranks.share(len(self.probe_noise))
+        x0 = self.probe_noise[mine]
+        return x0, start_conditions(self.policy, len(x0), self.settings, mine.start)
 
     def diversity(self, x: Tensor) -> float:
         """Mean distance of two of the samples x [N, *shape] in features."""
@@ -343,4 +359,5 @@ def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:
 
 def describe(policy: Policy) -> dict[str, Any]:
     """What a checkpoint must say of a policy so that it can be built again."""
-    return {"model": policy.model, "data": policy.data, "shape": list(policy.shape)}
+    found = {"model": policy.model, "data": policy.data, "shape": list(policy.shape)}
+    return found if policy.pipeline is None else found | {"pipeline": policy.pipeline_state()}

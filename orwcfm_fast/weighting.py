@@ -35,6 +35,20 @@ def weigh(reward: Tensor, tau: float, kind: str = "exp", normalize: bool = True)
     return w
 
 
+def weigh_within(
+    reward: Tensor, group: Tensor, tau: float, kind: str = "exp", normalize: bool = True
+) -> Tensor:
+    """`weigh` within each group of samples by itself, e.g. those of one prompt; group [N] integers.
+
+    Raises:
+        UserError: as `weigh`.
+    """
+    w = torch.empty_like(reward, dtype=torch.float32)
+    for one in group.unique().tolist():
+        w[group == one] = weigh(reward[group == one], tau, kind, normalize)
+    return w
+
+
 def effective_sample_size(w: Tensor) -> float:
     """(Σw)²/Σw² of weights [N], between 1 and N for weights ≥ 0."""
     w = w.double()

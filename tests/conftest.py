@@ -166,3 +166,92 @@ def _make_tiny_run() -> None:
     )
     made = orwcfm("finetune", "--checkpoint", "base", "--out", "run", *small, "--quiet")
     assert made.code == 0, made.err
+
+
+def _words(folder: Path):
+    """A CLIP and a T5 tokenizer that know letters and digits, from small files."""
+    import json
+    import string
+
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    letters = [*string.ascii_lowercase, *string.digits]
+    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    clip = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in letters)]
+    return clip, T5Tokenizer(pieces, extra_ids=0, model_max_length=12)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    """pipeline_folder("sd3", "flux" or "schnell"): a random pipeline of diffusers' own classes, saved to disk.
+
+    calm: its velocities are small, so its samples are spread like noise, and training on them as they are keeps them
+    so; as for a trained flow, and unlike for a random one.
+    """
+    import functools
+
+    @functools.cache
+    def make(kind: str, calm: bool = False) -> Path:
+        import diffusers as d
+        import transformers as t
+
+        folder = tmp_path_factory.mktemp(kind)
+        clip, t5 = _words(folder / "words")
+        text = t.CLIPTextConfig(
+            vocab_size=len(clip), hidden_size=16, intermediate_size=24, projection_dim=16, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=12, bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id,
+        )  # fmt: skip
+        heads = dict(attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            long = t.T5EncoderModel(
+                t.T5Config(vocab_size=len(t5), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+            )
+            vae = d.AutoencoderKL(
+                3, 3, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (8, 8), latent_channels=4,
+                norm_num_groups=4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06,
+                scaling_factor=1.5,
+            )  # fmt: skip
+            if kind == "sd3":
+                short = [t.CLIPTextModelWithProjection(text).eval() for _ in range(2)]
+                network = d.SD3Transformer2DModel(
+                    8, 1, 4, 2, **heads, caption_projection_dim=32, pooled_projection_dim=32, out_channels=4,
+                    pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+                )  # fmt: skip
+                schedule = d.FlowMatchEulerDiscreteScheduler(shift=3.0)
+                made = d.StableDiffusion3Pipeline(
+                    network, schedule, vae, short[0], clip, short[1], clip, long.eval(), t5
+                )
+            else:
+                network = d.FluxTransformer2DModel(
+                    1, 16, num_layers=1, num_single_layers=1, **heads, pooled_projection_dim=16,
+                    guidance_embeds=kind == "flux", axes_dims_rope=(4, 4, 8),
+                )  # fmt: skip
+                schedule = d.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=kind == "flux")
+                one = t.CLIPTextModel(text).eval()
+                made = d.FluxPipeline(schedule, vae, one, clip, long.eval(), t5, network)
+        if calm:
+            for p in made.transformer.proj_out.parameters():
+                p.data *= 0.1
+        made.save_pretrained(folder / "pipeline")
+        return folder / "pipeline"
+
+    return make
+
+
+@pytest.fixture
+def prompts_file(tmp_path) -> Path:
+    """Three prompts, one of them twice as often as the others, with what a reward may read."""
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        '{"prompt": "a cat"}',
+        '{"prompt": "dog 3", "weight": 2}',
+        '{"prompt": "sky", "metadata": {"dark": 1}}',
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -101,9 +101,9 @@ def test_a_signal_between_steps_keeps_the_scored_rollout(run_cli, tiny_run, monk
     rounds = []
     scores = RewardSum.scores
 
-    def counted(self, samples, where="", seed=0):
+    def counted(self, samples, where="", seed=0, prompts=None):
         rounds.append(where)
-        return scores(self, samples, where, seed)
+        return scores(self, samples, where, seed, prompts)
 
     monkeypatch.setattr(RewardSum, "scores", counted)
     shown = run_cli("finetune", "--resume", "cut")

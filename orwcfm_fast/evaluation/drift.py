@@ -6,27 +6,33 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.rollout import in_parts
 from orwcfm_fast.samplers import solve
 from orwcfm_fast.settings import Sampling
 
 
 def sample_with_gap(
-    policy: Policy, reference: Policy, x0: Tensor, how: Sampling, chunk: int
+    policy: Policy, reference: Policy, x0: Tensor, how: Sampling, chunk: int, condition: Tensor | None = None
 ) -> tuple[Tensor, float]:
-    """Samples of the policy from x0 [N, *shape], and ∫E‖v − v_ref‖² dt along the way (trapezoid)."""
+    """Samples of the policy from x0 [N, *shape], and ∫E‖v − v_ref‖² dt along the way (trapezoid).
+
+    Args:
+        condition: as of `sample`.
+    """
     ends, gaps = [], []
     with torch.inference_mode():
-        for part in x0.split(chunk):
+        both = (in_parts(p, x0, how, chunk, condition) for p in (policy, reference))
+        for (part, own), (_, anchor) in zip(*both, strict=True):
             seen: dict[float, Tensor] = {}
 
-            def velocity(t: float, x: Tensor, seen: dict[float, Tensor] = seen) -> Tensor:
-                v = policy.velocity(t, x)
+            def velocity(t: float, x: Tensor, own=own, anchor=anchor, seen=seen) -> Tensor:
+                v = own(t, x)
                 # a solver's first look at a time is the one on its trajectory
                 if t not in seen:
-                    seen[t] = (v.float() - reference.velocity(t, x).float()).square().flatten(1).sum()
+                    seen[t] = (v.float() - anchor(t, x).float()).square().flatten(1).sum()
                 return v
 
-            ends.append(solve(velocity, part, how.solver, how.nfe, how.grid).float())
+            ends.append(solve(velocity, part, how.solver, how.nfe, policy.grid(how.grid)).float())
             gaps.append(_integral({t: float(gap) for t, gap in seen.items()}))
     return torch.cat(ends), sum(gaps) / len(x0)
 

@@ -16,7 +16,7 @@ from orwcfm_fast.evaluation.fidelity import FIDELITY_MIN, fidelity, mode_coverag
 from orwcfm_fast.evaluation.intervals import Interval, half_sampled, mean_pairwise_distance
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
-from orwcfm_fast.rollout import Reward, sample, start_noise
+from orwcfm_fast.rollout import Reward, sample, start_conditions, start_noise
 from orwcfm_fast.settings import RewardOptions, Sampling
 
 EXACT_W2_MAX = 2048
@@ -163,9 +163,11 @@ def evaluate(
     floor = slope = None
     if reference and x_ref is not None:
         count = n if against_reference else min(n, EXACT_W2_MAX)
-        other = sample(reference, start_noise(first, count, how.seed, noise.SAMPLE, n), how, chunk)
+        fresh = start_noise(first, count, how.seed, noise.SAMPLE, n)
+        other = sample(reference, fresh, how, chunk, condition=start_conditions(reference, count, how, n))
         floor = exact_w2(x_ref[:EXACT_W2_MAX], other[:EXACT_W2_MAX])
-        slope = lipschitz(reference, x0[:64], how)
+        # 70 evaluations of 64 samples in float32 are too many of a network that takes prompts
+        slope = None if reference.conditions else lipschitz(reference, x0[:64], how)
         if against_reference:
             target = Target("reference", reference.decode(other), strict=True)
     elif against_reference:
@@ -177,19 +179,22 @@ def evaluate(
 
 
 def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk, target) -> Measures:
+    condition = start_conditions(policy, len(x0), how)
     if reference is None:
         x, gap = sample(policy, x0, how, chunk), None
     elif policy is reference:
         x, gap = x_ref, 0.0
     else:
         x, gap = sample_with_gap(policy, reference, x0[:GAP_MAX], how, chunk)
-        x = torch.cat([x, sample(policy, x0[GAP_MAX:], how, chunk)]) if len(x0) > GAP_MAX else x
-    seen = policy.decode(x)
+        if len(x0) > GAP_MAX:
+            later = condition if condition is None else condition[GAP_MAX:]
+            x = torch.cat([x, sample(policy, x0[GAP_MAX:], how, chunk, condition=later)])
+    seen, prompts = policy.decode(x), policy.prompts_of(condition)
     features = judge.features(seen)
     with torch.inference_mode():
         confidence = float(judge.confidence(seen).mean()) if judge.confidence else None
-    scores = make_reward(judge.reward, name=judge.reward_name).scores(seen, name)
-    held_out = judge.holdout.scores(seen, name) if judge.holdout else None
+    scores = make_reward(judge.reward, name=judge.reward_name).scores(seen, name, prompts=prompts)
+    held_out = judge.holdout.scores(seen, name, prompts=prompts) if judge.holdout else None
     found = Measures(
         name=name,
         n=len(x),

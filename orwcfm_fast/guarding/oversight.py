@@ -14,7 +14,7 @@ from orwcfm_fast.guarding.steer import Steering
 from orwcfm_fast.ranks import Ranks
 from orwcfm_fast.rollout import Rollout
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.weighting import effective_sample_size, weigh
+from orwcfm_fast.weighting import effective_sample_size, weigh, weigh_within
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class Oversight:
         what there was to note of its weights is noted.
         """
         notes = [*self.notes]
-        w, found = self.weigh(rollout.reward)
+        w, found = self.weigh(rollout)
         if again:
             self.notes = notes
         if self.steering:
@@ -63,11 +63,15 @@ class Oversight:
             self.control = replace(self.control, alpha=self.steering.alpha())
         return w, found
 
-    def weigh(self, reward: Tensor) -> tuple[Tensor, list[Finding]]:
-        """Weights [N] of rewards [N] that the guard can let pass, or what it says of them."""
+    def weigh(self, rollout: Rollout) -> tuple[Tensor, list[Finding]]:
+        """Weights [N] of a scored rollout that the guard can let pass, or what it says of them."""
         s = self.settings
         while True:
-            w = weigh(reward, self.control.tau, s.weights, s.normalize_weights)
+            how = (self.control.tau, s.weights, s.normalize_weights)
+            if s.group > 1 and rollout.condition is not None:
+                w = weigh_within(rollout.reward, rollout.condition, *how)
+            else:
+                w = weigh(rollout.reward, *how)
             found = self.guard.before_steps(effective_sample_size(w))
             for finding in found:
                 self.note(finding.text)

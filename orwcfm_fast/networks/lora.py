@@ -57,8 +57,8 @@ def add_lora(network: nn.Module, rank: int, scale: float = 1.0, seed: int = 0) -
             bound = layer.weight[0].numel() ** -0.5
             down.weight.copy_((2 * torch.rand(down.weight.shape, generator=generator) - 1) * bound)
             up.weight.zero_()
-        like = dict(device=layer.weight.device, dtype=layer.weight.dtype)
-        layer.lora_A, layer.lora_B = down.to(**like), up.to(**like)
+        # in float32 over a base of any precision: their steps are small
+        layer.lora_A, layer.lora_B = down.to(layer.weight.device), up.to(layer.weight.device)
         layer.register_forward_hook(adapters)
         adapters.names.append(name)
     if not adapters.names:

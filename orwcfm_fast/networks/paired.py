@@ -17,7 +17,9 @@ from orwcfm_fast.networks.policy import Policy
 
 
 def check_pairs(policy: Policy, reference: Policy) -> None:
-    """Raises UserError for a network whose weights cannot be stacked: convolutions in a batch of two."""
+    """Raises UserError for a network whose weights cannot be stacked, convolutions in a batch of two, or a pipeline."""
+    if policy.pipeline:
+        raise UserError("--pair: a pipeline's calls cost no more than their arithmetic; leave --pair out")
     convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in policy.network.modules())
     if convolves and not reference.base_only:
         raise UserError("--pair: a network with convolutions needs --lora as well; or leave --pair out")

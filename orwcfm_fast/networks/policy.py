@@ -1,15 +1,23 @@
 """A policy: a velocity network with what is needed to sample from it and to show its samples to a reward."""
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from orwcfm_fast.device import resolve_precision
+from orwcfm_fast.errors import UserError
 from orwcfm_fast.networks import lora
 from orwcfm_fast.networks.models import build_network
+from orwcfm_fast.prompts import Conditions, Prompt
+from orwcfm_fast.samplers import OWN
+
+if TYPE_CHECKING:
+    from orwcfm_fast.networks.diffusers import Pipeline
 
 
 @dataclass(frozen=True)
@@ -17,11 +25,15 @@ class Policy:
     """dx/dt = velocity(t, x, condition) carries noise N(0, I) at t=0 to samples at t=1.
 
     Attributes:
-        network: v(t [B], x [B, *shape][, condition]); always in eval mode here.
+        network: v(t [B], x [B, *shape], *embeddings of conditions [B, …]); always in eval mode here.
         shape: of one sample.
         model, data: names of the preset and of the data it was trained on.
         precision: float32, or bfloat16 by autocast.
         base_only: with the network's low-rank adapters off: the reference that shares a policy's weights.
+        conditions: the prompts that samples are drawn for, where there are some.
+        guidance: g in v = v_none + g·(v_prompt − v_none), classifier-free; of the velocity in everything, so that
+            the policy that is trained is the one that is sampled from.
+        pipeline: of diffusers, around the network.
     """
 
     network: nn.Module
@@ -30,18 +42,54 @@ class Policy:
     data: str
     precision: torch.dtype = torch.float32
     base_only: bool = False
+    conditions: Conditions | None = None
+    guidance: float = 1.0
+    pipeline: "Pipeline | None" = None
 
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
     def velocity(self, t: Tensor | float, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Velocity at (t, x) in float32 or the autocast dtype; t [B] or one number for the whole batch."""
+        """Velocity at (t, x) in float32 or the autocast dtype.
+
+        Args:
+            t: [B] or one number for the whole batch.
+            condition: rows [B] of the table of prompts, where the policy has one.
+        """
         if not isinstance(t, Tensor):
             t = torch.full((1,), t, device=x.device, dtype=torch.float32).expand(x.shape[0])
         adapters = lora.base_only(self.network) if self.base_only else nullcontext()
         with adapters, self.autocast():
-            return self.network(t, x) if condition is None else self.network(t, x, condition)
+            if condition is None or self.conditions is None:
+                return self.network(t, x)
+            v = self.network(t, x, *self.conditions.look_up(condition))
+            if self.guidance == 1:
+                return v
+            none = torch.full_like(condition, self.conditions.none)
+            return torch.lerp(self.network(t, x, *self.conditions.look_up(none)), v, self.guidance)
+
+    def draw_conditions(self, index: Tensor, seed: int, group: int = 1) -> Tensor | None:
+        """Rows [B] of the table of prompts for draws `index`; None where the policy has none."""
+        if self.conditions is None:
+            return None
+        return self.conditions.draw(torch.tensor(seed, device=self.device), index, group)
+
+    def prompts_of(self, condition: Tensor | None) -> list[Prompt] | None:
+        """What a reward is told of samples of those conditions."""
+        return None if self.conditions is None or condition is None else self.conditions.of(condition)
+
+    def grid(self, name: str) -> str | Callable[[int], list[float]]:
+        """A time grid by name; 'own' is the pipeline's.
+
+        Raises:
+            UserError: it has none of its own.
+        """
+        if name != OWN:
+            return name
+        if self.pipeline is None:
+            raise UserError(f"grid '{OWN}': only a diffusers pipeline has one; use uniform or power:1.3")
+        return self.pipeline.times
 
     def autocast(self) -> torch.autocast:
         """The context in which the network runs at its precision."""
@@ -50,7 +98,19 @@ class Policy:
 
     def decode(self, x1: Tensor) -> Tensor:
         """What the reward sees: images in [-1, 1], vectors as they are."""
+        if self.pipeline:
+            return self.pipeline.decode(x1)
         return x1.clamp(-1, 1) if len(self.shape) == 3 else x1
+
+    def checkpoint_gradients(self) -> None:
+        """Compute activations again in the backward pass from now on, for less memory.
+
+        Raises:
+            UserError: its network knows no such thing.
+        """
+        if self.pipeline is None:
+            raise UserError("--gradient-checkpointing: only for a diffusers pipeline; leave it out")
+        cast(Any, self.network).transformer.enable_gradient_checkpointing()
 
     def frozen_copy(self) -> "Policy":
         """The reference: this policy with weights that never train, its own or those under its adapters."""
@@ -65,6 +125,21 @@ class Policy:
     def weights(self) -> dict[str, Tensor]:
         """State dict of a network without adapters that has this velocity."""
         return lora.plain_state(self.network, merged=not self.base_only)
+
+    @property
+    def lora_file(self) -> str:
+        """Stem of the file of its adapters in a checkpoint; `load_lora_weights` of diffusers looks for the first."""
+        return "pytorch_lora_weights" if self.pipeline else "lora"
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds of it, by file; of a pipeline under adapters no weights of its own."""
+        adapters = {self.lora_file: lora.lora_state(self.network)} if lora.adapters_of(self.network) else {}
+        return adapters if self.pipeline and adapters else {"model": self.weights(), **adapters}
+
+    def pipeline_state(self) -> dict[str, Any]:
+        """How its pipeline was asked to be, and its prompts, as JSON values."""
+        assert self.pipeline and self.conditions
+        return {**self.pipeline.options, "prompts": [p.to_json() for p in self.conditions.prompts]}
 
 
 def make_policy(

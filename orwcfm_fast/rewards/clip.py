@@ -113,10 +113,13 @@ def _tags(model: str) -> str:
 
 @reward_factory("clip")
 def clip(argument: str, options: RewardOptions) -> Score:
-    """probability of the --prompt texts minus that of the --negative ones, by CLIP; or clip:PROMPT|NEGATIVE"""
+    """probability of the --prompt texts minus that of the --negative ones, by CLIP; or clip:PROMPT|NEGATIVE; of a
+    pipeline, without either, the cosine of each image with its own prompt"""
     given = [text.strip() for text in argument.split("|")] if argument else []
     positive, negative = given[:1] or options.prompt, given[1:] or options.negative
     texts = (*positive, *negative)
+    if not texts and getattr(options, "prompts", None):
+        return _own_prompt(clip_of(options))
     if not positive or not all(text.strip() for text in texts):
         raise UserError(
             "reward 'clip': no prompt; give it --prompt TEXT (and --negative TEXT), or clip:TEXT|TEXT"
@@ -139,5 +142,17 @@ def clip(argument: str, options: RewardOptions) -> Score:
                 return cosine @ shares.to(images.device)
             logits = model.network.logit_scale.float().exp() * cosine
             return logits.softmax(-1) @ shares.to(images.device)
+
+    return score
+
+
+def _own_prompt(model: Clip) -> Score:
+    """Cosine [B] of each image with the prompt that it was made for."""
+    text_features = functools.lru_cache(4096)(lambda text, device: model.text_features((text,), device)[0])
+
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        with torch.no_grad():
+            texts = torch.stack([text_features(text, images.device) for text in prompts])
+            return (model.image_features(images) * texts).sum(1)
 
     return score

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.prompts import Prompt
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.registry import REWARDS, Score
 from orwcfm_fast.rewards.user import is_user_reward, load_user_reward
@@ -72,8 +73,13 @@ class RewardSum:
     def name(self) -> str:
         return "+".join(name for name, _, _ in self.terms)
 
-    def scores(self, samples: Tensor, where: str = "", seed: int = 0) -> Scores:
+    def scores(
+        self, samples: Tensor, where: str = "", seed: int = 0, prompts: Sequence[Prompt] | None = None
+    ) -> Scores:
         """Every reward of the samples; `where` is named in errors, `seed` for those that draw random numbers.
+
+        Args:
+            prompts: of each sample, for the rewards that take them.
 
         Raises:
             RewardError: one of them raised, or returned what is no reward; names it.
@@ -83,7 +89,9 @@ class RewardSum:
             torch.cuda.synchronize(samples.device)  # or the first reward would be charged for the rollout
         for name, weight, function in self.terms:
             began = time.perf_counter()
-            found.values[name] = score(function, samples, name, where, seed)  # its checks wait for the device
+            found.values[name] = score(
+                function, samples, name, where, seed, prompts
+            )  # its checks wait for the device
             found.seconds[name] = time.perf_counter() - began
             found.weights[name] = weight
         return found

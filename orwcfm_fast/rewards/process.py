@@ -42,18 +42,22 @@ class ProcessReward:
         self.python, self.where, self.function, self.timeout = python, where, function, timeout
         self._process: subprocess.Popen | None = None
 
-    def __call__(self, samples: Tensor) -> Tensor:
-        """Samples [B, …] → scores [B], float64 on the CPU.
+    def __call__(
+        self, samples: Tensor, prompts: list[str] | None = None, metadata: list[dict] | None = None
+    ) -> Tensor:
+        """Samples [B, …] → scores [B], float64 on the CPU; prompts and metadata go on to a function that takes them.
 
         Raises:
             RewardError: the function raised or answered another number of scores, the worker died over this batch
                 three times, or did not answer in time.
         """
+        both = {"prompts": prompts, "metadata": metadata}
+        told = {key: values for key, values in both.items() if values is not None}
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 if self._process is None:
                     self.start()
-                return self._ask(samples.detach().to("cpu", torch.float32).contiguous())
+                return self._ask(samples.detach().to("cpu", torch.float32).contiguous(), told)
             except Died as death:
                 if attempt == ATTEMPTS:
                     raise RewardError(
@@ -92,14 +96,14 @@ class ProcessReward:
             self.close()
             raise UserError(f"{self}: {answer['error']}")
 
-    def _ask(self, samples: Tensor) -> Tensor:
+    def _ask(self, samples: Tensor, told: dict[str, list]) -> Tensor:
         n, size = len(samples), max(samples.nbytes, 8 * len(samples), 1)
         if os.fstat(self._memory.fileno()).st_size < size:
             self._memory.truncate(size)
         with mmap.mmap(self._memory.fileno(), size) as memory:
             memory[: samples.nbytes] = samples.flatten().numpy().view("uint8").data
             try:
-                self._line.send_bytes(json.dumps({"shape": list(samples.shape)}).encode())
+                self._line.send_bytes(json.dumps({"shape": list(samples.shape), **told}).encode())
             except OSError:
                 raise Died(self._obituary()) from None
             answer = self._answer("answer")

@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from orwcfm_fast.registry import Registry
 from orwcfm_fast.settings import RewardOptions
 
-Score = Callable[[Tensor], Any]
+Score = Callable[..., Any]  # (samples[, prompts][, metadata]) → [B]
 Factory = Callable[[str, RewardOptions], Score]
 REWARDS = Registry("reward", module="orwcfm_fast.rewards.all", group="orwcfm.rewards")
 

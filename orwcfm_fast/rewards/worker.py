@@ -3,12 +3,14 @@
     python worker.py FILE.py|package.module FUNCTION CONNECTION MEMORY      (two inherited file descriptors)
 
 Answers {"ready": true} once the function is imported, then for each {"shape": […]}, float32 samples at the start
-of the memory, {"scores": n} with n float64 values written there. Needs numpy or torch; Python 3.8 or later.
+of the memory, {"scores": n} with n float64 values written there. "prompts" and "metadata" beside the shape go to a
+function that has parameters of those names. Needs numpy or torch; Python 3.8 or later.
 """
 
 import array
 import importlib
 import importlib.util
+import inspect
 import json
 import mmap
 import os
@@ -47,9 +49,13 @@ def samples_at(memory, shape):
     return torch.frombuffer(memory, dtype=torch.float32, count=count).reshape(shape).clone()
 
 
-def score(function, memory, shape):
+def score(function, memory, shape, told):
     """Call the function and leave its scores in the memory; the answer to send."""
-    scores = function(samples_at(memory, shape))
+    try:
+        takes = [*inspect.signature(function).parameters]
+    except (TypeError, ValueError):
+        takes = []
+    scores = function(samples_at(memory, shape), **{k: v for k, v in told.items() if k in takes})
     if hasattr(scores, "detach"):
         scores = scores.detach().cpu()
     found = list(getattr(scores, "shape", None) or [len(scores)])
@@ -72,12 +78,12 @@ def main():
     line.send_bytes(json.dumps(answer).encode())
     while function is not None:
         try:
-            shape = json.loads(line.recv_bytes())["shape"]
+            told = json.loads(line.recv_bytes())
         except EOFError:  # the run is over
             return
         memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
         try:
-            answer = score(function, memory, shape)
+            answer = score(function, memory, told.pop("shape"), told)
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         line.send_bytes(json.dumps(answer).encode())

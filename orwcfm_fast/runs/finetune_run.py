@@ -28,8 +28,8 @@ from orwcfm_fast.settings import Finetune
 from orwcfm_fast.showing.pictures import save_curves, save_samples
 from orwcfm_fast.showing.report import run_report
 from orwcfm_fast.showing.tracking import Log, check_loggers, loggers
-from orwcfm_fast.theory.prediction import forecast_line, forecast_run, reached_line
-from orwcfm_fast.trainer import Progress, Trainer
+from orwcfm_fast.theory.prediction import MANY_PROMPTS, forecast_line, forecast_run, reached_line
+from orwcfm_fast.trainer import Progress, Trainer, describe
 
 PICTURE_SAMPLES = 64
 MAX_FORECAST_BYTES = 1 << 20
@@ -99,13 +99,15 @@ class Finetuning:
         if settings.reward:
             ranks.in_turn(lambda: make_reward(settings.reward, settings))
         ranks.in_turn(lambda: make_holdout(settings))
-        loader = Loader(device, settings.precision, settings.model, settings.data, watch_pretraining)
+        loader = Loader(
+            device, settings.precision, settings.model, settings.data, watch_pretraining, settings
+        )
         if resume:
             begun = checkpoint.is_checkpoint(run.reference)  # else it was killed before its first round
             spec = str(run.reference) if begun else settings.checkpoint
             return cls.go_on(settings, ranks.in_turn(lambda: loader.load(spec)), run, ranks)
         spec = settings.checkpoint
-        loaded = ranks.in_turn(lambda: loader.load(spec) if spec else loader.default())
+        loaded = ranks.in_turn(lambda: loader.start(spec))
         return cls.begin(settings, loaded, out, overwrite, ranks)
 
     @classmethod
@@ -172,8 +174,8 @@ class Finetuning:
         self.run.write_config("finetune", self.settings)
         self.run.samples.mkdir(exist_ok=True)
         policy = self.reference
-        state = {"kind": "reference", "model": policy.model, "data": policy.data, "shape": list(policy.shape)}
-        checkpoint.save(self.run.reference, state, model=policy.weights())
+        tensors = {} if policy.pipeline else {"model": policy.weights()}  # a pipeline's lie in its own folder
+        checkpoint.save(self.run.reference, {"kind": "reference", **describe(policy)}, **tensors)
         self._picture(0)
 
     def _go_on(self) -> None:
@@ -307,6 +309,8 @@ class Finetuning:
 
     def _forecast(self) -> str:
         """Forecast this run from its first rollout, at no extra samples; one line."""
+        if (prompts := self.reference.conditions) and len(prompts) > 1:
+            return MANY_PROMPTS
         assert self.trainer.rollout
         try:
             control = self.trainer.oversight.control

@@ -1,24 +1,29 @@
 """MODEL on the command line: a run, a checkpoint, a foreign `.pt` or a preset, to a policy."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from orwcfm_fast.data import load_data, source
 from orwcfm_fast.device import cache_dir
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.networks.diffusers import is_pipeline
+from orwcfm_fast.networks.lora import KEYS, add_lora, load_lora
 from orwcfm_fast.networks.models import MODELS
 from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.pretrain import pretrain
 from orwcfm_fast.runs.run import Run, is_run, newest_run
 from orwcfm_fast.saving import checkpoint, history
-from orwcfm_fast.saving.foreign import KEYS, foreign_weights, read_pt
-from orwcfm_fast.settings import Pretrain
+from orwcfm_fast.saving.foreign import KEYS as PT_KEYS
+from orwcfm_fast.saving.foreign import foreign_weights, read_pt
+from orwcfm_fast.settings import Conditioned, Finetune, Pretrain
 
 DEFAULT = "unet-digits"
 FOREIGN_DATA = {"unet-cifar10": "cifar10", "unet-mnist": "mnist", "unet-digits": "digits"}
+WEIGHTS = ("model", "ema", "pytorch_lora_weights")
 Watch = Callable[[int, int, float], None]
 
 
@@ -33,13 +38,18 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Loader:
-    """How to load: where to, in what precision, and what a foreign file does not say itself."""
+    """How to load: where to, in what precision, and what a foreign file does not say itself.
+
+    Args:
+        how: what a diffusers pipeline is asked for.
+    """
 
     device: torch.device
     precision: str = "auto"
     model: str = ""
     data: str = ""
     watch: Watch | None = None
+    how: Conditioned = field(default_factory=Conditioned)
 
     def load(self, spec: str = "") -> Loaded:
         """The policy that `spec` names; without one the newest run under ./runs, else the digits model.
@@ -47,6 +57,10 @@ class Loader:
         Raises:
             UserError: nothing of that name; a file that is damaged, hostile or of another architecture.
         """
+        spec = spec or (self.model if is_pipeline(self.model) else "")
+        if is_pipeline(spec):
+            policy = self.pipeline(spec)
+            return Loaded(policy, policy.model)
         if not spec:
             newest = newest_run()
             return self._run(newest) if newest else self.default()
@@ -67,14 +81,18 @@ class Loader:
             )
         raise UserError(f"checkpoint {spec}: no such run, checkpoint, file or preset (orwcfm list models)")
 
+    def start(self, checkpoint: str) -> Loaded:
+        """What fine-tuning starts from: the checkpoint, the pipeline that is the model, else the digits model."""
+        return self.load(checkpoint) if checkpoint or is_pipeline(self.model) else self.default()
+
     def _run(self, path: Path) -> Loaded:
-        found = history.load_newest(path / "checkpoints", only=("model", "ema"))
+        found = history.load_newest(path / "checkpoints", only=WEIGHTS)
         if found is None:
             raise UserError(f"run {path}: no checkpoint in it yet")
         return Loaded(self._policy(found), str(path), Run(path))
 
     def _checkpoint(self, path: Path) -> Loaded:
-        return Loaded(self._policy(checkpoint.load(path, only=("model", "ema"))), str(path))
+        return Loaded(self._policy(checkpoint.load(path, only=WEIGHTS)), str(path))
 
     def _policy(self, found: checkpoint.Checkpoint) -> Policy:
         path = found.path
@@ -85,6 +103,8 @@ class Loader:
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"checkpoint {path}: state.json does not say which model it holds") from None
+        if is_pipeline(model):
+            return self._tuned(found, model)
         weights = found.tensors.get("ema") or found.tensors.get("model")
         if not weights:
             raise UserError(f"checkpoint {path}: holds no weights")
@@ -92,7 +112,32 @@ class Loader:
         checkpoint.load_weights(policy.network, weights, f"checkpoint {path}")
         return policy
 
-    def foreign(self, path: Path, keys: tuple[str, ...] = KEYS) -> Loaded:
+    def pipeline(self, model: str, saved: dict[str, Any] | None = None, frozen: bool = True) -> Policy:
+        """A policy of a diffusers pipeline; its weights are not `frozen` where all of them will be trained."""
+        from orwcfm_fast.networks.pipeline_files import load_pipeline
+
+        how = self.how
+        if isinstance(how, Finetune):
+            frozen = frozen and how.lora > 0
+            if saved:  # a run that goes on has its prompts with it
+                how = how.model_copy(update={"prompts": ""})
+        return load_pipeline(model, how, self.device, self.precision, saved, frozen)
+
+    def _tuned(self, found: checkpoint.Checkpoint, model: str) -> Policy:
+        """A pipeline with what a run made of it: adapters, all weights, or (the run's reference) nothing."""
+        with checkpoint.reading(found):
+            policy = self.pipeline(model, found.state["pipeline"], "model" not in found.tensors)
+            where = f"checkpoint {found.path}"
+            if adapters := found.tensors.get(policy.lora_file):
+                add_lora(policy.network, min(len(v) for k, v in adapters.items() if k.endswith(KEYS[0])))
+                load_lora(policy.network, adapters, where)
+            elif weights := found.tensors.get("model"):
+                checkpoint.load_weights(policy.network, weights, where)
+        if isinstance(self.how, Finetune) and found.tensors:
+            raise UserError(f"{where}: fine-tuned already; go on with --resume, or start from {model}")
+        return policy
+
+    def foreign(self, path: Path, keys: tuple[str, ...] = PT_KEYS) -> Loaded:
         """A `.pt` of torchcfm's or the paper's scripts; the architecture is told or recognised."""
         weights = foreign_weights(read_pt(path), path, keys)
         names = [self.model] if self.model else [*FOREIGN_DATA]

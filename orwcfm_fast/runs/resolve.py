@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from orwcfm_fast.data import source
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.runs.load import DEFAULT, Loaded
 from orwcfm_fast.settings import Finetune
 
@@ -30,12 +32,23 @@ def run_name(settings: Finetune) -> str:
     return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
 
 
+def own_reward(policy: Policy) -> str:
+    """The reward of the policy's data, where none is named.
+
+    Raises:
+        UserError: it is a pipeline, whose prompts have none.
+    """
+    if policy.pipeline:
+        raise UserError("no reward named: a pipeline needs a --reward (orwcfm list rewards)")
+    return source(policy.data)[0].reward
+
+
 def resolved(settings: Finetune, loaded: Loaded) -> Finetune:
     """The settings with everything filled in that the loaded model decides."""
     policy = loaded.policy
     filled = {
-        "checkpoint": settings.checkpoint or DEFAULT,
-        "reward": settings.reward or [source(policy.data)[0].reward],
+        "checkpoint": settings.checkpoint or (policy.model if policy.pipeline else DEFAULT),
+        "reward": settings.reward or [own_reward(policy)],
         "model": policy.model,
         "data": policy.data,
         "precision": "fp32" if policy.precision == torch.float32 else "bf16",

@@ -25,7 +25,7 @@ from orwcfm_fast.settings import Finetune, Predict, RewardOptions, Settings, Swe
 from orwcfm_fast.showing.fronts import Outcome, plain_forecast, write_fronts
 from orwcfm_fast.showing.tracking import check_loggers
 from orwcfm_fast.theory.forecast import forecast_many
-from orwcfm_fast.theory.prediction import FORECAST_ROUNDS, Reference, draw_reference
+from orwcfm_fast.theory.prediction import FORECAST_ROUNDS, MANY_PROMPTS, Reference, draw_reference
 from orwcfm_fast.trainer import Progress
 
 MAY_CHANGE = ("alpha", "tau", "device", "log")
@@ -72,8 +72,8 @@ class Sweeping:
         if settings.reward:
             make_reward(settings.reward, settings)
         s = settings
-        loader = Loader(resolve_device(s.device), s.precision, s.model, s.data, watch_pretraining)
-        base = loader.load(s.checkpoint) if s.checkpoint else loader.default()
+        loader = Loader(resolve_device(s.device), s.precision, s.model, s.data, watch_pretraining, s)
+        base = loader.start(s.checkpoint)
         runs = {name: resolved(one, base) for name, one in runs.items()}
         first = next(iter(runs.values()))
         settings = settings.model_copy(update={key: getattr(first, key) for key in FILLED})
@@ -93,6 +93,8 @@ class Sweeping:
 
     def forecast(self) -> str:
         """Forecast every run from common samples of the model; one line. Kept for the next time."""
+        if (prompts := self.base.policy.conditions) and len(prompts) > 1:
+            return MANY_PROMPTS
         found = self._forecasts()
         groups: dict[tuple, list[str]] = {}
         for name, s in self.runs.items():

@@ -58,7 +58,8 @@ def unpack(
     if sum((n - 1) * k for n, k in zip(saved["x1"].shape, stride, strict=True)) >= saved["x1"].numel():
         raise ValueError("strides that leave gaps")
     x1 = torch.empty_strided(saved["x1"].shape, stride, device=device).copy_(saved["x1"])
-    rollout = Rollout(x1, noise.indices(number * s.rollout, s.rollout, device), torch.empty(0))
+    index = noise.indices(number * s.rollout, s.rollout, device)
+    rollout = Rollout(x1, index, torch.empty(0), policy.draw_conditions(index, s.seed, s.group))
 
     def scores(kind: str, rewards: RewardSum) -> Scores:
         again = Scores({}, {}, {})

@@ -14,7 +14,7 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.evaluate import judge_for
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum
-from orwcfm_fast.rollout import Rollout, sample, start_noise
+from orwcfm_fast.rollout import Rollout, sample, start_conditions, start_noise
 from orwcfm_fast.runs.run import Run
 from orwcfm_fast.settings import Finetune, Predict, build, read_toml
 from orwcfm_fast.theory import Density, GaussianMixture, GridDensity, Recursion, exact_recursion, refit
@@ -64,11 +64,14 @@ class Reference:
 
 def draw_reference(policy: Policy, reward: RewardSum, s: Predict) -> Reference:
     """Samples of the policy: `scored` of them for the mean reward, the first `n` to carry the forecast."""
+    if policy.conditions and len(policy.conditions) > 1:
+        raise UserError(MANY_PROMPTS)
     x = sample(policy, start_noise(policy, max(s.n, s.scored), s.seed), s, s.chunk)
     seen = policy.decode(x)
     with torch.inference_mode():
         features = judge_for(policy.data, reward, reward.name).features(seen[: s.n])
-    return Reference(x[: s.n], reward.scores(seen).total, features)
+    prompts = policy.prompts_of(start_conditions(policy, len(x), s))
+    return Reference(x[: s.n], reward.scores(seen, prompts=prompts).total, features)
 
 
 def forecast_grid(reference: Reference, s: Predict) -> list[Forecast]:
@@ -116,6 +119,7 @@ def exact_grid(density: Density, reward: Callable[[Tensor], Tensor], s: Predict)
 
 
 FORECAST_SAMPLES, FORECAST_ROUNDS = 512, 12
+MANY_PROMPTS = "no forecast: it would take several prompts for one"
 STANDARDIZED = "its rewards are standardised anew each round, which no forecast knows"
 BY_ROUND = ("round", "reward", "reward_error", "w2_coupled", "w2_error", "diversity", "ess")
 

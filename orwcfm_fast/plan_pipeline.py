@@ -1,0 +1,240 @@
+"""Memory of fine-tuning a diffusers pipeline, by part, from its configurations alone: nothing is loaded or computed.
+
+Its own step, rollout and decoding run on fake tensors, which have shapes but no memory; every storage that comes and
+goes is noted, for two batch sizes. From these `Course` has the course at any size, as of the probes in plan.py.
+"""
+
+import copy
+import functools
+import json
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from orwcfm_fast.coupling import Batch
+from orwcfm_fast.device import resolve_device, resolve_precision
+from orwcfm_fast.networks.diffusers import Pipeline, embedding_widths
+from orwcfm_fast.networks.lora import add_lora
+from orwcfm_fast.networks.pipeline_files import Description, describe_pipeline, telling
+from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.plan import HEADROOM, Course, Plan, available, fitting
+from orwcfm_fast.prompts import Conditions, Prompt, read_prompts
+from orwcfm_fast.rollout import sample
+from orwcfm_fast.samplers import SOLVERS
+from orwcfm_fast.settings import Finetune
+from orwcfm_fast.step import Learner
+
+RANK = 16  # of the plan with adapters, where --lora names none
+EVALUATIONS = 6  # of a rollout: enough for every solver's history to fill
+CPU = torch.device("cpu")
+
+
+class Meter(TorchDispatchMode):
+    """Notes the bytes of every storage that operations make (+) and that goes (−), in order, in `changes`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes: list[int] = []
+        self._known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for x in self._storages((args, kwargs)):
+            self._known[x] = True  # there before, or noted when it was made
+        found = func(*args, **(kwargs or {}))
+        for x in self._storages(found):
+            if x not in self._known:
+                self._known[x] = True
+                self.changes.append(x.nbytes())
+                weakref.finalize(x, self.changes.append, -x.nbytes())
+        return found
+
+    @staticmethod
+    def _storages(values: Any) -> list[Any]:
+        return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def changes(work: Callable[[], object]) -> list[int]:
+    """Bytes of every storage that `work` makes (+) and lets go (−), in order."""
+    with Meter() as meter:
+        work()
+    return meter.changes
+
+
+def plan_pipeline(s: Finetune, gpu_gib: float | None = None) -> dict[str, Plan]:
+    """Plans of `orwcfm finetune` with these settings, training all weights and training adapters.
+
+    Args:
+        gpu_gib: memory of the GPU to plan for, in bf16 where the precision is auto; None: the device here.
+
+    Raises:
+        UserError: no such pipeline, prompts or image size.
+    """
+    found = describe_pipeline(s.model, weights=False)
+    shape = found.shape(s.image_size)
+    where, limit = ("cuda", int(gpu_gib * 2**30)) if gpu_gib else (None, 0)
+    if where is None:
+        device = resolve_device(s.device)
+        where, limit = device.type, available(device)
+        parameters = sum(p.numel() for p in found.transformer.parameters())
+        precision = resolve_precision(s.precision, device, parameters)
+    else:
+        precision = torch.float32 if s.precision == "fp32" else torch.bfloat16
+    label = f"a GPU of {gpu_gib:g} GiB" if gpu_gib else str(where)
+    prompts = read_prompts(s.prompts) if s.prompts else [Prompt("")]
+    encoding = _encoders(found, 2 if where == "cuda" else 4)
+    plans = {}
+    for name, rank in (("all weights", 0), (f"adapters of rank {s.lora or RANK}", s.lora or RANK)):
+        own = s.model_copy(update={"lora": rank})
+        with telling(found.model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of slower kernels on a CPU
+            plans[name] = _plan(found, shape, own, prompts, precision, label, limit, encoding)
+    return plans
+
+
+def _encoders(found: Description, width: int) -> dict[str, int]:
+    """Bytes of the text encoders, there only while the prompts are embedded."""
+    import transformers
+
+    sizes = {}
+    index = json.loads((found.folder / "model_index.json").read_bytes())
+    for name, value in index.items():
+        if name.startswith("text_encoder") and isinstance(value, list) and value[1]:
+            kind = getattr(transformers, value[1])
+            with torch.device("meta"):
+                encoder = kind(kind.config_class.from_pretrained(found.folder / name))
+            sizes[name] = width * sum(p.numel() for p in encoder.parameters())
+    return sizes
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
+
+
+def _plan(
+    found: Description,
+    shape: tuple[int, int, int],
+    s: Finetune,
+    prompts: Sequence[Prompt],
+    precision: torch.dtype,
+    label: str,
+    limit: int,
+    encoding: dict[str, int],
+) -> Plan:
+    policy = _policy(found, shape, s, prompts, precision)
+    assert policy.pipeline and policy.conditions
+    weights = _size(policy.network)
+    if s.gradient_checkpointing:
+        policy.checkpoint_gradients()
+    if s.lora:
+        add_lora(policy.network, s.lora)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        for part in (policy.network, policy.pipeline.vae):
+            part.to_empty(device=CPU)
+        learner = Learner(policy, policy.frozen_copy() if s.lora else policy, s)  # a copy would do the same
+        adapters = _size(policy.network) - weights
+        trained = sum(p.nbytes for p in learner.parameters)
+
+        def step(size: int, parts: int = 1) -> None:
+            n = size * parts
+            one = torch.empty(n)
+            index, condition = (torch.zeros(n, dtype=torch.int64) for _ in range(2))
+            x1, x_t = (torch.empty(n, *shape) for _ in range(2))
+            batch = Batch(x1, one, x_t, index, one, one, condition=condition)
+            learner.gradient(batch, torch.tensor(0), size)
+            learner.optimizer.zero_grad(set_to_none=True)
+
+        def rollout(size: int) -> None:
+            name = (
+                "rk4" if SOLVERS.get(s.solver).adaptive else s.solver
+            )  # as many slopes, and no values looked at
+            how = s.model_copy(update={"solver": name, "nfe": EVALUATIONS, "grid": "uniform"})
+            rows = torch.zeros(size, dtype=torch.int64)
+            sample(policy, torch.empty(size, *shape), how, size, condition=rows)
+
+        def decode(size: int) -> None:
+            policy.decode(torch.empty(size, *shape))
+
+        one, drawn, decoded = _course(step), _course(rollout), _course(decode)
+
+    @functools.cache
+    def several() -> Course:
+        with fake:
+            return _course(lambda size: step(size, 2))
+
+    one_latent = 4 * shape[0] * shape[1] * shape[2]
+    one_image = 4 * 3 * (shape[1] * found.scale) * (shape[2] * found.scale)
+    held = {
+        "transformer": weights,
+        "adapters, and as they began": 2 * adapters,
+        "reference": 0 if s.lora else weights,
+        "optimizer": 2 * trained,
+        "VAE": _size(policy.pipeline.vae),
+        "prompt embeddings": policy.conditions.nbytes,
+        "rollout kept": s.rollout * one_latent,
+    }
+
+    def step_at(size: int) -> dict[str, int]:
+        top = one.peak(size) if size >= s.batch else several().peak(size)
+        return {"gradients": min(trained, top), "activations": max(top - trained, 0)}
+
+    def rollout_at(chunk: int) -> dict[str, int]:
+        return {"sampling": drawn.peak(chunk) + 2 * (s.rollout - chunk) * one_latent}
+
+    chunked = min(s.vae_chunk, s.rollout)
+    reward = {"decoding": decoded.peak(chunked), "images": 2 * s.rollout * one_image}
+    room = int(HEADROOM * limit) - sum(held.values())
+    micro_batch = fitting(min(s.micro_batch or s.batch, s.batch), room, step_at)
+    chunk = fitting(min(s.chunk, s.rollout), room, rollout_at)
+    return Plan(
+        label,
+        micro_batch,
+        chunk,
+        held,
+        step_at(micro_batch),
+        rollout_at(chunk),
+        reward,
+        0,
+        limit,
+        {},
+        encoding,
+    )
+
+
+def _course(work: Callable[[int], object]) -> Course:
+    """From sizes 2 and 3: at 1 some shapes fall together."""
+    return Course((2, 3), (changes(lambda: work(2)), changes(lambda: work(3))), (0.0, 0.0))
+
+
+def _policy(
+    found: Description,
+    shape: tuple[int, int, int],
+    s: Finetune,
+    prompts: Sequence[Prompt],
+    precision: torch.dtype,
+) -> Policy:
+    """As `load_pipeline` would make it, on the meta device."""
+    family = found.family
+    held = precision if s.lora else torch.float32
+    network = family(copy.deepcopy(found.transformer).to(held), s.guidance or 1.0)
+    vae = copy.deepcopy(found.vae).requires_grad_(False)
+    around = Pipeline(family, vae, None, 0, s.vae_chunk, precision, {})
+    widths = embedding_widths(found.transformer.config)
+    tokens = s.prompt_tokens or family.own_tokens
+    if family.clip_tokens:
+        tokens += json.loads((found.folder / "tokenizer" / "tokenizer_config.json").read_bytes())[
+            "model_max_length"
+        ]
+    table = [torch.empty(len(prompts) + 1, *rest) for rest in ((tokens, widths[0]), (widths[1],))]
+    guidance = 1.0 if family.embeds_guidance(found.transformer.config) else s.guidance or 1.0
+    return Policy(
+        network, shape, found.model, "prompts", precision, pipeline=around,
+        conditions=Conditions(prompts, table, CPU), guidance=guidance,
+    )  # fmt: skip

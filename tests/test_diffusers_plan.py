@@ -1,0 +1,94 @@
+"""`doctor --plan` of a pipeline: from its configurations alone, and what a run of it then takes."""
+
+import json
+import re
+import shlex
+import shutil
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+
+from orwcfm_fast.cli.machine import _show_plan
+from orwcfm_fast.plan import allocations
+from orwcfm_fast.plan_pipeline import plan_pipeline
+from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.settings import Finetune
+from orwcfm_fast.trainer import Trainer
+
+CPU = torch.device("cpu")
+SHORT = dict(device="cpu", precision="fp32", prompt_tokens=6, probe=4, steps_per_round=2, nfe=4, chunk=4)
+
+
+def measured(s: Finetune) -> int:
+    """Peak of torch's own accounting of CPU memory over two whole rounds, and what was there before."""
+    policy = Loader(CPU, "fp32", how=s).load(s.model).policy
+    parts = [x for m in (policy.network, policy.pipeline.vae) for x in (*m.parameters(), *m.buffers())]
+    before = sum(x.nbytes for x in parts) + policy.conditions.nbytes
+
+    def rounds():
+        loop = Trainer(policy, make_reward("brightness"), s)
+        for _ in range(2):
+            loop.one_round()
+
+    return before + max(accumulate(allocations(rounds, CPU)))
+
+
+CASES = [
+    ("flux", dict(batch=8, rollout=4, image_size=32, gradient_checkpointing=True)),
+    pytest.param("flux", dict(batch=2, rollout=16, image_size=32), marks=pytest.mark.soak),
+    pytest.param("sd3", dict(batch=8, rollout=8, image_size=16), marks=pytest.mark.soak),
+    pytest.param(
+        "sd3", dict(batch=8, rollout=8, micro_batch=4, image_size=16, guidance=2.0), marks=pytest.mark.soak
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), CASES, ids=str)
+def test_predicted_memory_is_what_torch_then_allocates(kind, sizes, pipeline_folder, prompts_file, capsys):
+    s = Finetune(
+        model=f"diffusers:{pipeline_folder(kind)}", prompts=str(prompts_file), lora=8, **SHORT | sizes
+    )
+    plans = plan_pipeline(s)
+    assert [*plans] == ["all weights", "adapters of rank 8"]
+    for plan, rank in zip(plans.values(), (0, 8), strict=True):
+        ours = max(bytes for phase, bytes in plan.phases.items() if phase != "encoding")
+        theirs = measured(s.model_copy(update={"lora": rank}))
+        print(
+            f"{kind} {sizes} rank {rank}: predicted {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB"
+        )
+        assert abs(ours / theirs - 1) <= 0.05
+        _show_plan(plan, s)
+        table = capsys.readouterr().out
+        for word in (
+            "VAE",
+            "step: activations, micro-batch",
+            "encoding: text_encoder_2",
+            "peak, in the",
+            "fits with",
+        ):
+            assert word in table, word
+
+
+def test_the_readmes_plan_needs_configurations_alone(run_cli, pipeline_folder, tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    command = shlex.split(
+        re.search(r"\norwcfm (doctor --plan --model diffusers:.*FLUX.*)\n", readme).group(1)
+    )
+    folder = tmp_path / "bare"
+    weights = shutil.ignore_patterns("*.safetensors", "tokenizer.json")
+    shutil.copytree(pipeline_folder("flux"), folder, ignore=weights)
+    named = [f"diffusers:{folder}" if part.startswith("diffusers:") else part for part in command]
+    planned = run_cli(*named, "--image-size", 32, "--prompt-tokens", 6, "--lora", 4, "--json")
+    assert planned.code == 0, planned.err
+    found = json.loads(planned.out)
+    whole, adapted = found["all weights"], found["adapters of rank 4"]
+    assert (
+        whole["fits"] and whole["limit"] == 80 << 30 and whole["micro_batch"] == adapted["micro_batch"] == 8
+    )
+    assert whole["held"]["transformer"] == whole["held"]["reference"] == 2 * adapted["held"]["transformer"]
+    assert adapted["held"]["reference"] == 0 < whole["encoding"]["text_encoder_2"]
+    refused = run_cli("doctor", "--plan", "--model", "mlp", "--gpu-gib", 24)
+    assert refused.code == 2 and "--gpu-gib" in refused.err and refused.err.count("\n") == 1
