@@ -59,11 +59,15 @@ def test_2d_rewards():
 
 
 @pytest.mark.slow
-def test_digit_classifier_judges_held_out_digits_and_is_cached(cache):
+def test_digit_classifier_judges_held_out_digits_and_is_cached(tmp_path, monkeypatch):
+    """Also where it is first asked for while samples are scored, as by `predict` and `sweep` on a fresh machine."""
     from orwcfm_fast.data import load_data
     from orwcfm_fast.rewards.digits import digit_classifier
 
-    classifier = digit_classifier()
+    monkeypatch.setenv("ORWCFM_CACHE", str(tmp_path))
+    digit_classifier.cache_clear()
+    with torch.inference_mode():
+        classifier = digit_classifier()
     assert classifier.accuracy >= 0.97
     x, labels = load_data("digits")
     even = make_reward("even-digits")(x)
@@ -72,6 +76,7 @@ def test_digit_classifier_judges_held_out_digits_and_is_cached(cache):
     digit_classifier.cache_clear()
     again = digit_classifier()
     assert torch.equal(again.probabilities(x[:50]), classifier.probabilities(x[:50]))
+    digit_classifier.cache_clear()
 
 
 @pytest.mark.parametrize(

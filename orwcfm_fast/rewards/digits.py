@@ -72,14 +72,15 @@ def digit_classifier(data: str = "digits", data_dir: str = "") -> Classifier:
     """
     folder = cache_dir() / f"{data}-classifier"
     training = TRAINING[data]
-    network = training.network()
-    try:
-        found = checkpoint.load(folder)
-        checkpoint.load_weights(network, found.tensors["model"], str(folder))
-        accuracy = float(found.state["accuracy"])
-    except (UserError, KeyError, ValueError, TypeError):
-        accuracy = _train(network, data, data_dir)
-        checkpoint.save(folder, {"kind": "classifier", "accuracy": accuracy}, model=network.state_dict())
+    with torch.inference_mode(False):  # the first to ask may be scoring samples
+        network = training.network()
+        try:
+            found = checkpoint.load(folder)
+            checkpoint.load_weights(network, found.tensors["model"], str(folder))
+            accuracy = float(found.state["accuracy"])
+        except (UserError, KeyError, ValueError, TypeError):
+            accuracy = _train(network, data, data_dir)
+            checkpoint.save(folder, {"kind": "classifier", "accuracy": accuracy}, model=network.state_dict())
     return Classifier(network.eval().requires_grad_(False), accuracy, training.shape)
 
 
