@@ -240,7 +240,10 @@ def _measure(case: Case, device: torch.device, compiled: bool, step: float) -> l
                     calls.append((row, call))
             except torch.OutOfMemoryError:
                 pass
-    copied, *found = seconds_in_turn([copying(case.floor_bytes, device), *[c for _, c in calls]], device)
+    try:
+        copied, *found = seconds_in_turn([copying(case.floor_bytes, device), *[c for _, c in calls]], device)
+    except torch.OutOfMemoryError:
+        return rows
     eager = {row.passes: t for (row, _), t in zip(calls, found, strict=True) if row.implementation == "eager"}
     for (row, _), seconds in zip(calls, found, strict=True):
         row.seconds, row.gb_per_s = seconds, case.floor_bytes / seconds / 1e9

@@ -61,6 +61,8 @@ class Looks:
 
     def look(self) -> bool:
         """Whether the race is over."""
+        if self.x0.is_cuda:
+            torch.cuda.synchronize()  # steps that are queued count too
         self.running += time.perf_counter() - self.began
         self.x = sample(self.policy, self.x0, Sampling(), HELD_OUT)
         self.seen.append((self.running, float(self.reward(self.policy.decode(self.x)).mean())))

@@ -88,7 +88,8 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None) -> dict[str, Plan]:
         precision = torch.float32 if s.precision == "fp32" else torch.bfloat16
     label = f"a GPU of {gpu_gib:g} GiB" if gpu_gib else str(where)
     prompts = read_prompts(s.prompts) if s.prompts else [Prompt("")]
-    encoding = _encoders(found, 2 if where == "cuda" else 4)
+    with telling(found.model):
+        encoding = _encoders(found, 2 if where == "cuda" else 4)
     plans = {}
     for name, rank in (("all weights", 0), (f"adapters of rank {s.lora or RANK}", s.lora or RANK)):
         own = s.model_copy(update={"lora": rank})

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.guarding.memory import out_of_memory
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=6)  # for a rank whose reward is slow; one that died is known of at once
@@ -187,12 +188,15 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLost("lost another rank, which ended or cannot be reached; torchrun says which") from error
+        if out_of_memory(error):
+            raise
+        reason = str(error).split("\n")[0][:200]
+        raise RankLost(f"lost another rank, which ended or cannot be reached ({reason})") from error
 
 
 def launched() -> bool:
     """Whether torchrun, or what sets the same variables, started this process."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def _meet(store: dist.Store, rank: int, world: int) -> str:

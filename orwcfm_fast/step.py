@@ -72,13 +72,13 @@ class Learner:
             return torch.cat(parts) if parts else batch.x_t  # a rank's share may be none
 
         with self.phases("reference"), torch.no_grad():
-            return halving(parts, self.micro_batch, "micro-batch", self.set_micro_batch)
+            return halving(parts, self.at_once(batch), "micro-batch", self.set_micro_batch)
 
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
         """One step on a batch, or on this rank's part of it; (mean fm, mean w2, gradient norm) [3], float32."""
         losses = halving(
             lambda size: self.gradient(batch, seed, size),
-            self.micro_batch,
+            self.at_once(batch),
             "micro-batch",
             self.set_micro_batch,
         )
@@ -128,6 +128,10 @@ class Learner:
         for p in self.parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.ranks.add_up([*(p.grad for p in self.parameters if p.grad is not None), losses])
+
+    def at_once(self, batch: Batch) -> int:
+        """Samples at once of what may be a rank's part of a minibatch."""
+        return max(1, min(self.micro_batch, len(batch.w)))
 
     def set_micro_batch(self, size: int) -> None:
         self.micro_batch = size

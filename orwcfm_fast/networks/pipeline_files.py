@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from orwcfm_fast.device import resolve_precision
-from orwcfm_fast.errors import UserError
+from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.guarding.memory import out_of_memory
 from orwcfm_fast.networks.diffusers import FAMILIES, PREFIX, SCHEDULER, Family, Pipeline, library
 from orwcfm_fast.networks.embeddings import embed
 from orwcfm_fast.networks.policy import Policy
@@ -74,6 +75,8 @@ def telling(model: str) -> Iterator[None]:
         raise
     except Exception as error:  # a dozen kinds, of configurations and of weights
         reason = " ".join(str(error).split())[:200]
+        if out_of_memory(error):
+            raise WorkError(f"model {model}: out of memory while it was loaded: {reason}") from error
         raise UserError(f"model {model}: cannot be loaded: {type(error).__name__}: {reason}") from error
 
 

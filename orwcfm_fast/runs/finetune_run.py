@@ -11,10 +11,10 @@ import torch
 
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
-from orwcfm_fast.evaluation.evaluate import evaluate, judge_for
+from orwcfm_fast.evaluation.evaluate import Judge, evaluate, judge_for
 from orwcfm_fast.guarding.guard import Fault
 from orwcfm_fast.ranks import ALONE, Ranks
-from orwcfm_fast.rewards import check_code_named, make_holdout, make_reward, user_code
+from orwcfm_fast.rewards import RewardSum, check_code_named, make_holdout, make_reward, user_code
 from orwcfm_fast.runs.interrupt import Interruption, Stop
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
 from orwcfm_fast.runs.relaunch import MAY_CHANGE, begun_before
@@ -49,8 +49,13 @@ class Finetuning:
         self.settings, self.loaded, self.run, self.resumed = settings, loaded, run, False
         self.ranks = ranks
         ranks.spread([*loaded.policy.network.state_dict().values()])
-        reward, holdout = make_reward(settings.reward, settings), make_holdout(settings)
-        self.judge = judge_for(loaded.policy.data, reward, reward.name, holdout)
+
+        def judge() -> tuple[RewardSum, RewardSum | None, Judge]:
+            reward, holdout = make_reward(settings.reward, settings), make_holdout(settings)
+            return reward, holdout, judge_for(loaded.policy.data, reward, reward.name, holdout)
+
+        # what it trains, the others find in the cache
+        reward, holdout, self.judge = ranks.in_turn(judge)
         self.trainer = Trainer(
             loaded.policy,
             reward,

@@ -6,7 +6,7 @@ from typing import Any
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.ranks import launched
-from orwcfm_fast.runs.resolve import left_open
+from orwcfm_fast.runs.resolve import agrees, left_open
 from orwcfm_fast.runs.run import CONFIG, read_command
 from orwcfm_fast.settings import Finetune, build, read_toml
 
@@ -32,7 +32,7 @@ def begun_before(settings: Finetune, out: Path | None, overwrite: bool) -> dict[
     own = build(Finetune, read_toml(out / CONFIG), where=f"{out / CONFIG}: ")
     given = {key: value for key, value in settings.model_dump().items() if not left_open(key, value)}
     for key, value in given.items():
-        if key not in MAY_CHANGE and value != getattr(own, key):
+        if key not in MAY_CHANGE and not agrees(key, value, getattr(own, key)):
             has = f"--{key.replace('_', '-')} {getattr(own, key)}"
             raise UserError(f"--out {out}: holds a run with {has}, not {value}; choose another")
     return given

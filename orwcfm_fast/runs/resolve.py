@@ -1,12 +1,14 @@
 """What a run will be, once its model is known: every setting filled in, its name, its α in words."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from orwcfm_fast.data import source
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.networks.diffusers import PREFIX, is_pipeline
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.runs.load import DEFAULT, Loaded
 from orwcfm_fast.settings import Finetune
@@ -17,6 +19,14 @@ FILLED = ("checkpoint", "reward", "model", "data", "precision")  # by the model,
 def left_open(key: str, value: Any) -> bool:
     """Whether a setting of that value is one that `resolved` fills in."""
     return key in FILLED and value in ("", [], "auto")
+
+
+def agrees(key: str, value: Any, own: Any) -> bool:
+    """Whether a setting given for a run that is there is the one that it has, or left open."""
+    if key in ("checkpoint", "model") and is_pipeline(value):
+        folder = Path(value.removeprefix(PREFIX))
+        value = f"{PREFIX}{folder.resolve()}" if folder.is_dir() else value
+    return value == own or left_open(key, value)
 
 
 def anchored(s: Finetune) -> str:

@@ -16,7 +16,7 @@ from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards import check_code_named, make_reward, user_code
 from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
-from orwcfm_fast.runs.resolve import FILLED, left_open, resolved
+from orwcfm_fast.runs.resolve import FILLED, agrees, resolved
 from orwcfm_fast.runs.run import Run, is_run, next_run_path, read_command, resume_command
 from orwcfm_fast.runs.sweep_grid import grid
 from orwcfm_fast.samplers import times as solver_times
@@ -248,7 +248,7 @@ def _widened(path: Path, given: dict[str, Any]) -> Sweep:
     for key, value in given.items():
         if key not in Sweep.model_fields:
             raise unknown("setting", key, Sweep.model_fields)
-        if key not in MAY_CHANGE and not left_open(key, value) and value != getattr(own, key):
+        if key not in MAY_CHANGE and not agrees(key, value, getattr(own, key)):
             flag = f"--{key.replace('_', '-')}"
             raise UserError(
                 f"--out {path}: this sweep has {flag} {getattr(own, key)}, not {value}; use another --out"

@@ -8,7 +8,9 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.settings import Finetune, Sweep, build
 
+# of the model that is loaded once, and of the machine
 ONE_FOR_ALL = ("checkpoint", "model", "data", "device", "precision", "log")
+ONE_FOR_ALL += ("prompts", "prompt_tokens", "image_size", "guidance", "vae_chunk")
 
 
 def grid(s: Sweep) -> dict[str, Finetune]:

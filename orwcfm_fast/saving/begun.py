@@ -20,7 +20,7 @@ class Begun:
 
     Attributes:
         rollout: scored.
-        losses: [2] of each step taken so far.
+        losses: [3] of each step taken so far.
     """
 
     rollout: Rollout
