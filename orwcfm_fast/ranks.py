@@ -190,8 +190,7 @@ def _exchange() -> Iterator[None]:
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        reason = str(error).split("\n")[0][:200]
-        raise RankLost(f"lost another rank, which ended or cannot be reached ({reason})") from error
+        raise RankLost("lost another rank, which ended or cannot be reached; torchrun says which") from error
 
 
 def launched() -> bool:

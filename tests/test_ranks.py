@@ -123,8 +123,8 @@ def test_memory_that_runs_out_on_one_rank_is_known_to_all(launch, run_cli):
     base(run_cli)
     assert not any(launch(3, *LOOP, "run", act="out of memory").codes)
     found = records("run")
-    assert any("micro-batch of 4" in text for text in found[0]["guard"])
-    assert [r["micro_batch"] for r in found] == [4, 4, 4]
+    assert any("micro-batch of 3" in text for text in found[0]["guard"])
+    assert [r["micro_batch"] for r in found] == [3, 3, 3]
 
 
 FAILS = """

@@ -9,8 +9,17 @@ from orwcfm_fast.registry import unknown
 from orwcfm_fast.settings import Finetune, Sweep, build
 
 # of the model that is loaded once, and of the machine
-ONE_FOR_ALL = ("checkpoint", "model", "data", "device", "precision", "log")
-ONE_FOR_ALL += ("prompts", "prompt_tokens", "image_size", "guidance", "vae_chunk")
+OF_THE_MODEL = (
+    "checkpoint",
+    "model",
+    "data",
+    "prompts",
+    "prompt_tokens",
+    "image_size",
+    "guidance",
+    "vae_chunk",
+)
+ONE_FOR_ALL = (*OF_THE_MODEL, "device", "precision", "log")
 
 
 def grid(s: Sweep) -> dict[str, Finetune]:
