@@ -200,8 +200,8 @@ def test_seen_reference_with_gradient(base, monkeypatch):
     """v_ref is not frozen: its network learns with the policy's."""
     init = Learner.__init__
 
-    def unfrozen(self, policy, reference, settings):
-        init(self, policy, reference, settings)
+    def unfrozen(self, policy, reference, settings, *ranks):
+        init(self, policy, reference, settings, *ranks)
         reference.network.requires_grad_(True)
         self.second = torch.optim.AdamW(reference.network.parameters(), settings.lr, weight_decay=0.0)
 
@@ -290,8 +290,8 @@ def test_dropout_in_the_network_is_off_in_the_loop(base):
 def test_seen_dropout_left_on(base, monkeypatch):
     init = Learner.__init__
 
-    def training_mode(self, policy, reference, settings):
-        init(self, policy, reference, settings)
+    def training_mode(self, policy, reference, settings, *ranks):
+        init(self, policy, reference, settings, *ranks)
         policy.network.train()
 
     monkeypatch.setattr(Learner, "__init__", training_mode)
