@@ -232,16 +232,24 @@ def extra_lines(found: dict[str, Any]) -> list[str]:
         f" optimiser and copies {row['held'] / 2**30:.2f} GiB, {row['held_ratio']:.2f}×"
         for row in found.get("memory", ())
     ]
-    return lines + ([race_line(found["race"])] if "race" in found else [])
+    return lines + (race_lines(found["race"]) if "race" in found else [])
 
 
-def race_line(found: dict[str, Any]) -> str:
-    """What the race found, in one line."""
-    ways = ", ".join(
-        f"{f['way']} {f['seconds']:.3g} s" if f["seconds"] else f"{f['way']} not in {found['limit']:g} s"
-        for f in found["finishes"]
-    )
-    return f"to mean reward {found['goal']} on digits: {ways}; {found['ratio']:.3g}×"
+def race_lines(found: dict[str, Any]) -> list[str]:
+    """What the race found, a line a way: medians over the seeds."""
+    lines = []
+    for way in dict.fromkeys(f["way"] for f in found["finishes"]):
+        runs = [f for f in found["finishes"] if f["way"] == way]
+        seconds, w2, confidence = (
+            statistics.median(f[key] or found["limit"] for f in runs)
+            for key in ("seconds", "w2_coupled", "confidence")
+        )
+        ratio = f", {found['ratios'][way]:.3g}×" if way in found["ratios"] else ""
+        lines.append(
+            f"to mean reward {found['goal']} on digits, {way}: {seconds:.3g} s{ratio};"
+            f" coupled W2 {w2:.2f}, confidence {confidence:.3f}"
+        )
+    return lines
 
 
 def plot(found: dict[str, Any], path: str | Path) -> None:

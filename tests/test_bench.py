@@ -87,10 +87,16 @@ def test_bench_loop_prints_json(run_cli, monkeypatch):
     assert json.loads(kept.read_text())["rows"] == found["rows"] and kept.with_suffix(".png").exists()
 
 
-def test_the_race_is_told_in_one_line():
-    finishes = [{"way": "ours", "seconds": 1.5}, {"way": "plain", "seconds": None}]
-    line = loop.race_line({"goal": 0.65, "limit": 120.0, "ratio": 80.0, "finishes": finishes})
-    assert line == "to mean reward 0.65 on digits: ours 1.5 s, plain not in 120 s; 80×"
+def test_the_race_is_told_a_line_a_way():
+    finishes = [
+        {"way": "ours, fp32", "seconds": 1.5, "w2_coupled": 1.2, "confidence": 0.96},
+        {"way": "plain", "seconds": None, "w2_coupled": 1.3, "confidence": 0.97},
+    ]
+    race = {"goal": 0.65, "limit": 120.0, "ratios": {"ours, fp32": 80.0}, "finishes": finishes}
+    assert loop.race_lines(race) == [
+        "to mean reward 0.65 on digits, ours, fp32: 1.5 s, 80×; coupled W2 1.20, confidence 0.960",
+        "to mean reward 0.65 on digits, plain: 120 s; coupled W2 1.30, confidence 0.970",
+    ]
 
 
 def test_the_full_form_tells_pretraining_and_memory():
