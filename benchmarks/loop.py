@@ -53,6 +53,7 @@ LADDER = (
     Rung("the same in bf16", "bf16", "bf16 cached"),
     Rung("the same with LoRA", "lora", "lora"),
     Rung("LoRA, reference paired", "lora", "lora paired"),
+    Rung("bf16, the step a CUDA graph", "bf16", "bf16 graph"),
     Rung("one fresh batch a step, fp32", "fp32", "fp32", 1.0),
     Rung("one fresh batch a step, bf16", "bf16", "bf16", 1.0),
 )
@@ -98,12 +99,14 @@ class Measured:
         add_lora(adapted.network, LORA_RANK)
         self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)
         self.learners["lora paired"] = self.learner(adapted, pair=True)
+        if device.type == "cuda":
+            self.learners["bf16 graph"] = self.learner(self.policies["bf16"], graph=True)
         self.x0 = start_noise(first, batch, 0)
         self.x1 = torch.randn(batch, *first.shape, device=device).clamp(-1, 1)
         self.seed = torch.tensor(0, device=device)
 
-    def learner(self, policy: Policy, pair: bool = False) -> Learner:
-        return Learner(policy, policy.frozen_copy(), self.settings.model_copy(update={"pair": pair}))
+    def learner(self, policy: Policy, **change: bool) -> Learner:
+        return Learner(policy, policy.frozen_copy(), self.settings.model_copy(update=change))
 
     def coupled(self) -> Batch:
         device = self.x1.device
@@ -162,7 +165,7 @@ def measure(data: str, batch: int, repeats: int, euler_share: float, device: tor
         step[way] = [PASSES / (1 / a + (PASSES - 1) / b) for a, b in zip(step[whole], step[way], strict=True)]
     base_loop = through(rollout["plain"], step["plain"], 1.0)
     rows = []
-    for rung in LADDER:
+    for rung in (rung for rung in LADDER if rung.step in step):
         drawn, trained = rollout[rung.rollout], step[rung.step]
         both = through(drawn, trained, rung.reuse)
         nfe = EULER_STEPS if rung.rollout == "plain" else ready.settings.nfe
