@@ -55,9 +55,9 @@ class Launcher:
         self._process.stdin.flush()
         return Ended(**json.loads(self._process.stdout.readline()))
 
-    def loop(self, world: int, mistake: str = "", **settings: object) -> list[dict]:
+    def loop(self, world: int, change: str = "", **settings: object) -> list[dict]:
         """The loop alone, from the checkpoint "base" here: what each rank has seen (`trace`) and where it ended."""
-        ended = self(world, json.dumps(settings), act=f"loop {mistake}".strip())
+        ended = self(world, json.dumps(settings), act=f"loop {change}".strip())
         assert not any(ended.codes), ended.err
         return [torch.load(f"trace_{k}.pt") for k in range(world)]
 
@@ -144,6 +144,13 @@ def normalised_by_rank() -> None:
     oversight.weigh = wrong  # type: ignore[assignment]
 
 
+def small_buckets() -> None:
+    """Gradients go through buffers of 257 numbers, with room for 256 on 4 ranks."""
+    from orwcfm_fast import ranks
+
+    ranks.BUCKET = 4 * 257
+
+
 def out_of_memory() -> None:
     """The last rank cannot take more than four samples at once through a step."""
     from orwcfm_fast.step import Learner
@@ -178,6 +185,7 @@ def raises() -> None:
 ACTS: dict[str, Callable[[], None]] = {
     "loop": loop,
     "loop normalised by rank": lambda: (normalised_by_rank(), loop()),
+    "loop small buckets": lambda: (small_buckets(), loop()),
     "out of memory": out_of_memory,
     "other packages": other_packages,
     "other settings": other_settings,
