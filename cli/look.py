@@ -91,7 +91,8 @@ def evaluate(
     """Reward, W2 three ways, diversity and fidelity with intervals on held-out noise, models side by side."""
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.evaluation.evaluate import evaluate as measure
-    from orwcfm_fast.evaluation.evaluate import judge_for, target_for
+    from orwcfm_fast.evaluation.evaluate import target_for
+    from orwcfm_fast.evaluation.held_out import judge_for
     from orwcfm_fast.networks.lora import adapters_of
     from orwcfm_fast.rewards import make_holdout, make_reward
     from orwcfm_fast.runs.load import Loader
