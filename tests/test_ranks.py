@@ -130,6 +130,40 @@ def test_ranks_do_what_one_does_on_digits(launch, run_cli):
         same(one, launch.loop(world, **TINY))
 
 
+TELLS = """
+import os
+def f(x):
+    with open(f"asked_{os.environ.get('RANK', 0)}", "a") as file:
+        print(len(x), file=file)
+    return x[:, 0]
+"""
+
+
+def test_closing_figures_are_those_of_one_rank_and_every_rank_has_drawn_its_share(launch, run_cli):
+    base(run_cli)
+    Path("tells.py").write_text(TELLS)
+    more = ("--reward", "tells.py:f", "--holdout-reward", "right", "--eval-n", 600, "--rounds", 1)
+    found = {}
+    for world in (1, 3):  # the second of three has samples with and without a velocity gap
+        ended = launch(world, *LOOP, f"on{world}", *more)
+        assert not any(ended.codes), ended.err
+        summary = json.loads(Path(f"on{world}", "summary.json").read_text())
+        found[world] = [summary["before"], summary["after"]]
+        asked = [Path(f"asked_{k}").read_text().split() for k in range(world)]
+        assert [sizes[-2:] for sizes in asked] == [[str(600 // world)] * 2] * world
+    for one, three in zip(found[1], found[3], strict=True):
+        assert one.keys() == three.keys() and one["n"] == three["n"] == 600
+        for key, value in one.items():
+            assert near(three[key], value), (key, value, three[key])
+    assert found[1][1]["velocity_gap"] > 0 and found[1][1]["holdout"]
+
+
+def near(a, b) -> bool:
+    if isinstance(b, dict):
+        return a.keys() == b.keys() and all(near(a[k], b[k]) for k in b)
+    return a == pytest.approx(b, rel=1e-3, abs=1e-5) if isinstance(b, float) else a == b
+
+
 def test_saved_on_four_ranks_resumed_on_one_two_and_four(launch, run_cli):
     base(run_cli)
     assert not any(launch(4, *LOOP, "whole").codes)

@@ -188,7 +188,7 @@ class Finetuning:
     def _go_on(self) -> None:
         """Go on from the newest whole checkpoint; rounds after it are forgotten."""
         self.resumed = True
-        newest = self.ranks.from_first(lambda: self._newest(set_aside=True))
+        newest = self._newest(set_aside=True)
         if newest:
             self.trainer.restore(newest)
         with self.ranks.together():
@@ -201,9 +201,19 @@ class Finetuning:
                 self._prune()  # a kill may have come between the last save and this
 
     def _newest(self, set_aside: bool = False, every: int = 1) -> checkpoint.Checkpoint | None:
-        if set_aside:
-            history.sweep(self.run.checkpoints)
-        return history.load_newest(self.run.checkpoints, set_aside=set_aside, every=every)
+        """The newest whole checkpoint; the first rank says which it is, and the others read its files too."""
+        found = None
+
+        def choose() -> Path | None:
+            nonlocal found
+            if set_aside:
+                history.sweep(self.run.checkpoints)
+            found = history.load_newest(self.run.checkpoints, set_aside=set_aside, every=every)
+            return found and found.path
+
+        path = self.ranks.from_first(choose)
+        with self.ranks.together():
+            return checkpoint.load(path) if path and not self.ranks.first else found
 
     def _check_forecast(self) -> None:
         """A forecast that cannot be read is none; the report would stumble over it after all the training."""
@@ -306,7 +316,7 @@ class Finetuning:
 
     def _back(self) -> int:
         """To the newest checkpoint, or the start where there is none; the round it holds."""
-        newest = self.ranks.from_first(lambda: self._newest(every=self._every))
+        newest = self._newest(every=self._every)
         if newest:
             self.trainer.restore(newest)
         else:
