@@ -7,5 +7,5 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "benchmarks/gpu.sh: no NVIDIA GPU here")'
-env -u TRITON_INTERPRET "$python" -m pytest tests/kernels -m gpu
+env -u TRITON_INTERPRET "$python" -m pytest tests/kernels tests/test_no_sync.py tests/test_graph.py -m gpu
 env -u TRITON_INTERPRET "$python" -c 'from orwcfm_fast.cli import main; main()' bench --full --out benchmarks/results

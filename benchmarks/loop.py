@@ -1,7 +1,6 @@
 """The online loop against the plain one, in one run, alternating, one ratio a rung: `orwcfm bench loop`."""
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -13,17 +12,23 @@ from torch import Tensor
 
 from orwcfm_fast import noise
 from orwcfm_fast.benchmarks.plain_loop import BATCH, EULER_STEPS, PlainLoop, torchcfm_network
+from orwcfm_fast.benchmarks.ways import (
+    CPU,
+    LORA_RANK,
+    alternate,
+    bench_policy,
+    forward_flop,
+    matrix_rate,
+    paired,
+)
 from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.device import device_name
-from orwcfm_fast.networks.policy import Policy, make_policy
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rollout import sample, start_noise
 from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
 
-SIZES = {"digits": ("unet-digits", (1, 8, 8)), "cifar10": ("unet-cifar10", (3, 32, 32))}
-CPU = torch.device("cpu")
-LORA_RANK = 16
 PASSES = 4  # over each draw where the reference is cached
 DEFAULT = Finetune()
 REUSE = DEFAULT.steps_per_round * DEFAULT.batch / DEFAULT.rollout  # gradient samples a rollout sample
@@ -48,6 +53,7 @@ LADDER = (
     Rung("the same in bf16", "bf16", "bf16 cached"),
     Rung("the same with LoRA", "lora", "lora"),
     Rung("LoRA, reference paired", "lora", "lora paired"),
+    Rung("bf16, the step a CUDA graph", "bf16", "bf16 graph"),
     Rung("one fresh batch a step, fp32", "fp32", "fp32", 1.0),
     Rung("one fresh batch a step, bf16", "bf16", "bf16", 1.0),
 )
@@ -57,8 +63,8 @@ LADDER = (
 class Row:
     """Images a second drawn, trained on, and through the loop (an image drawn for every `reuse` trained on).
 
-    The ratios are to the plain loop, medians over runs paired in time; matrix_share: FLOP/s of the rollout
-    over those of a large matrix product in the same precision and run.
+    The ratios are to the plain loop, medians over runs paired in time; rollout_share:
+    of the loop's time; matrix_share: FLOP/s of the rollout over the highest seen in the same precision and run.
     """
 
     data: str
@@ -69,58 +75,8 @@ class Row:
     rollout_ratio: float
     step_ratio: float
     loop_ratio: float
+    rollout_share: float
     matrix_share: float
-
-
-def bench_policy(data: str, precision: str, device: torch.device = CPU) -> Policy:
-    """The preset as initialised, its zero layers randomised so that every product is a real one."""
-    model, shape = SIZES[data]
-    policy = make_policy(model, data, shape, device, precision)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in policy.network.parameters():
-            if not p.any():
-                p.copy_(0.02 * torch.randn(p.shape, generator=generator))
-    return policy
-
-
-def alternate(
-    ways: dict[str, Callable[[], int]], repeats: int, device: torch.device = CPU
-) -> dict[str, list[float]]:
-    """Images a second of each way, in turn, `repeats` times after one warm-up; each call returns its images."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for call in ways.values():
-        call()
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, call in ways.items():
-            wait()
-            began = time.perf_counter()
-            images = call()
-            wait()
-            found[name].append(images / (time.perf_counter() - began))
-    return found
-
-
-def matrix_rate(dtype: torch.dtype, device: torch.device = CPU) -> float:
-    """FLOP/s of a product of two large square matrices, the best of four."""
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device).to(dtype)
-
-    def product() -> int:
-        torch.mm(a, a)
-        return 1
-
-    return 2 * size**3 * max(alternate({"product": product}, 4, device)["product"])
-
-
-def forward_flop(policy: Policy) -> float:
-    """Floating-point operations of one forward pass of one image, as torch counts them."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        policy.velocity(0.5, torch.zeros(1, *policy.shape, device=policy.device))
-    return float(counter.get_total_flops())
 
 
 class Measured:
@@ -143,12 +99,14 @@ class Measured:
         add_lora(adapted.network, LORA_RANK)
         self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)
         self.learners["lora paired"] = self.learner(adapted, pair=True)
+        if device.type == "cuda":
+            self.learners["bf16 graph"] = self.learner(self.policies["bf16"], graph=True)
         self.x0 = start_noise(first, batch, 0)
         self.x1 = torch.randn(batch, *first.shape, device=device).clamp(-1, 1)
         self.seed = torch.tensor(0, device=device)
 
-    def learner(self, policy: Policy, pair: bool = False) -> Learner:
-        return Learner(policy, policy.frozen_copy(), self.settings.model_copy(update={"pair": pair}))
+    def learner(self, policy: Policy, **change: bool) -> Learner:
+        return Learner(policy, policy.frozen_copy(), self.settings.model_copy(update=change))
 
     def coupled(self) -> Batch:
         device = self.x1.device
@@ -207,7 +165,7 @@ def measure(data: str, batch: int, repeats: int, euler_share: float, device: tor
         step[way] = [PASSES / (1 / a + (PASSES - 1) / b) for a, b in zip(step[whole], step[way], strict=True)]
     base_loop = through(rollout["plain"], step["plain"], 1.0)
     rows = []
-    for rung in LADDER:
+    for rung in (rung for rung in LADDER if rung.step in step):
         drawn, trained = rollout[rung.rollout], step[rung.step]
         both = through(drawn, trained, rung.reuse)
         nfe = EULER_STEPS if rung.rollout == "plain" else ready.settings.nfe
@@ -216,6 +174,7 @@ def measure(data: str, batch: int, repeats: int, euler_share: float, device: tor
             Row(
                 data, rung.way, statistics.median(drawn), statistics.median(trained), statistics.median(both),
                 paired(drawn, rollout["plain"]), paired(trained, step["plain"]), paired(both, base_loop),
+                statistics.median(b / (rung.reuse * a) for a, b in zip(drawn, both, strict=True)),
                 statistics.median(drawn) * nfe * flop / rate,
             )
         )  # fmt: skip
@@ -227,23 +186,21 @@ def through(drawn: list[float], trained: list[float], reuse: float) -> list[floa
     return [1 / (1 / (reuse * a) + 1 / b) for a, b in zip(drawn, trained, strict=True)]
 
 
-def paired(found: list[float], plain: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(found, plain, strict=True))
-
-
 def run(
     full: bool = False, watch: Callable[[str], None] | None = None, device: torch.device = CPU
 ) -> dict[str, Any]:
-    """Measure; the short form takes under two minutes on two cores.
+    """Measure; the short form takes under two minutes on two cores, the full one an hour.
 
     Returns:
-        machine, versions, date and rows as plain values; with `full` the race to a wanted reward as well.
+        machine, versions, date and rows as plain values; with `full` also pretraining and peak memory of the
+        CIFAR-10 UNet, and the race to a wanted reward. Full, it is at the paper's batch, on a GPU at one that fills it.
     """
+    from orwcfm_fast.benchmarks import memory, pretraining
     from orwcfm_fast.benchmarks.race import race
 
     say = watch or (lambda text: None)
     cuda = device.type == "cuda"
-    cifar = (512 if full else 128) if cuda else (16 if full else 2)
+    cifar = (512 if cuda else BATCH) if full else (128 if cuda else 2)
     plan = [("digits", BATCH, 3, 0.1), ("cifar10", cifar, 3 if full or cuda else 1, 0.03)]
     rows: list[Row] = []
     for data, batch, repeats, share in plan:
@@ -258,18 +215,44 @@ def run(
         "rows": [asdict(row) for row in rows],
     }
     if full:
+        say("pretraining")
+        found["pretraining"] = pretraining.measure(cifar, 3, device)
+        say("peak memory")
+        found["memory"] = memory.measure(cifar if cuda else 16, device)
         say("race to a wanted reward on digits")
-        found["race"] = race(seeds=1, limit=120.0, device=device)
+        found["race"] = race(seeds=3, limit=120.0, device=device)
     return found
 
 
-def race_line(found: dict[str, Any]) -> str:
-    """What the race found, in one line."""
-    ways = ", ".join(
-        f"{f['way']} {f['seconds']:.3g} s" if f["seconds"] else f"{f['way']} not in {found['limit']:g} s"
-        for f in found["finishes"]
-    )
-    return f"to mean reward {found['goal']} on digits: {ways}; {found['ratio']:.3g}×"
+def extra_lines(found: dict[str, Any]) -> list[str]:
+    """What the full form measures besides the ladder, a line each."""
+    lines = [
+        f"pretraining, {row['way']}: {row['images_per_s']:.3g} images/s, {row['ratio']:.2f}×"
+        for row in found.get("pretraining", ())
+    ]
+    lines += [
+        f"peak memory, {row['way']}: {row['peak'] / 2**30:.2f} GiB, {row['peak_ratio']:.2f}×; weights, gradients,"
+        f" optimiser and copies {row['held'] / 2**30:.2f} GiB, {row['held_ratio']:.2f}×"
+        for row in found.get("memory", ())
+    ]
+    return lines + (race_lines(found["race"]) if "race" in found else [])
+
+
+def race_lines(found: dict[str, Any]) -> list[str]:
+    """What the race found, a line a way: medians over the seeds."""
+    lines = []
+    for way in dict.fromkeys(f["way"] for f in found["finishes"]):
+        runs = [f for f in found["finishes"] if f["way"] == way]
+        seconds, w2, confidence = (
+            statistics.median(f[key] or found["limit"] for f in runs)
+            for key in ("seconds", "w2_coupled", "confidence")
+        )
+        ratio = f", {found['ratios'][way]:.3g}×" if way in found["ratios"] else ""
+        lines.append(
+            f"to mean reward {found['goal']} on digits, {way}: {seconds:.3g} s{ratio};"
+            f" coupled W2 {w2:.2f}, confidence {confidence:.3f}"
+        )
+    return lines
 
 
 def plot(found: dict[str, Any], path: str | Path) -> None:
@@ -289,7 +272,18 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-COLUMNS = ("data", "way", "drawn", "trained on", "loop", "× drawn", "× trained", "× loop", "of matrix rate")
+COLUMNS = (
+    "data",
+    "way",
+    "drawn",
+    "trained on",
+    "loop",
+    "× drawn",
+    "× trained",
+    "× loop",
+    "drawing",
+    "of matrix rate",
+)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -297,4 +291,4 @@ def cells(row: dict[str, Any]) -> list[str]:
     texts = [row["data"], row["way"]]
     texts += [f"{row[key]:.3g}" for key in ("rollout", "step", "loop")]
     texts += [f"{row[key]:.2f}" for key in ("rollout_ratio", "step_ratio", "loop_ratio")]
-    return [*texts, f"{row['matrix_share']:.0%}"]
+    return texts + [f"{row[key]:.0%}" for key in ("rollout_share", "matrix_share")]

@@ -1,8 +1,9 @@
 """Peak memory of fine-tuning the CIFAR-10 U-Net, each way in a process of its own.
 
-`python -m orwcfm_fast.benchmarks.memory --batch 16 --out FILE.json`: a short rollout and two gradient steps of the
-plain loop, of ours in float32 and bfloat16, and with LoRA. `peak` is the process's largest
-resident set less what it held after its imports; `held` is weights, gradients, optimiser state and copies of weights.
+`python -m orwcfm_fast.benchmarks.memory --batch 16`: a short rollout and two gradient steps of the
+plain loop, of ours in float32 and bfloat16, and with LoRA. `peak` is, on a GPU, what torch allocated at most, else the
+process's largest resident set less what it held after its imports; `held` is weights, gradients, optimiser state and
+copies of weights.
 """
 
 import argparse
@@ -11,21 +12,17 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from orwcfm_fast import noise
-from orwcfm_fast.benchmarks.loop import LORA_RANK, bench_policy
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
+from orwcfm_fast.benchmarks.ways import CPU, LORA_RANK, bench_policy
 from orwcfm_fast.coupling import couple
-from orwcfm_fast.device import device_name
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.rollout import sample, start_noise
-from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
 
@@ -33,8 +30,10 @@ WAYS = ("plain", "fp32", "bf16", "lora")
 EVALUATIONS = 4  # a rollout's peak does not depend on how many there are
 
 
-def resident() -> int:
-    """Largest resident set of this process so far, bytes."""
+def most(device: torch.device) -> int:
+    """Bytes that this process held at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -48,10 +47,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
 
 
-def plain(batch: int) -> int:
+def plain(batch: int, device: torch.device) -> int:
     """Run the plain loop; bytes held."""
     policy = bench_policy("cifar10", "fp32")
-    network = torchcfm_network(policy.model, policy.network.state_dict())
+    network = torchcfm_network(policy.model, policy.network.state_dict()).to(device)
     shape = policy.shape
     del policy
     loop = PlainLoop(network, lambda x: x.flatten(1).mean(1), shape, 1.0, 0.5, batch, EVALUATIONS)
@@ -63,46 +62,38 @@ def plain(batch: int) -> int:
     return size([*copies, *grads, *optimizer_state(loop.optimizer)])
 
 
-def ours(way: str, batch: int) -> int:
+def ours(way: str, batch: int, device: torch.device) -> int:
     """Run our rollout and step; bytes held (gradients are freed after each step: counted as they were)."""
-    policy = bench_policy("cifar10", "bf16" if way == "bf16" else "fp32")
+    policy = bench_policy("cifar10", "bf16" if way == "bf16" else "fp32", device)
     if way == "lora":
         add_lora(policy.network, LORA_RANK)
     s = Finetune(batch=batch, rollout=batch, solver="euler", nfe=EVALUATIONS)
     reference = policy.frozen_copy()
     learner = Learner(policy, reference, s)
-    seed = torch.tensor(0)
+    seed = torch.tensor(0, device=device)
     for step in range(2):
         x1 = sample(policy, start_noise(policy, batch, 0), s, batch).clone()
-        index = noise.indices(step * batch, batch, "cpu")
-        learner.step(couple(x1, torch.ones(batch), 1.0, seed, index), seed)
+        index = noise.indices(step * batch, batch, device)
+        learner.step(couple(x1, torch.ones(batch, device=device), 1.0, seed, index), seed)
     copies = [*policy.network.parameters(), *reference.network.parameters()]
     return size([*copies, *optimizer_state(learner.optimizer)]) + size(learner.parameters)
 
 
-def child(way: str, batch: int) -> None:
-    before = resident()
-    held = plain(batch) if way == "plain" else ours(way, batch)
-    print(json.dumps({"way": way, "peak": resident() - before, "held": held}))
+def child(way: str, batch: int, device: torch.device) -> None:
+    before = most(device)
+    held = plain(batch, device) if way == "plain" else ours(way, batch, device)
+    print(json.dumps({"way": way, "batch": batch, "peak": most(device) - before, "held": held}))
 
 
-def measure(batch: int) -> list[dict[str, Any]]:
+def measure(batch: int, device: torch.device = CPU) -> list[dict[str, Any]]:
     """One row a way, with ratios to the plain loop."""
     rows: list[dict[str, Any]] = []
     for way in WAYS:
-        command = [
-            sys.executable,
-            "-m",
-            "orwcfm_fast.benchmarks.memory",
-            "--child",
-            way,
-            "--batch",
-            str(batch),
-        ]
+        command = [sys.executable, "-m", "orwcfm_fast.benchmarks.memory", "--child", way]
+        command += ["--batch", str(batch), "--device", str(device)]
         rows.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
         first = rows[0]
         rows[-1] |= {f"{k}_ratio": rows[-1][k] / first[k] for k in ("peak", "held")}
-        print(rows[-1], flush=True)
     return rows
 
 
@@ -110,20 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--child", choices=WAYS)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", type=torch.device, default=CPU)
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments.child, arguments.batch)
+        child(arguments.child, arguments.batch, arguments.device)
         return
-    found = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device_name(torch.device("cpu")),
-        "versions": checkpoint.versions(),
-        "batch": arguments.batch,
-        "rows": measure(arguments.batch),
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    rows = measure(arguments.batch, arguments.device)
+    print(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

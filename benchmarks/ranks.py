@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from orwcfm_fast.benchmarks.loop import bench_policy
+from orwcfm_fast.benchmarks.ways import bench_policy
 from orwcfm_fast.networks.lora import trained_parameters
 from orwcfm_fast.ranks import joined
 from orwcfm_fast.saving import checkpoint

@@ -188,8 +188,8 @@ def bench(
         if not as_json:
             say(f"\nloop on {found['loop']['device']}; {found['loop']['solver']}; images/s and × plain")
             console.out.print(console.plain_table(loop.COLUMNS, map(loop.cells, found["loop"]["rows"])))
-            if full:
-                say(loop.race_line(found["loop"]["race"]))
+            for line in loop.extra_lines(found["loop"]):
+                say(line)
         if out:
             say(str(save(found["loop"], out, loop.plot, "loop-")), as_json)
     if as_json:

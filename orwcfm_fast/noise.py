@@ -19,12 +19,17 @@ __all__ = [
     "X0",
     "T",
 ]
-__all__ += ["choice", "indices", "normal", "permutation", "uniform"]
+__all__ += ["choice", "indices", "normal", "permutation", "seed_on", "uniform"]
 
 
 def indices(start: int, n: int, device: torch.device | str) -> Tensor:
     """Global numbers start … start+n−1 of draws, int64 [n]."""
     return torch.arange(start, start + n, device=device)
+
+
+def seed_on(seed: int, device: torch.device | str) -> Tensor:
+    """A seed as the 0-d int64 tensor that the noise wants, filled in there: a copy would wait for the device."""
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def permutation(n: int, seed: Tensor, number: int, purpose: int = MINIBATCH) -> Tensor:

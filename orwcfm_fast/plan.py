@@ -199,7 +199,7 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
         add_lora(policy.network, s.lora, seed=s.seed)
     reference = policy.frozen_copy()
     learner = Learner(policy, reference, s)
-    seed = torch.tensor(s.seed, device=device)
+    seed = noise.seed_on(s.seed, device)
 
     def step(size: int, parts: int = 1) -> None:
         index = noise.indices(0, size * parts, device)

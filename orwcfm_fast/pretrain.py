@@ -34,7 +34,7 @@ class Pretrainer:
         policy.network.train()
         self.parameters = [*policy.network.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, settings.lr, weight_decay=0.0, fused=True)
-        self.seed = torch.tensor(settings.seed, device=policy.device)
+        self.seed = noise.seed_on(settings.seed, policy.device)
         self.steps = 0
         self.pause: Callable[[], None] = lambda: None  # called after each step; may raise
         self.losses: list[Tensor] = []  # since the last report

@@ -65,7 +65,7 @@ def in_parts(
 def start_noise(policy: Policy, n: int, seed: int, purpose: int = noise.SAMPLE, first: int = 0) -> Tensor:
     """Noise x0 [n, *shape] of draws first … first+n−1."""
     index = noise.indices(first, n, policy.device)
-    return noise.normal(policy.shape, torch.tensor(seed, device=policy.device), index, purpose)
+    return noise.normal(policy.shape, noise.seed_on(seed, policy.device), index, purpose)
 
 
 def start_conditions(policy: Policy, n: int, how: Sampling, first: int = 0) -> Tensor | None:

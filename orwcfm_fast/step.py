@@ -8,6 +8,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from orwcfm_fast.coupling import Batch
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.graph import StepGraph
 from orwcfm_fast.guarding.memory import halving
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
 from orwcfm_fast.networks.lora import trained_parameters
@@ -52,7 +54,14 @@ class Learner:
         self.parameters = trained_parameters(policy.network)
         self.micro_batch = min(settings.micro_batch or settings.batch, settings.batch)
         self.on_halved: Callable[[int], None] = lambda size: None
-        self.optimizer = AdamW(self.parameters, settings.lr, weight_decay=0.0, fused=True)
+        self.graph = StepGraph() if settings.graph else None
+        if self.graph and (policy.device.type != "cuda" or ranks.world > 1):
+            raise UserError("--graph: needs an NVIDIA GPU, and no more than one; leave it out")
+        self.ran = False  # a step, in this process
+        lr = torch.full((), settings.lr, device=policy.device) if self.graph else settings.lr
+        self.optimizer = AdamW(
+            self.parameters, lr, weight_decay=0.0, fused=True, capturable=self.graph is not None
+        )
         self.schedule = LambdaLR(self.optimizer, lambda step: rate(settings, step))
         self.phases = Phases(policy.device)
 
@@ -62,7 +71,10 @@ class Learner:
         for group, base, share in zip(
             self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
         ):
-            group["lr"] = base * share(step)
+            if isinstance(group["lr"], Tensor):  # a graph reads it where it is
+                group["lr"].fill_(base * share(step))
+            else:
+                group["lr"] = base * share(step)
 
     def anchor(self, batch: Batch) -> Tensor:
         """The reference's velocity at the batch's points, [B, *shape]."""
@@ -76,18 +88,31 @@ class Learner:
 
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
         """One step on a batch, or on this rank's part of it; (mean fm, mean w2, gradient norm) [3], float32."""
-        losses = halving(
-            lambda size: self.gradient(batch, seed, size),
-            self.at_once(batch),
-            "micro-batch",
-            self.set_micro_batch,
-        )
-        with self.phases("optimizer"):
-            self.add_up(losses)
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, foreach=True)
-            self.optimizer.step()
-            self.schedule.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        if (
+            self.graph and self.ran
+        ):  # the first compiles kernels, finds the micro-batch, makes the optimiser's state
+            size = self.at_once(batch)
+            with self.phases("policy"):
+                found = self.graph(batch, lambda own: self.update(self.gradient(own, seed, size)), size)
+        else:
+            losses = halving(
+                lambda size: self.gradient(batch, seed, size),
+                self.at_once(batch),
+                "micro-batch",
+                self.set_micro_batch,
+            )
+            with self.phases("optimizer"):
+                self.add_up(losses)
+                found = self.update(losses)
+            self.ran = True
+        self.schedule.step()
+        return found
+
+    def update(self, losses: Tensor) -> Tensor:
+        """Clip the gradient, step the optimiser; the losses and the gradient's norm [3]."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return torch.cat([losses, norm.float().view(1)])
 
     def gradient(self, batch: Batch, seed: Tensor, micro_batch: int) -> Tensor:

@@ -95,7 +95,7 @@ class Trainer:
         self.learner = Learner(policy, self.reference, settings, ranks)
         self.learner.on_halved = self.oversight.set_micro_batch
         self.phases = self.learner.phases
-        self.seed = torch.tensor(settings.seed, device=policy.device)
+        self.seed = noise.seed_on(settings.seed, policy.device)
         self.pause: Callable[[], None] = lambda: None
         self.round = 0
         self.steps = 0  # of whole rounds
@@ -209,8 +209,9 @@ class Trainer:
         if s.reference_passes == 1:
             yield from map(make, range(skip, drawn))
             return
+        seed = noise.seed_on(s.seed, "cpu")  # the order is the host's to know
         turns = [
-            noise.permutation(drawn, self.seed, number * s.reference_passes + p, noise.REUSE).tolist()
+            noise.permutation(drawn, seed, number * s.reference_passes + p, noise.REUSE).tolist()
             for p in range(s.reference_passes)
         ]
         kept: dict[int, Batch] = {}

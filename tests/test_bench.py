@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orwcfm_fast.benchmarks import loop
+from orwcfm_fast.benchmarks import loop, pretraining, ways
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
 
 
@@ -17,7 +17,7 @@ def test_plain_loop_follows_the_same_gradient_as_the_learner():
     from orwcfm_fast.settings import Finetune
     from orwcfm_fast.step import Learner
 
-    policy = loop.bench_policy("digits", "fp32")
+    policy = ways.bench_policy("digits", "fp32")
     plain = PlainLoop(
         torchcfm_network("unet-digits", policy.network.state_dict()), None, (1, 8, 8), 1.0, 0.0, 8
     )
@@ -42,12 +42,31 @@ def test_plain_loop_follows_the_same_gradient_as_the_learner():
 @pytest.mark.slow
 def test_bench_loop_climbs_every_rung_on_digits():
     found = {r.way: r for r in loop.measure("digits", 8, 1, 0.03)}
-    assert [*found] == [rung.way for rung in loop.LADDER]
+    assert [*found] == [rung.way for rung in loop.LADDER if "graph" not in rung.step], "that needs a GPU"
     plain = found.pop("plain")
     assert plain.rollout_ratio == plain.step_ratio == plain.loop_ratio == 1
     assert all(min(r.rollout, r.step, r.loop) > 0 for r in found.values())
     assert found["+ solver"].rollout_ratio > 3, "99 Euler steps against a dozen and two"
     assert found["+ rollout reuse"].loop_ratio > 2
+    assert all(0 < r.rollout_share < 1 for r in found.values())
+    assert plain.rollout_share > 0.9, "the plain loop samples, and little else"
+
+
+def test_the_pretraining_baseline_trains_all_weights_and_averages_them():
+    policy = ways.bench_policy("digits", "fp32")
+    start = {k: v.clone() for k, v in policy.network.state_dict().items()}
+    data = torch.randn(8, 1, 8, 8)
+    plain = pretraining.PlainPretraining(torchcfm_network("unet-digits", start), data, 8)
+    plain.step()
+    assert plain.schedule.last_epoch == 1 and plain.optimizer.param_groups[0]["lr"] == 2e-4 / 5000
+    plain.step()
+    now = plain.network.state_dict()
+    moved = [k for k in start if not torch.equal(start[k], now[k])]
+    assert len(moved) == len(start)
+    average = plain.average.state_dict()
+    for key in moved:  # two steps, the first at rate 0
+        expected = start[key] * pretraining.DECAY + now[key] * (1 - pretraining.DECAY)
+        torch.testing.assert_close(average[key], expected, rtol=0, atol=1e-7)
 
 
 def test_bench_refuses_what_it_does_not_know(run_cli):
@@ -57,8 +76,9 @@ def test_bench_refuses_what_it_does_not_know(run_cli):
 
 @pytest.mark.slow
 def test_bench_loop_prints_json(run_cli, monkeypatch):
-    monkeypatch.setattr(loop, "SIZES", {"digits": loop.SIZES["digits"]})
-    monkeypatch.setattr(loop, "measure", lambda data, *a: [loop.Row(data, "plain", 3, 2, 1, 1, 1, 1, 0.5)])
+    monkeypatch.setattr(
+        loop, "measure", lambda data, *a: [loop.Row(data, "plain", 3, 2, 1, 1, 1, 1, 0.4, 0.5)]
+    )
     found = json.loads(run_cli("bench", "loop", "--json").out)["loop"]
     assert found["rows"][0]["rollout"] == 3 and "torch" in found["versions"]
     shown = run_cli("bench", "loop", "--out", "kept").out
@@ -67,7 +87,25 @@ def test_bench_loop_prints_json(run_cli, monkeypatch):
     assert json.loads(kept.read_text())["rows"] == found["rows"] and kept.with_suffix(".png").exists()
 
 
-def test_the_race_is_told_in_one_line():
-    finishes = [{"way": "ours", "seconds": 1.5}, {"way": "plain", "seconds": None}]
-    line = loop.race_line({"goal": 0.65, "limit": 120.0, "ratio": 80.0, "finishes": finishes})
-    assert line == "to mean reward 0.65 on digits: ours 1.5 s, plain not in 120 s; 80×"
+def test_the_race_is_told_a_line_a_way():
+    finishes = [
+        {"way": "ours, fp32", "seconds": 1.5, "w2_coupled": 1.2, "confidence": 0.96},
+        {"way": "plain", "seconds": None, "w2_coupled": 1.3, "confidence": 0.97},
+    ]
+    race = {"goal": 0.65, "limit": 120.0, "ratios": {"ours, fp32": 80.0}, "finishes": finishes}
+    assert loop.race_lines(race) == [
+        "to mean reward 0.65 on digits, ours, fp32: 1.5 s, 80×; coupled W2 1.20, confidence 0.960",
+        "to mean reward 0.65 on digits, plain: 120 s; coupled W2 1.30, confidence 0.970",
+    ]
+
+
+def test_the_full_form_tells_pretraining_and_memory():
+    found = {
+        "pretraining": [{"way": "bf16", "batch": 8, "images_per_s": 12.34, "ratio": 2.5}],
+        "memory": [{"way": "lora", "peak": 2**30, "peak_ratio": 0.5, "held": 2**29, "held_ratio": 0.25}],
+    }
+    assert loop.extra_lines(found) == [
+        "pretraining, bf16: 12.3 images/s, 2.50×",
+        "peak memory, lora: 1.00 GiB, 0.50×; weights, gradients, optimiser and copies 0.50 GiB, 0.25×",
+    ]
+    assert loop.extra_lines({}) == []

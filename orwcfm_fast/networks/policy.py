@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from orwcfm_fast import noise
 from orwcfm_fast.device import resolve_precision
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.networks import lora
@@ -73,7 +74,7 @@ class Policy:
         """Rows [B] of the table of prompts for draws `index`; None where the policy has none."""
         if self.conditions is None:
             return None
-        return self.conditions.draw(torch.tensor(seed, device=self.device), index, group)
+        return self.conditions.draw(noise.seed_on(seed, self.device), index, group)
 
     def prompts_of(self, condition: Tensor | None) -> list[Prompt] | None:
         """What a reward is told of samples of those conditions."""

@@ -1,0 +1,66 @@
+"""A step replayed from a CUDA graph does what a step does: the buffers on a CPU, all of it on a GPU."""
+
+import pytest
+import torch
+
+from orwcfm_fast import graph, noise
+from orwcfm_fast.coupling import couple
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.networks.policy import make_policy
+from orwcfm_fast.settings import Finetune
+from orwcfm_fast.step import Learner
+
+SEED = torch.tensor(0)
+SETTINGS = Finetune(batch=8, warmup=4, steps_per_round=6)
+
+
+def batch_of(step, n=8, device="cpu", alpha=1.0):
+    index = noise.indices(8 * step, n, device)
+    x1 = noise.normal((1, 8, 8), 7, index, noise.ROLLOUT)
+    w = noise.uniform((1,), 7, index, noise.T)[:, 0] + 0.5
+    return couple(x1, w, alpha, noise.seed_on(0, device), index)
+
+
+def results(learner, batches):
+    found = torch.stack([learner.step(b, noise.seed_on(0, b.x1.device)) for b in batches])
+    return found, [p.detach().clone() for p in learner.parameters]
+
+
+def learner_of(device, **change):
+    policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device(device), "fp32")
+    return Learner(policy, policy.frozen_copy(), SETTINGS.model_copy(update=change))
+
+
+def recorded_late(body):
+    """As `graph.record`, where there is no GPU: kernels run at replay alone, on what the buffers then hold."""
+    found = torch.zeros(3)
+    return lambda: found.copy_(body()), found
+
+
+def test_replayed_steps_read_their_batch_rate_and_weights_anew(monkeypatch):
+    recordings = []
+    monkeypatch.setattr(graph, "record", lambda body: recordings.append(1) or recorded_late(body))
+    batches = [batch_of(k, alpha=0.5 + k) for k in range(6)] + [batch_of(6, 5), batch_of(7, 5), batch_of(8)]
+    expected = results(learner_of("cpu"), batches)
+    learner = learner_of("cpu")
+    learner.graph = graph.StepGraph()
+    group = learner.optimizer.param_groups[0]
+    group["lr"] = torch.tensor(group["lr"])
+    found = results(learner, batches)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # the rate is in float32
+    assert len(recordings) == 3, "once, and once more for each change of size"
+
+
+def test_a_graph_is_refused_without_a_gpu():
+    with pytest.raises(UserError, match="--graph: needs an NVIDIA GPU"):
+        learner_of("cpu", graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_a_graph_takes_the_steps_that_are_taken_without(micro_batch):
+    batches = [batch_of(k, device="cuda", alpha=0.5 + k) for k in range(8)]
+    expected = results(learner_of("cuda", micro_batch=micro_batch), batches)
+    found = results(learner_of("cuda", micro_batch=micro_batch, graph=True), batches)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
