@@ -91,7 +91,8 @@ def evaluate(
     """Reward, W2 three ways, diversity and fidelity with intervals on held-out noise, models side by side."""
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.evaluation.evaluate import evaluate as measure
-    from orwcfm_fast.evaluation.evaluate import judge_for, target_for
+    from orwcfm_fast.evaluation.evaluate import target_for
+    from orwcfm_fast.evaluation.held_out import judge_for
     from orwcfm_fast.networks.lora import adapters_of
     from orwcfm_fast.rewards import make_holdout, make_reward
     from orwcfm_fast.runs.load import Loader
@@ -101,9 +102,9 @@ def evaluate(
     s = settings(Evaluation, config, given)
     times(s.nfe, s.solver, s.grid)
     loader = Loader(resolve_device(s.device), s.precision, preset, data, how=s)
-    if s.reward:
-        make_reward(s.reward, s)
-    make_holdout(s)
+    if s.reward:  # the model may bring prompts
+        make_reward(s.reward, s.of_prompts())
+    make_holdout(s.of_prompts())
     found = [load(loader, spec, quiet) for spec in models or [""]]
     for item in found:
         say(f"model: {item.name}", quiet)
@@ -149,9 +150,8 @@ def reward_options(s: RewardOptions, found: "Loaded") -> RewardOptions:
         written = {k: v for k, v in build(RewardOptions, written, where=f"{config}: ") if k in written}
         for key in ("reward", "holdout_reward"):
             check_code_named(written.get(key, []), (), config, key)
-        if found.policy.conditions:
-            written["prompts"] = str(config)  # the run has its prompts with it
         s = s.model_copy(update=written)
+    s = s.of_prompts() if found.policy.conditions else s
     return s if s.reward else s.model_copy(update={"reward": [own_reward(found.policy)]})
 
 

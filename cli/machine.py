@@ -65,6 +65,7 @@ def doctor(
         float | None,
         typer.Option(help="plan a diffusers pipeline for a GPU with this memory, in GiB", min=0.1),
     ] = None,
+    ranks: Annotated[int, typer.Option(help="plan for each of so many ranks", min=1)] = 1,
     config: Config = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -73,9 +74,9 @@ def doctor(
     import json
 
     if plan:
-        _plan(settings(Finetune, config, given), gpu_gib, as_json)
+        _plan(settings(Finetune, config, given), gpu_gib, ranks, as_json)
         return
-    if given or config or gpu_gib:
+    if given or config or gpu_gib or ranks > 1:
         raise UserError("settings say what to plan: give --plan as well")
     from orwcfm_fast.doctor import examine
 
@@ -89,7 +90,7 @@ def doctor(
             say(f"  {key:<22}{value}")
 
 
-def _plan(s: Finetune, gpu_gib: float | None, as_json: bool) -> None:
+def _plan(s: Finetune, gpu_gib: float | None, ranks: int, as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
@@ -99,7 +100,7 @@ def _plan(s: Finetune, gpu_gib: float | None, as_json: bool) -> None:
         if is_pipeline(s.model):
             from orwcfm_fast.plan_pipeline import plan_pipeline
 
-            plans = plan_pipeline(s, gpu_gib)
+            plans = plan_pipeline(s, gpu_gib, ranks)
         elif gpu_gib:
             raise UserError(
                 "--gpu-gib: plans a diffusers pipeline; other models are probed on the device here"
@@ -107,7 +108,7 @@ def _plan(s: Finetune, gpu_gib: float | None, as_json: bool) -> None:
         else:
             from orwcfm_fast.plan import plan_run
 
-            plans = {"": plan_run(s)}
+            plans = {"": plan_run(s, ranks)}
     if as_json:
         found = {k: asdict(p) | {"peak": p.peak, "fits": p.fits} for k, p in plans.items()}
         print(json.dumps(found.get("", found), indent=1))
@@ -123,6 +124,8 @@ def _show_plan(found: "Plan", s: Finetune) -> None:
         "step": f"micro-batch {found.micro_batch}",
         "rollout": f"chunk {found.chunk}",
         "reward": "whole rollout",
+        "probe": "after a round",
+        "evaluation": "after the last",
         "encoding": "before the rest",
     }
     rows = [[name, f"{n / 2**20:.1f}"] for name, n in found.held.items()]

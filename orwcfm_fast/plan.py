@@ -25,6 +25,8 @@ from orwcfm_fast.guarding.memory import out_of_memory
 from orwcfm_fast.guarding.steer import probe_size
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.policy import Policy, make_policy
+from orwcfm_fast.plan_looks import Looks
+from orwcfm_fast.ranks import bucket_bytes
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.rollout import Reward, draw, start_noise
 from orwcfm_fast.runs.load import DEFAULT, FOREIGN_DATA, Loader
@@ -33,6 +35,7 @@ from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
 
 HEADROOM = 0.9  # of the memory there is
+PHASES = ("step", "rollout", "reward", "probe", "evaluation")
 PROBE_SECONDS = 10.0  # for each thing probed
 
 
@@ -73,7 +76,8 @@ class Plan:
 
     Attributes:
         micro_batch, chunk: the largest halves of what was asked for that fit.
-        held: by part, what is there all the time; step, rollout, reward: by part, what each adds at its peak.
+        held: by part, what is there all the time; step, rollout, reward, probe, evaluation: by part, what each
+            adds at its peak.
         process: Python, torch and its libraries themselves (CPU only).
         limit: memory there is; seconds: of a round, by phase.
         encoding: by part, of prompts, before anything else is there.
@@ -90,12 +94,14 @@ class Plan:
     limit: int
     seconds: dict[str, float]
     encoding: dict[str, int] = field(default_factory=dict)
+    probe: dict[str, int] = field(default_factory=dict)
+    evaluation: dict[str, int] = field(default_factory=dict)
 
     @property
     def phases(self) -> dict[str, int]:
-        """Peak of torch's own allocations in each phase of a round, and before all rounds."""
+        """Peak of torch's own allocations in each phase of a round, after the last, and before the first."""
         held = sum(self.held.values())
-        found = {name: held + sum(getattr(self, name).values()) for name in ("step", "rollout", "reward")}
+        found = {name: held + sum(getattr(self, name).values()) for name in PHASES}
         return found | ({"encoding": sum(self.encoding.values())} if self.encoding else {})
 
     @property
@@ -157,7 +163,7 @@ def _timed(work: Callable[[int], object], size: int, device: torch.device) -> fl
     return time.perf_counter() - began
 
 
-def plan_run(s: Finetune) -> Plan:
+def plan_run(s: Finetune, ranks: int = 1) -> Plan:
     """Plan `orwcfm finetune` with these settings; a network preset stands in for its weights.
 
     Raises:
@@ -176,15 +182,17 @@ def plan_run(s: Finetune) -> Plan:
             raise UserError(f"model '{model}': say for which data with --data (orwcfm list data)")
         policy = make_policy(model, data, source(data)[0].shape or (3, 32, 32), device, s.precision)
     reward = make_reward(s.reward or [source(policy.data)[0].reward], s)
-    return make_plan(policy, reward, s)
+    return make_plan(policy, reward, s, ranks=ranks)
 
 
-def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = None) -> Plan:
+def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = None, ranks: int = 1) -> Plan:
     """Plan a run of `policy`, whose weights are trained on noise on the way: give one that is not needed after.
 
     Args:
         limit: bytes of memory there are; what the device says where None.
+        ranks: of which this is one.
     """
+    batch, rollout = (-(-n // ranks) for n in (s.batch, s.rollout))
     device = policy.device
     limit = available(device) if limit is None else limit
     if s.lora:
@@ -213,12 +221,12 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
     )
     # before the probes: recording takes memory of its own
     process = 0 if device.type == "cuda" else max(0, resident() - weights - anchor - moments)
-    one = probe(lambda size: step(max(size, least)), s.batch, device)
-    several = probe(lambda size: step(size, 2), s.batch // 2, device) if s.batch > 1 else one
-    drawn = probe(lambda size: draw(policy, size, 0, s.seed, s, size), min(s.chunk, s.rollout), device)
-    noised = probe(lambda size: start_noise(policy, size, s.seed), s.rollout, device)
-    samples = policy.decode(start_noise(policy, max(2, s.rollout // 2), s.seed))
-    scored = probe(lambda size: reward(samples[:size]), s.rollout, device)
+    one = probe(lambda size: step(max(size, least)), batch, device)
+    several = probe(lambda size: step(size, 2), batch // 2, device) if batch > 1 else one
+    drawn = probe(lambda size: draw(policy, size, 0, s.seed, s, size), min(s.chunk, rollout), device)
+    noised = probe(lambda size: start_noise(policy, size, s.seed), rollout, device)
+    samples = policy.decode(start_noise(policy, max(2, rollout // 2), s.seed))
+    scored = probe(lambda size: reward(samples[:size]), rollout, device)
 
     one_sample = 4 * start_noise(policy, 1, s.seed).numel()
     held = {
@@ -228,33 +236,37 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
         "rollout kept": s.rollout * one_sample,
     }
     gradients = sum(p.numel() * p.element_size() for p in learner.parameters)
+    exchange = bucket_bytes(gradients) if ranks > 1 else 0  # when the activations are gone
 
     def step_at(size: int) -> dict[str, int]:
-        top = one.peak(size) if size >= s.batch else several.peak(size)
-        return {"gradients": min(gradients, top), "activations": max(top - gradients, 0)}
+        top = one.peak(size) if size >= batch else several.peak(size)
+        return {"gradients": min(gradients, top), "activations": max(top - gradients, exchange)}
 
     def rollout_at(chunk: int) -> dict[str, int]:
-        others = 2 * (s.rollout - chunk) * one_sample
-        return {"sampling": max(drawn.peak(chunk) + others, noised.peak(s.rollout))}
+        others = 2 * (rollout - chunk) * one_sample
+        return {"sampling": max(drawn.peak(chunk) + others, noised.peak(rollout))}
 
+    looks = Looks(
+        s, ranks, one_sample, one_sample, one_sample, drawn.peak, lambda size: 0, False, device.type == "cpu"
+    )
+    held["probe kept"] = looks.probe_kept
     room = int(HEADROOM * limit) - process - sum(held.values())
-    micro_batch = fitting(min(s.micro_batch or s.batch, s.batch), room, step_at)
-    chunk = fitting(min(s.chunk, s.rollout), room, rollout_at)
+    micro_batch = fitting(min(s.micro_batch or batch, batch), room, step_at)
+    chunk = fitting(min(s.chunk, rollout), room, rollout_at)
     per_step = (
-        one.time(s.batch)
-        if micro_batch == s.batch
-        else several.time(micro_batch) * s.batch / (2 * micro_batch)
+        one.time(batch) if micro_batch == batch else several.time(micro_batch) * batch / (2 * micro_batch)
     )
     per_sample, probed = drawn.time(chunk) / chunk, probe_size(s)
     seconds = {
-        "rollout": per_sample * s.rollout,
-        "reward": scored.time(s.rollout),
+        "rollout": per_sample * rollout,
+        "reward": scored.time(rollout),
         "steps": per_step * s.steps_per_round,
         "probe": 2 * drawn.time(min(probed, chunk)) * max(1.0, probed / chunk),
     }
     return Plan(
         str(device), micro_batch, chunk, held, step_at(micro_batch), rollout_at(chunk),
-        {"scoring": scored.peak(s.rollout) + s.rollout * one_sample}, process, limit, seconds,
+        {"scoring": scored.peak(rollout) + rollout * one_sample}, process, limit, seconds,
+        probe=looks.probe(chunk), evaluation=looks.evaluation(chunk),
     )  # fmt: skip
 
 

@@ -20,12 +20,15 @@ from torch.utils._pytree import tree_leaves
 
 from orwcfm_fast.coupling import Batch
 from orwcfm_fast.device import resolve_device, resolve_precision
+from orwcfm_fast.evaluation.features import SIDE
 from orwcfm_fast.networks.diffusers import Pipeline, embedding_widths
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.pipeline_files import Description, describe_pipeline, telling
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.plan import HEADROOM, Course, Plan, available, fitting
+from orwcfm_fast.plan_looks import Looks
 from orwcfm_fast.prompts import Conditions, Prompt, read_prompts
+from orwcfm_fast.ranks import bucket_bytes
 from orwcfm_fast.rollout import sample
 from orwcfm_fast.samplers import SOLVERS
 from orwcfm_fast.settings import Finetune
@@ -67,11 +70,12 @@ def changes(work: Callable[[], object]) -> list[int]:
     return meter.changes
 
 
-def plan_pipeline(s: Finetune, gpu_gib: float | None = None) -> dict[str, Plan]:
+def plan_pipeline(s: Finetune, gpu_gib: float | None = None, ranks: int = 1) -> dict[str, Plan]:
     """Plans of `orwcfm finetune` with these settings, training all weights and training adapters.
 
     Args:
         gpu_gib: memory of the GPU to plan for, in bf16 where the precision is auto; None: the device here.
+        ranks: of which this is one.
 
     Raises:
         UserError: no such pipeline, prompts or image size.
@@ -95,7 +99,7 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None) -> dict[str, Plan]:
         own = s.model_copy(update={"lora": rank})
         with telling(found.model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of slower kernels on a CPU
-            plans[name] = _plan(found, shape, own, prompts, precision, label, limit, encoding)
+            plans[name] = _plan(found, shape, own, prompts, precision, label, limit, encoding, ranks)
     return plans
 
 
@@ -127,7 +131,9 @@ def _plan(
     label: str,
     limit: int,
     encoding: dict[str, int],
+    ranks: int,
 ) -> Plan:
+    batch, rolled = (-(-n // ranks) for n in (s.batch, s.rollout))
     policy = _policy(found, shape, s, prompts, precision)
     assert policy.pipeline and policy.conditions
     weights = _size(policy.network)
@@ -172,6 +178,11 @@ def _plan(
 
     one_latent = 4 * shape[0] * shape[1] * shape[2]
     one_image = 4 * 3 * (shape[1] * found.scale) * (shape[2] * found.scale)
+    one_feature = 4 * 3 * min(SIDE, shape[1] * found.scale) * min(SIDE, shape[2] * found.scale)
+    looks = Looks(
+        s, ranks, one_latent, one_image, one_feature, drawn.peak, decoded.peak, True, label == "cpu"
+    )
+    exchange = bucket_bytes(trained) if ranks > 1 else 0  # when the activations are gone
     held = {
         "transformer": weights,
         "adapters, and as they began": 2 * adapters,
@@ -180,20 +191,23 @@ def _plan(
         "VAE": _size(policy.pipeline.vae),
         "prompt embeddings": policy.conditions.nbytes,
         "rollout kept": s.rollout * one_latent,
+        "probe kept": looks.probe_kept,
     }
 
     def step_at(size: int) -> dict[str, int]:
-        top = one.peak(size) if size >= s.batch else several().peak(size)
-        return {"gradients": min(trained, top), "activations": max(top - trained, 0)}
+        top = one.peak(size) if size >= batch else several().peak(size)
+        return {"gradients": min(trained, top), "activations": max(top - trained, exchange)}
 
     def rollout_at(chunk: int) -> dict[str, int]:
-        return {"sampling": drawn.peak(chunk) + 2 * (s.rollout - chunk) * one_latent}
+        return {"sampling": drawn.peak(chunk) + 2 * (rolled - chunk) * one_latent}
 
-    chunked = min(s.vae_chunk, s.rollout)
-    reward = {"decoding": decoded.peak(chunked), "images": 2 * s.rollout * one_image}
+    chunked = min(s.vae_chunk, rolled)
+    decoding = decoded.peak(chunked)  # of the last chunk, with its images; then all are put together
+    images = max((rolled - chunked) * one_image, 2 * rolled * one_image - decoding)
+    reward = {"decoding": decoding, "images": images}
     room = int(HEADROOM * limit) - sum(held.values())
-    micro_batch = fitting(min(s.micro_batch or s.batch, s.batch), room, step_at)
-    chunk = fitting(min(s.chunk, s.rollout), room, rollout_at)
+    micro_batch = fitting(min(s.micro_batch or batch, batch), room, step_at)
+    chunk = fitting(min(s.chunk, rolled), room, rollout_at)
     return Plan(
         label,
         micro_batch,
@@ -206,6 +220,8 @@ def _plan(
         limit,
         {},
         encoding,
+        looks.probe(chunk),
+        looks.evaluation(chunk),
     )
 
 

@@ -21,6 +21,7 @@ from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.guarding.memory import out_of_memory
 
 T = TypeVar("T")
+BUCKET = 32 << 20  # bytes of each of two buffers that sums go through
 PATIENCE = timedelta(hours=6)  # for a rank whose reward is slow; one that died is known of at once
 
 
@@ -60,14 +61,30 @@ class Ranks:
         return torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)])
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes its sum over all ranks, in one exchange."""
-        if self.world == 1:
+        """Each tensor, all of one device, becomes its sum over all ranks, in float32.
+
+        Ranks are added in their order, not in the backend's: N of them give the bits of one that adds their parts
+        in a row, and the same from run to run. A rank sums its slice of each bucket, so no more is sent than by an
+        all-reduce.
+        """
+        if self.world == 1 or not tensors:
             return
-        flat = torch.cat([t.flatten() for t in tensors])
-        with _exchange():
-            dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            t.copy_(total.view_as(t))
+        size = -(-min(BUCKET // 4, sum(t.numel() for t in tensors)) // self.world)
+        mine, theirs = (tensors[0].new_empty(self.world, size, dtype=torch.float32) for _ in range(2))
+        for parts in buckets(tensors, mine.numel()):
+            flat, end = mine.view(-1), 0
+            for part in parts:
+                flat[end : (end := end + len(part))] = part
+            flat[end:] = 0
+            with _exchange():
+                dist.all_to_all_single(theirs, mine)
+                total = theirs[0]
+                for other in theirs[1:]:
+                    total += other
+                dist.all_gather_into_tensor(mine.view(-1), total)
+            end = 0
+            for part in parts:
+                part.copy_(flat[end : (end := end + len(part))])
 
     def spread(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes the first rank's."""
@@ -170,6 +187,27 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """All of the tensors in a row, each as it lies in memory, as flat views of at most `size` elements together."""
+    found: list[Tensor] = []
+    room = size
+    for t in tensors:
+        flat = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True)).view(-1)
+        while len(flat):
+            found.append(flat[:room])
+            flat, room = flat[len(found[-1]) :], room - len(found[-1])
+            if not room:
+                yield found
+                found, room = [], size
+    if found:
+        yield found
+
+
+def bucket_bytes(trained: int) -> int:
+    """Of the buffers of `Ranks.add_up` for so many bytes of gradients in float32."""
+    return 2 * min(trained, BUCKET)
 
 
 def _portable(error: Exception) -> Exception:

@@ -3,9 +3,9 @@
 import math
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import unknown
@@ -37,6 +37,8 @@ class Settings(BaseModel):
 class RewardOptions(Settings):
     """Which reward, and what some rewards need besides their name."""
 
+    _of_prompts: bool = PrivateAttr(False)
+
     reward: list[str] = Field([], description="NAME[:ARG][=WEIGHT], file.py:f or module:f; repeat to add up")
     holdout_reward: list[str] = Field(
         [], description="measured each round, never trained on: shows reward hacking; repeat for several"
@@ -61,6 +63,17 @@ class RewardOptions(Settings):
     classifier_pixels: Literal["own", "half", "unit"] = Field(
         "own", description="classifier: the architecture's own mean and deviation, or [-1, 1], or [0, 1]"
     )
+
+    @property
+    def prompted(self) -> bool:
+        """Whether samples come with prompts of their own, that rewards may read."""
+        return self._of_prompts or bool(getattr(self, "prompts", ""))
+
+    def of_prompts(self) -> Self:
+        """The same, of a model that has its prompts with it."""
+        found = self.model_copy()
+        found._of_prompts = True
+        return found
 
 
 class Conditioned(Settings):

@@ -12,6 +12,7 @@ from orwcfm_fast import noise
 from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_gap
+from orwcfm_fast.evaluation.features import decoded_features
 from orwcfm_fast.guarding.guard import Fault
 from orwcfm_fast.guarding.oversight import Oversight
 from orwcfm_fast.guarding.steer import probe_size
@@ -70,7 +71,8 @@ class Trainer:
         watch: Callable[[Progress], None] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        for name, n in (("rollout", settings.rollout), ("probe", probe_size(settings))):
+        sizes = {"rollout": settings.rollout, "probe": probe_size(settings), "eval-n": settings.eval_n}
+        for name, n in sizes.items():
             if n < ranks.world:
                 raise UserError(f"--{name} {n}: is less than a sample for each of {ranks.world} ranks")
         if settings.coupling == "ot" and settings.batch < 2:
@@ -179,8 +181,7 @@ class Trainer:
 
     def of_all(self, mine: Scores) -> Scores:
         """What the rewards say of the whole rollout, each rank having asked them of its share."""
-        values = {name: self.ranks.gather(v, self.settings.rollout) for name, v in mine.values.items()}
-        return replace(mine, values=values)
+        return mine.each(lambda values: self.ranks.gather(values, self.settings.rollout))
 
     def minibatches(self, rollout: Rollout, w: Tensor, number: int, skip: int = 0) -> Iterator[Batch]:
         """This rank's parts of `steps_per_round` coupled minibatches, but of the first `skip`.
@@ -341,8 +342,13 @@ class Trainer:
         return x0, start_conditions(self.policy, len(x0), self.settings, mine.start)
 
     def diversity(self, x: Tensor) -> float:
-        """Mean distance of two of the samples x [N, *shape] in features."""
-        return pairwise_distance(self.features(self.policy.decode(x)))
+        """Mean distance of two of the samples x [N, *shape], the same on all ranks, in features."""
+        mine = x[self.ranks.share(len(x))]
+        with self.ranks.together():
+            part = self.oversight.in_chunks(
+                lambda chunk: decoded_features(self.policy, self.features, mine, chunk)
+            )
+        return pairwise_distance(self.ranks.gather(part, len(x)))
 
 
 def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:

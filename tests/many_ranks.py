@@ -55,9 +55,9 @@ class Launcher:
         self._process.stdin.flush()
         return Ended(**json.loads(self._process.stdout.readline()))
 
-    def loop(self, world: int, mistake: str = "", **settings: object) -> list[dict]:
-        """The loop alone, from the checkpoint "base" here: what each rank has seen (`trace`) and where it ended."""
-        ended = self(world, json.dumps(settings), act=f"loop {mistake}".strip())
+    def loop(self, world: int, change: str = "", **settings: object) -> list[dict]:
+        """The loop alone, from "base" here or a `model`: what each rank has seen (`trace`) and where it ended."""
+        ended = self(world, json.dumps(settings), act=f"loop {change}".strip())
         assert not any(ended.codes), ended.err
         return [torch.load(f"trace_{k}.pt") for k in range(world)]
 
@@ -76,11 +76,14 @@ def loop() -> None:
     from orwcfm_fast import noise, rollout, trainer
     from orwcfm_fast.guarding.oversight import Oversight
     from orwcfm_fast.ranks import joined
+    from orwcfm_fast.rewards import make_reward
     from orwcfm_fast.runs.load import Loader
     from orwcfm_fast.settings import Finetune
     from orwcfm_fast.step import Learner
 
-    seen: dict[str, Any] = {key: [] for key in ("x0", "drawn", "w", "index", "x_t", "gradient")}
+    seen: dict[str, Any] = {
+        key: [] for key in ("x0", "drawn", "reward", "row", "w", "index", "x_t", "gradient")
+    }
 
     def tell(owner: object, name: str, what: Callable[..., dict]) -> None:
         original = getattr(owner, name)
@@ -98,13 +101,19 @@ def loop() -> None:
 
     tell(rollout, "start_noise", of_rollouts)
     tell(trainer, "draw", lambda found, *args: {"drawn": found.index})
+    tell(
+        trainer.Trainer,
+        "draw_and_score",
+        lambda found, *args: {"reward": found.reward, "row": found.condition},
+    )
     tell(Oversight, "begin_round", lambda found, *args, **more: {"w": found[0]})
     tell(Learner, "step", lambda _, learner, batch, seed: {"index": batch.index, "x_t": batch.x_t})
     tell(Learner, "add_up", lambda _, learner, losses: {"gradient": flat(p.grad for p in learner.parameters)})
     s = Finetune(**json.loads(sys.argv[1]))
     with joined() as ranks:
-        policy = Loader(torch.device("cpu"), "fp32").load("base").policy
-        loop = trainer.Trainer(policy, lambda x: x.flatten(1).mean(1), s, ranks=ranks)
+        policy = Loader(torch.device("cpu"), "fp32", how=s).load(s.model or "base").policy
+        reward = make_reward(s.reward or (lambda x: x.flatten(1).mean(1)), s)
+        loop = trainer.Trainer(policy, reward, s, ranks=ranks)
         seen["records"] = [*loop.train(s.rounds)]
     seen["parameters"] = flat(policy.network.state_dict().values())
     seen["samples"] = rollout.sample(policy, rollout.start_noise(policy, 64, 5), s, 64)
@@ -144,6 +153,13 @@ def normalised_by_rank() -> None:
     oversight.weigh = wrong  # type: ignore[assignment]
 
 
+def small_buckets() -> None:
+    """Gradients go through buffers of 257 numbers, with room for 256 on 4 ranks."""
+    from orwcfm_fast import ranks
+
+    ranks.BUCKET = 4 * 257
+
+
 def out_of_memory() -> None:
     """The last rank cannot take more than four samples at once through a step."""
     from orwcfm_fast.step import Learner
@@ -178,6 +194,7 @@ def raises() -> None:
 ACTS: dict[str, Callable[[], None]] = {
     "loop": loop,
     "loop normalised by rank": lambda: (normalised_by_rank(), loop()),
+    "loop small buckets": lambda: (small_buckets(), loop()),
     "out of memory": out_of_memory,
     "other packages": other_packages,
     "other settings": other_settings,

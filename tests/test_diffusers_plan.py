@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from orwcfm_fast.cli.machine import _show_plan
+from orwcfm_fast.evaluation.evaluate import evaluate
+from orwcfm_fast.evaluation.held_out import judge_for
 from orwcfm_fast.plan import allocations
 from orwcfm_fast.plan_pipeline import plan_pipeline
+from orwcfm_fast.ranks import bucket_bytes
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune
@@ -54,22 +57,49 @@ def test_predicted_memory_is_what_torch_then_allocates(kind, sizes, pipeline_fol
     plans = plan_pipeline(s)
     assert [*plans] == ["all weights", "adapters of rank 8"]
     for plan, rank in zip(plans.values(), (0, 8), strict=True):
-        ours = max(bytes for phase, bytes in plan.phases.items() if phase != "encoding")
+        ours = max(bytes for phase, bytes in plan.phases.items() if phase not in ("encoding", "evaluation"))
         theirs = measured(s.model_copy(update={"lora": rank}))
         print(
             f"{kind} {sizes} rank {rank}: predicted {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB"
         )
-        assert abs(ours / theirs - 1) <= 0.05
+        assert abs(ours / theirs - 1) <= 0.1
         _show_plan(plan, s)
         table = capsys.readouterr().out
         for word in (
             "VAE",
             "step: activations, micro-batch",
             "encoding: text_encoder_2",
+            "probe: sampling or decoding",
+            "evaluation: sampling, decoding or figures",
             "peak, in the",
             "fits with",
         ):
             assert word in table, word
+
+
+def test_the_closing_evaluation_and_the_exchange_of_ranks_are_in_the_plan(pipeline_folder, prompts_file):
+    sizes = dict(batch=8, rollout=8, image_size=32, eval_n=48, lora=8)
+    s = Finetune(model=f"diffusers:{pipeline_folder('sd3')}", prompts=str(prompts_file), **SHORT | sizes)
+    plan = plan_pipeline(s)["adapters of rank 8"]
+    policy = Loader(CPU, "fp32", how=s).load(s.model).policy
+    loop = Trainer(policy, make_reward("brightness"), s)
+    judge = judge_for(policy.data, make_reward("brightness"), "brightness")
+    models = {"before": loop.reference, "after": policy}
+
+    def closing():
+        evaluate(models, loop.reference, judge, s, s.eval_n, s.chunk)
+
+    closing()  # what torch builds on first use
+    theirs = max(accumulate(allocations(closing, CPU)))
+    ours = sum(plan.evaluation.values())
+    print(f"closing evaluation: predicted {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB")
+    assert 0.95 <= ours / theirs <= 2
+    assert (
+        sum(plan_pipeline(s.model_copy(update={"eval_n": 480}))["all weights"].evaluation.values()) > 4 * ours
+    )
+    many = plan_pipeline(s, ranks=8)["all weights"]
+    trained = many.step["gradients"]
+    assert many.step["activations"] >= bucket_bytes(trained) == 2 * trained and many.micro_batch == 1
 
 
 def test_the_readmes_plan_needs_configurations_alone(run_cli, pipeline_folder, tmp_path):

@@ -166,6 +166,44 @@ def test_all_weights_can_be_trained_and_a_run_is_looked_at_by_itself(run_cli, of
     assert again.code == 2 and "--resume" in again.err and again.err.count("\n") == 1
 
 
+LENGTHS = """
+def score(images, prompts, metadata):
+    return images.new_tensor([len(p) + 10.0 * m.get("dark", 0) for p, m in zip(prompts, metadata)])
+"""
+
+
+def test_any_reward_of_a_finished_run_is_told_the_runs_own_prompts(
+    run_cli, of_pipeline, prompts_file, clip_folder
+):
+    made = run_cli(
+        "finetune", *of_pipeline("sd3"), *SHORT, "--rounds", 1, "--reward", "brightness", "--out", "run"
+    )
+    assert made.code == 0, made.err
+    prompts_file.unlink()
+    Path("lengths.py").write_text(LENGTHS)
+    clip = ("--clip-model", f"local-dir:{clip_folder()}")
+    look = ("-n", 8, *EULER, "--json")
+    rewards = ("--reward", "lengths.py:score", "--holdout-reward", "clip")
+    for model in ("run", "run/checkpoints/step_3"):
+        found = run_cli("evaluate", model, *rewards, *look, *clip)
+        assert found.code == 0, found.err
+        (*_, tuned) = json.loads(found.out)["models"]
+        policy = Loader(CPU, "fp32", how=Sample()).load("run").policy
+        drawn = policy.prompts_of(start_conditions(policy, 8, Sample()))
+        told = [len(p.text) + 10 * p.metadata.get("dark", 0) for p in drawn]
+        assert {*told} == {5, 13} and tuned["reward"]["mean"] == pytest.approx(sum(told) / 8)
+        assert -1 <= tuned["holdout"]["clip"]["mean"] <= 1
+    clip_alone = run_cli("evaluate", "run", "--reward", "clip", *look, *clip)
+    assert clip_alone.code == 0, clip_alone.err
+    (*_, again) = json.loads(clip_alone.out)["models"]
+    assert again["reward"] == tuned["holdout"]["clip"]
+
+
+def test_clip_without_a_prompt_of_a_model_without_is_refused(run_cli, tiny_run, clip_folder):
+    refused = run_cli("evaluate", "run", "--reward", "clip", "--clip-model", f"local-dir:{clip_folder()}")
+    assert refused.code == 2 and "give it --prompt TEXT" in refused.err and refused.err.count("\n") == 1
+
+
 def test_an_adapted_run_is_its_own_reference_and_is_exported(run_cli, of_pipeline, pipeline_folder):
     made = run_cli(
         "finetune", *of_pipeline("flux"), *SHORT, "--rounds", 1, "--reward", "brightness", "--out", "run"

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_gap
-from orwcfm_fast.evaluation.evaluate import evaluate, exact_w2, judge_for, lipschitz
+from orwcfm_fast.evaluation.evaluate import evaluate, exact_w2, lipschitz
+from orwcfm_fast.evaluation.held_out import judge_for
 from orwcfm_fast.evaluation.intervals import Interval
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import make_reward

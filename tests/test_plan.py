@@ -43,6 +43,10 @@ def predicted(model: str, data: str, **settings):
     return make_plan(*made(model, data, **settings))
 
 
+def of_rounds(plan) -> int:
+    return max(bytes for phase, bytes in plan.phases.items() if phase != "evaluation")
+
+
 def test_a_course_carries_the_peak_over_even_where_it_moves():
     """Fixed 100, then 10 a sample: the peak is first at the fixed part, later at the growing one."""
 
@@ -66,7 +70,7 @@ CASES = [
 
 @pytest.mark.parametrize(("model", "data", "sizes"), CASES, ids=str)
 def test_predicted_memory_is_what_torch_then_allocates(model, data, sizes):
-    ours, theirs = max(predicted(model, data, **sizes).phases.values()), measured(model, data, **sizes)
+    ours, theirs = of_rounds(predicted(model, data, **sizes)), measured(model, data, **sizes)
     print(f"{model} {sizes}: predicted {ours / 2**20:.1f} MiB, measured {theirs / 2**20:.1f} MiB")
     assert abs(ours / theirs - 1) <= 0.15
 
@@ -77,9 +81,9 @@ def test_what_does_not_fit_is_halved_until_it_does_and_then_holds(monkeypatch):
     whole = predicted("mlp", "moons", **settings)
     limit = int((sum(whole.held.values()) + 0.4 * sum(whole.step.values())) / 0.9)
     plan = make_plan(*made("mlp", "moons", **settings), limit=limit)
-    assert plan.fits and plan.micro_batch in (1024, 2048) and plan.chunk <= 512
+    assert of_rounds(plan) <= 0.9 * limit and plan.micro_batch in (1024, 2048) and plan.chunk <= 512
     then = measured("mlp", "moons", **settings | {"micro_batch": plan.micro_batch, "chunk": plan.chunk})
-    assert abs(max(plan.phases.values()) / then - 1) <= 0.15
+    assert abs(of_rounds(plan) / then - 1) <= 0.15
     assert not make_plan(*made("mlp", "moons", **settings), limit=1).fits
 
 

@@ -9,7 +9,7 @@ import torch
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.drift import coupled_w2
 from orwcfm_fast.guarding.steer import Steering
-from orwcfm_fast.rollout import sample, start_noise
+from orwcfm_fast.rollout import Rollout, sample, start_noise
 from orwcfm_fast.saving import history
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.theory import GaussianMixture, exact_recursion
@@ -89,6 +89,29 @@ def test_digits_end_within_a_tenth_of_the_target(run_cli, target):
     after = json.loads(Path("run/summary.json").read_text())["after"]
     print(f"target {target}: {after['w2_coupled']['mean']:.3f}, reward {after['reward']['mean']:.3f}")
     assert after["w2_coupled"]["mean"] == pytest.approx(target, rel=0.1)
+
+
+def foreseen(x, reward, condition=None, **settings) -> float:
+    s = Finetune(target_w2=1.0, tau=1.0, **settings)
+    steering = Steering.of(s)
+    steering.foresee(Rollout(x, torch.arange(len(x)), reward, condition), s.tau, s)
+    return steering.drive
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"weights": "advantage"}, {"weights": "advantage", "group": 2}], ids=str
+)
+def test_the_first_drive_of_several_prompts_is_of_each_by_itself(settings):
+    torch.manual_seed(0)
+    row = torch.arange(300) % 2
+    x = torch.randn(300, 2) * 0.3 + 5.0 * row[:, None]
+    assert foreseen(x, row.float()) > 2  # taken for one, all go to the better prompt
+    assert foreseen(x, row.float(), row, **settings) < 0.1  # but each sample keeps its prompt
+    of_each = [foreseen(x[row == k], x[row == k, 0] - 5.0 * k) for k in range(2)]
+    within = foreseen(x, x[:, 0] - 5.0 * row, row)
+    assert within == pytest.approx((sum(w**2 for w in of_each) / 2) ** 0.5, rel=1e-3) and within > 0.1
+    few = torch.arange(300) // 10  # none has enough samples
+    assert foreseen(x, row.float(), few, **settings) > 2
 
 
 SHORT = ("--reward", "right", "--rollout", 256, "--batch", 64, "--steps-per-round", 20, "--probe", 64,

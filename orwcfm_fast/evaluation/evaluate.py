@@ -10,18 +10,19 @@ from torch import Tensor
 from orwcfm_fast import noise
 from orwcfm_fast.data import SHIPPED, load_data
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.evaluation.drift import sample_with_gap
-from orwcfm_fast.evaluation.features import Features, features_for
+from orwcfm_fast.evaluation.features import decoded_features
 from orwcfm_fast.evaluation.fidelity import FIDELITY_MIN, fidelity, mode_coverage, vendi_score
+from orwcfm_fast.evaluation.held_out import GAP_MAX, Drawn, Judge, draw_held_out
 from orwcfm_fast.evaluation.intervals import Interval, half_sampled, mean_pairwise_distance
+from orwcfm_fast.guarding.memory import halving
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.rewards import RewardSum, Scores, make_reward
-from orwcfm_fast.rollout import Reward, sample, start_conditions, start_noise
-from orwcfm_fast.settings import RewardOptions, Sampling
+from orwcfm_fast.ranks import ALONE, Ranks
+from orwcfm_fast.rewards import Scores
+from orwcfm_fast.rollout import sample, start_conditions, start_noise
+from orwcfm_fast.settings import Sampling
 
 EXACT_W2_MAX = 2048
 SPREAD_MAX = 2048
-GAP_MAX = 512
 
 
 @dataclass(frozen=True)
@@ -78,48 +79,14 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What measures: reward, features for diversity; the classifier's confidence and accuracy where there is one."""
-
-    reward: Reward
-    reward_name: str
-    features: Features
-    confidence: Callable[[Tensor], Tensor] | None = None
-    accuracy: float | None = None
-    holdout: RewardSum | None = None
-
-
-def judge_for(
-    data: str,
-    reward: Reward,
-    name: str,
-    holdout: RewardSum | None = None,
-    features: str = "auto",
-    options: RewardOptions | None = None,
-) -> Judge:
-    """Features by choice and data; confidence by the classifier for digits."""
-    found = features_for(features, data, options)
-    if data.partition(":")[0] != "digits":
-        return Judge(reward, name, found, holdout=holdout)
-    from orwcfm_fast.rewards.digits import digit_classifier
-
-    classifier = digit_classifier()
-
-    def confidence(x: Tensor) -> Tensor:
-        return classifier.probabilities(x).max(1).values
-
-    return Judge(reward, name, found, confidence, classifier.accuracy, holdout)
-
-
-@dataclass(frozen=True)
 class Target:
-    """What fidelity is measured against: real or reference samples, decoded, with labels where there are some.
+    """What fidelity is measured against: real samples, with labels where there are some, or the reference's.
 
     `strict`: asked for by the user, so that too few samples are an error.
     """
 
     name: str
-    samples: Tensor
+    samples: Tensor | None = None
     labels: Tensor | None = None
     strict: bool = False
 
@@ -147,6 +114,8 @@ def evaluate(
     *,
     target: Target | None = None,
     against_reference: bool = False,
+    ranks: Ranks = ALONE,
+    on_halved: Callable[[int], None] = lambda size: None,
 ) -> list[Measures]:
     """Measure each model on the same n start noises (those of `orwcfm sample` with that seed).
 
@@ -154,83 +123,105 @@ def evaluate(
         models: by the name to show.
         reference: what W2 is measured against; a model that is the reference gets zeros.
         how: solver, evaluations, seed.
+        chunk: samples drawn at once; half, and `on_halved` told, where memory runs out.
         target: real samples that fidelity is measured against.
         against_reference: measure fidelity against the reference, on samples of other noise.
+        ranks: all of which call this and draw a share; the first measures, the others return an empty list.
     """
-    first = next(iter(models.values()))
-    x0 = start_noise(first, n, how.seed)
-    x_ref = sample(reference, x0, how, chunk) if reference else None
-    floor = slope = None
-    if reference and x_ref is not None:
-        count = n if against_reference else min(n, EXACT_W2_MAX)
-        fresh = start_noise(first, count, how.seed, noise.SAMPLE, n)
-        other = sample(reference, fresh, how, chunk, condition=start_conditions(reference, count, how, n))
-        floor = exact_w2(x_ref[:EXACT_W2_MAX], other[:EXACT_W2_MAX])
-        # 70 evaluations of 64 samples in float32 are too many of a network that takes prompts
-        slope = None if reference.conditions else lipschitz(reference, x0[:64], how)
-        if against_reference:
-            target = Target("reference", reference.decode(other), strict=True)
-    elif against_reference:
+    if against_reference and reference is None:
         raise UserError("--against reference: these models have none; name one with --reference")
-    return [
-        _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk, target)
-        for name, policy in models.items()
-    ]
+    first = next(iter(models.values()))
+    others = n if against_reference else min(n, EXACT_W2_MAX)
+
+    def draw(chunk: int) -> tuple[Tensor | None, Tensor | None, Tensor | None, dict[str, Drawn]]:
+        mine, x_ref, other, other_features = ranks.share(n), None, None, None
+        if reference:
+            x_ref = _drawn(reference, how, mine, chunk)
+            there = ranks.share(others)
+            other = _drawn(reference, how, slice(n + there.start, n + there.stop), chunk)
+            if against_reference:
+                other_features = decoded_features(reference, judge.features, other, chunk)
+        found = {
+            name: draw_held_out(name, policy, reference, x_ref, judge, how, mine, chunk)
+            for name, policy in models.items()
+        }
+        return x_ref, other, other_features, found
+
+    with ranks.together():
+        x_ref, other, real, drawn = halving(draw, chunk, "chunk", on_halved)
+    x_ref = None if x_ref is None else ranks.gather(x_ref, n)
+    other = None if other is None else ranks.gather(other, others)
+    real = None if real is None else ranks.gather(real, others)
+    drawn = {name: found.gathered(ranks, n) for name, found in drawn.items()}
+    with ranks.together():
+        if not ranks.first:
+            return []
+        floor = slope = None
+        if reference and x_ref is not None and other is not None:
+            floor = exact_w2(x_ref[:EXACT_W2_MAX], other[:EXACT_W2_MAX])
+            # 70 evaluations of 64 samples in float32 are too many of a network that takes prompts
+            if not reference.conditions:
+                slope = lipschitz(reference, start_noise(first, min(n, 64), how.seed), how)
+        if real is not None:
+            target = Target("reference", strict=True)
+        elif target is not None and target.samples is not None:
+            real = _features_like(target.samples, next(iter(drawn.values())), judge)
+        return [
+            _measure(name, found, judge, x_ref, floor, slope, target, real) for name, found in drawn.items()
+        ]
 
 
-def _measure(name, policy, reference, judge, how, x0, x_ref, floor, slope, chunk, target) -> Measures:
-    condition = start_conditions(policy, len(x0), how)
-    if reference is None:
-        x, gap = sample(policy, x0, how, chunk), None
-    elif policy is reference:
-        x, gap = x_ref, 0.0
-    else:
-        x, gap = sample_with_gap(policy, reference, x0[:GAP_MAX], how, chunk)
-        if len(x0) > GAP_MAX:
-            later = condition if condition is None else condition[GAP_MAX:]
-            x = torch.cat([x, sample(policy, x0[GAP_MAX:], how, chunk, condition=later)])
-    seen, prompts = policy.decode(x), policy.prompts_of(condition)
-    features = judge.features(seen)
-    with torch.inference_mode():
-        confidence = float(judge.confidence(seen).mean()) if judge.confidence else None
-    scores = make_reward(judge.reward, name=judge.reward_name).scores(seen, name, prompts=prompts)
-    held_out = judge.holdout.scores(seen, name, prompts=prompts) if judge.holdout else None
+def _drawn(policy: Policy, how: Sampling, which: slice, chunk: int) -> Tensor:
+    """Samples of a policy by their numbers."""
+    n = which.stop - which.start
+    x0 = start_noise(policy, n, how.seed, noise.SAMPLE, which.start)
+    return sample(policy, x0, how, chunk, condition=start_conditions(policy, n, how, which.start))
+
+
+def _features_like(samples: Tensor, drawn: Drawn, judge: Judge) -> Tensor:
+    """Features of real samples, which must be shaped as a model's decoded ones."""
+    if samples.shape[1:] != drawn.decoded:
+        shapes = ["×".join(map(str, shape)) for shape in (samples.shape[1:], drawn.decoded)]
+        raise UserError(f"--against data: its samples are {shapes[0]}, the model's {shapes[1]}")
+    return judge.features(samples.to(drawn.x.device))
+
+
+def _measure(name, drawn, judge, x_ref, floor, slope, target, real) -> Measures:
+    x, features = drawn.x, drawn.features
+    near = x if x_ref is None else x - x_ref
     found = Measures(
         name=name,
         n=len(x),
-        reward=Interval.of(scores.total),
-        w2_coupled=None if x_ref is None else Interval.of((x - x_ref).square().flatten(1).sum(1)).root(),
+        reward=Interval.of(drawn.scores.total),
+        w2_coupled=None if x_ref is None else Interval.of(near.square().flatten(1).sum(1)).root(),
         w2_exact=None if x_ref is None else exact_w2(x[:EXACT_W2_MAX], x_ref[:EXACT_W2_MAX]),
         w2_floor=floor,
-        velocity_gap=gap,
+        velocity_gap=None if drawn.gap is None else drawn.gap / min(len(x), GAP_MAX),
         lipschitz=slope,
         diversity=mean_pairwise_distance(features[:SPREAD_MAX]),
-        pixel_std=float(seen.flatten(1).std(0).mean()),
-        confidence=confidence,
-        rewards=_intervals(scores) if len(scores.values) > 1 else {},
-        holdout=_intervals(held_out) if held_out else {},
+        pixel_std=drawn.std,
+        confidence=None if drawn.confidence is None else float(drawn.confidence.mean()),
+        rewards=_intervals(drawn.scores) if len(drawn.scores.values) > 1 else {},
+        holdout=_intervals(drawn.held_out) if drawn.held_out else {},
         features=judge.features.name,
-        vendi=_vendi(features) if seen.dim() == 4 else None,
+        vendi=_vendi(features) if len(drawn.decoded) == 3 else None,
     )
-    return found if target is None else replace(found, **_against(seen, features, judge, target))
+    return found if target is None else replace(found, **_against(drawn, real, target))
 
 
 def _vendi(features: Tensor) -> Interval:
     return half_sampled(lambda x: [vendi_score(x)], features[:SPREAD_MAX], repeats=32)[0]
 
 
-def _against(seen: Tensor, features: Tensor, judge: Judge, target: Target) -> dict[str, Any]:
-    """The figures that compare with other samples."""
-    real = target.samples.to(seen.device)
-    if real.shape[1:] != seen.shape[1:]:
-        shapes = ["×".join(map(str, v.shape[1:])) for v in (real, seen)]
-        raise UserError(f"--against data: its samples are {shapes[0]}, the model's {shapes[1]}")
+def _against(drawn: Drawn, real: Tensor, target: Target) -> dict[str, Any]:
+    """The figures that compare with other samples, of features real [M, F]."""
     found: dict[str, Any] = {"against": f"{len(real)} of the {target.name}"}
-    if seen.dim() == 2 and seen.shape[1] <= 2 and target.labels is not None:
-        found["modes"], found["on_data"] = mode_coverage(seen, real, target.labels)
-    if min(len(seen), len(real)) < FIDELITY_MIN and not target.strict:
+    if len(drawn.decoded) == 1 and drawn.decoded[0] <= 2 and target.labels is not None:
+        assert target.samples is not None
+        found["modes"], found["on_data"] = mode_coverage(drawn.x, target.samples, target.labels)
+    if min(len(drawn.x), len(real)) < FIDELITY_MIN and not target.strict:
         return found
-    return found | vars(fidelity(features, judge.features(real), target.name, target.strict))
+    return found | vars(fidelity(drawn.features, real, target.name, target.strict))
 
 
 def _intervals(scores: Scores) -> dict[str, Interval]:

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import RewardOptions
 
 CHUNK = 256
+SIDE = 64  # of the images that pixels are compared in
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,18 @@ class Features:
     def __call__(self, samples: Tensor) -> Tensor:
         with torch.inference_mode():
             return torch.cat([self.of(part).float() for part in samples.split(CHUNK)])
+
+
+def decoded_features(policy: Policy, features: Callable[[Tensor], Tensor], x: Tensor, chunk: int) -> Tensor:
+    """Features [N, F] of samples x [N, *shape], decoded a chunk at a time: no more images than these are there."""
+    return torch.cat([features(policy.decode(part)) for part in x.split(chunk)])
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Vectors and small images as they are, larger images averaged down to SIDE pixels along each side."""
+    if x.dim() == 4 and max(x.shape[2:]) > SIDE:
+        x = F.adaptive_avg_pool2d(x, tuple(min(side, SIDE) for side in x.shape[2:]))
+    return x.flatten(1)
 
 
 def features_for(choice: str, data: str, options: RewardOptions | None = None) -> Features:
@@ -38,7 +53,7 @@ def features_for(choice: str, data: str, options: RewardOptions | None = None) -
     if choice == "auto":
         choice = "classifier" if digits else "pixels"
     if choice == "pixels":
-        return Features("pixels", lambda x: x.flatten(1))
+        return Features("pixels", _pixels)
     if choice == "classifier":
         if not digits:
             raise UserError(f"features 'classifier': knows digits, not {data}; use clip or pixels")

@@ -4,11 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.rollout import Rollout
 from orwcfm_fast.settings import Finetune
 
 FORECAST_SAMPLES = 512
+PER_PROMPT = 16  # samples that a prompt's own forecast needs
 PROBE = 1024  # 128 know the W2 of digits to 20 %, these to 8 %
 
 
@@ -60,12 +63,33 @@ class Steering:
         self.w2 = w2
 
     def foresee(self, rollout: Rollout, tau: float, s: Finetune) -> None:
-        """The first round's drive: forecast from its own rollout at α = 0."""
+        """The first round's drive: forecast from its own rollout at α = 0.
+
+        No sample moves to another prompt's, so W2² is the mean of each prompt's own, those of fewer samples than
+        PER_PROMPT left out; where all have fewer, they are taken for one, which moves too far: α begins too high.
+        """
         from orwcfm_fast.theory.forecast import forecast
 
-        x, r = rollout.x1[:FORECAST_SAMPLES], rollout.reward[:FORECAST_SAMPLES]
-        found = forecast(x, r, 0.0, tau, 1, weighting=s.weights, exact_w2=False, seed=s.seed)
-        self.drive = found.final.w2_coupled
+        x, r, weighting = rollout.x1[:FORECAST_SAMPLES], rollout.reward[:FORECAST_SAMPLES], s.weights
+        rows = torch.zeros(len(x)) if rollout.condition is None else rollout.condition[:FORECAST_SAMPLES]
+        prompts, counts = rows.unique(return_counts=True)
+        if len(prompts) > 1 and weighting == "advantage" and s.group == 1:  # standardised over all prompts
+            r, weighting = (r - r.mean()) / r.std(correction=0).clamp_min(1e-8), "exp"
+        known = [
+            (int(n), prompt)
+            for n, prompt in zip(counts, prompts, strict=True)
+            if n >= min(PER_PROMPT, len(x))
+        ]
+        if not known:
+            rows, known = torch.zeros_like(rows), [(len(x), torch.tensor(0))]
+        squares = 0.0
+        for n, prompt in known:
+            of = rows == prompt
+            if weighting == "linear" and not bool(r[of].any()):
+                continue  # the prompt's samples weigh nothing
+            found = forecast(x[of], r[of], 0.0, tau, 1, weighting=weighting, exact_w2=False, seed=s.seed)
+            squares += n * found.final.w2_coupled**2
+        self.drive = math.sqrt(squares / sum(n for n, _ in known))
 
     def to_state(self) -> dict[str, Any]:
         return {"w2": self.w2, "drive": self.drive}

@@ -4,7 +4,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,6 +50,18 @@ class Scores:
         for other in others:
             first = first + other
         return first
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Scores":
+        """The same with every reward's values changed."""
+        return replace(self, values={name: change(values) for name, values in self.values.items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scores"]) -> "Scores":
+        """Of all samples, from those of parts of them in order."""
+        first = parts[0]
+        values = {name: torch.cat([part.values[name] for part in parts]) for name in first.values}
+        seconds = {name: sum(part.seconds[name] for part in parts) for name in first.seconds}
+        return cls(values, first.weights, seconds)
 
     def means(self) -> dict[str, float]:
         return {name: float(values.mean()) for name, values in self.values.items()}

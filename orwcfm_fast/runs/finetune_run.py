@@ -11,7 +11,9 @@ import torch
 
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
-from orwcfm_fast.evaluation.evaluate import Judge, evaluate, judge_for
+from orwcfm_fast.evaluation.evaluate import Measures, evaluate
+from orwcfm_fast.evaluation.features import decoded_features
+from orwcfm_fast.evaluation.held_out import Judge, judge_for
 from orwcfm_fast.guarding.guard import Fault
 from orwcfm_fast.ranks import ALONE, Ranks
 from orwcfm_fast.rewards import RewardSum, check_code_named, make_holdout, make_reward, user_code
@@ -186,7 +188,7 @@ class Finetuning:
     def _go_on(self) -> None:
         """Go on from the newest whole checkpoint; rounds after it are forgotten."""
         self.resumed = True
-        newest = self.ranks.from_first(lambda: self._newest(set_aside=True))
+        newest = self._newest(set_aside=True)
         if newest:
             self.trainer.restore(newest)
         with self.ranks.together():
@@ -199,9 +201,19 @@ class Finetuning:
                 self._prune()  # a kill may have come between the last save and this
 
     def _newest(self, set_aside: bool = False, every: int = 1) -> checkpoint.Checkpoint | None:
-        if set_aside:
-            history.sweep(self.run.checkpoints)
-        return history.load_newest(self.run.checkpoints, set_aside=set_aside, every=every)
+        """The newest whole checkpoint; the first rank says which it is, and the others read its files too."""
+        found = None
+
+        def choose() -> Path | None:
+            nonlocal found
+            if set_aside:
+                history.sweep(self.run.checkpoints)
+            found = history.load_newest(self.run.checkpoints, set_aside=set_aside, every=every)
+            return found and found.path
+
+        path = self.ranks.from_first(choose)
+        with self.ranks.together():
+            return checkpoint.load(path) if path and not self.ranks.first else found
 
     def _check_forecast(self) -> None:
         """A forecast that cannot be read is none; the report would stumble over it after all the training."""
@@ -304,7 +316,7 @@ class Finetuning:
 
     def _back(self) -> int:
         """To the newest checkpoint, or the start where there is none; the round it holds."""
-        newest = self.ranks.from_first(lambda: self._newest(every=self._every))
+        newest = self._newest(every=self._every)
         if newest:
             self.trainer.restore(newest)
         else:
@@ -322,7 +334,9 @@ class Finetuning:
             own = self.settings.model_copy(update={"alpha": control.alpha, "tau": control.tau})
             with torch.inference_mode():
                 found = forecast_run(
-                    self.trainer.rollout, own, lambda x: self.judge.features(self.reference.decode(x))
+                    self.trainer.rollout,
+                    own,
+                    lambda x: decoded_features(self.reference, self.judge.features, x, control.chunk),
                 )
         except UserError as error:  # a forecast is a comment on the run, never its end
             return f"no forecast: {error}"
@@ -377,8 +391,7 @@ class Finetuning:
     def finish(self, began: float) -> Result | None:
         """Held-out evaluation before and after, the pictures and summary.json; None on all ranks but the first."""
         try:
-            with self.ranks.together():
-                result = self._finish(began) if self.ranks.first else None
+            result = self._finish(began)
             for rewards in (self.trainer.reward, self.trainer.holdout):
                 if rewards:
                     rewards.close()
@@ -391,12 +404,19 @@ class Finetuning:
         finally:
             self.run.unlock()
 
-    def _finish(self, began: float) -> Result:
+    def _finish(self, began: float) -> Result | None:
         s, trainer = self.settings, self.trainer
-        models = {"before": self.reference, "after": trainer.policy}
-        before, after = trainer.oversight.in_chunks(
-            lambda chunk: evaluate(models, self.reference, self.judge, s, s.eval_n, chunk)
-        )
+        oversight = trainer.oversight
+        measured = evaluate(
+            {"before": self.reference, "after": trainer.policy}, self.reference, self.judge, s, s.eval_n,
+            oversight.control.chunk, ranks=self.ranks, on_halved=oversight.set_chunk,
+        )  # fmt: skip
+        with self.ranks.together():
+            return self._show(*measured, began) if self.ranks.first else None
+
+    def _show(self, before: Measures, after: Measures, began: float) -> Result:
+        """Write what the run leaves behind."""
+        s, trainer = self.settings, self.trainer
         records = self.run.read_metrics()
         pictures = {"before": self._shown(trainer.probe_reference), "after": self._shown(trainer.probe)}
         save_samples(self.run.samples / "before_after.png", pictures)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.evaluation.evaluate import judge_for
+from orwcfm_fast.evaluation.held_out import judge_for
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum
 from orwcfm_fast.rollout import Rollout, sample, start_conditions, start_noise

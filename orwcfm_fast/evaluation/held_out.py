@@ -1,0 +1,162 @@
+"""Held-out samples, a share of them on each rank, and what the figures need of them; decoded ones are not kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast import noise
+from orwcfm_fast.evaluation.drift import sample_with_gap
+from orwcfm_fast.evaluation.features import Features, features_for
+from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.ranks import Ranks
+from orwcfm_fast.rewards import RewardSum, Scores, make_reward
+from orwcfm_fast.rollout import Reward, sample, start_conditions, start_noise
+from orwcfm_fast.settings import RewardOptions, Sampling
+
+GAP_MAX = 512
+AT_ONCE = 1 << 22  # values made float64 at once
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What measures: reward, features for diversity; the classifier's confidence and accuracy where there is one."""
+
+    reward: Reward
+    reward_name: str
+    features: Features
+    confidence: Callable[[Tensor], Tensor] | None = None
+    accuracy: float | None = None
+    holdout: RewardSum | None = None
+
+
+def judge_for(
+    data: str,
+    reward: Reward,
+    name: str,
+    holdout: RewardSum | None = None,
+    features: str = "auto",
+    options: RewardOptions | None = None,
+) -> Judge:
+    """Features by choice and data; confidence by the classifier for digits."""
+    found = features_for(features, data, options)
+    if data.partition(":")[0] != "digits":
+        return Judge(reward, name, found, holdout=holdout)
+    from orwcfm_fast.rewards.digits import digit_classifier
+
+    classifier = digit_classifier()
+
+    def confidence(x: Tensor) -> Tensor:
+        return classifier.probabilities(x).max(1).values
+
+    return Judge(reward, name, found, confidence, classifier.accuracy, holdout)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A model's N samples.
+
+    Attributes:
+        x: [N, *shape]; features: [N, F] of them decoded; decoded: shape of one decoded.
+        moments: [1, 2, D] sums over the decoded samples of their values and of their squares, float64.
+        gap: sum over the first GAP_MAX of ∫‖v − v_ref‖² dt; None without a reference.
+    """
+
+    x: Tensor
+    features: Tensor
+    decoded: tuple[int, ...]
+    moments: Tensor
+    scores: Scores
+    held_out: Scores | None
+    confidence: Tensor | None
+    gap: float | None
+
+    @property
+    def std(self) -> float:
+        """Mean over coordinates of the decoded samples' standard deviation."""
+        n, (total, squares) = len(self.x), self.moments.sum(0)
+        return float(((squares - total**2 / n).clamp_min(0) / (n - 1)).sqrt().mean())
+
+    def gathered(self, ranks: Ranks, n: int) -> "Drawn":
+        """All n, on every rank, each of which has its share."""
+
+        def whole(part: Tensor) -> Tensor:
+            return ranks.gather(part, n)
+
+        return replace(
+            self,
+            x=whole(self.x),
+            features=whole(self.features),
+            moments=ranks.gather(self.moments, ranks.world),
+            scores=self.scores.each(whole),
+            held_out=self.held_out and self.held_out.each(whole),
+            confidence=None if self.confidence is None else whole(self.confidence),
+            gap=None if self.gap is None else sum(ranks.all(self.gap)),
+        )
+
+
+def draw_held_out(
+    name: str,
+    policy: Policy,
+    reference: Policy | None,
+    x_ref: Tensor | None,
+    judge: Judge,
+    how: Sampling,
+    mine: slice,
+    chunk: int,
+) -> Drawn:
+    """Draws `mine` of a model's held-out samples, scored and featured.
+
+    Args:
+        name: of the model, in messages.
+        x_ref: the reference's own of the same noise.
+    """
+    x0 = start_noise(policy, mine.stop - mine.start, how.seed, noise.SAMPLE, mine.start)
+    condition = start_conditions(policy, len(x0), how, mine.start)
+    gap = None if reference is None else 0.0
+    if policy is reference:
+        assert x_ref is not None
+        x = x_ref
+    else:
+        parts, k = [], max(min(GAP_MAX - mine.start, len(x0)), 0) if reference else 0
+        if reference and k:
+            rows = condition if condition is None else condition[:k]
+            x, mean = sample_with_gap(policy, reference, x0[:k], how, chunk, rows)
+            parts, gap = [x], mean * k
+        if k < len(x0):
+            rows = condition if condition is None else condition[k:]
+            parts.append(sample(policy, x0[k:], how, chunk, condition=rows))
+        x = torch.cat(parts)
+    return _looked_at(name, policy, x, condition, judge, gap, mine.start, chunk)
+
+
+def _looked_at(name, policy, x, condition, judge, gap, start, chunk) -> Drawn:
+    """Decodes the images of a pipeline `chunk` at a time; a reward sees those of a chunk together."""
+    size = chunk if policy.pipeline else len(x)
+    conditions = [None] if condition is None else condition.split(size)
+    reward = make_reward(judge.reward, name=judge.reward_name)
+    features, confidence, scores, held_out, sums = [], [], [], [], []
+    for part, rows in zip(x.split(size), conditions, strict=True):
+        seen, prompts = policy.decode(part), policy.prompts_of(rows)
+        features.append(judge.features(seen))
+        with torch.inference_mode():
+            confidence += [judge.confidence(seen)] if judge.confidence else []
+        scores.append(reward.scores(seen, name, start, prompts))
+        held_out += [judge.holdout.scores(seen, name, start, prompts)] if judge.holdout else []
+        sums = [sum([_moments(seen.flatten(1)), *sums])]
+        start += len(part)
+    return Drawn(
+        x, torch.cat(features), tuple(seen.shape[1:]), sums[0][None], Scores.joined(scores),
+        Scores.joined(held_out) if held_out else None, torch.cat(confidence) if confidence else None, gap,
+    )  # fmt: skip
+
+
+def _moments(flat: Tensor) -> Tensor:
+    """Σ over samples [N, D] of their values and of their squares, float64 [2, D]."""
+    total = flat.new_zeros(2, flat.shape[1], dtype=torch.float64)
+    for part in flat.split(max(1, AT_ONCE // flat.shape[1])):
+        exact = part.double()
+        total[0] += exact.sum(0)
+        total[1] += exact.square_().sum(0)
+    return total

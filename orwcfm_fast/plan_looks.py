@@ -1,0 +1,66 @@
+"""Memory of what looks at samples: the probe after each round, and the closing evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orwcfm_fast.evaluation.evaluate import EXACT_W2_MAX, SPREAD_MAX
+from orwcfm_fast.evaluation.held_out import AT_ONCE
+from orwcfm_fast.guarding.steer import probe_size
+from orwcfm_fast.settings import Finetune
+
+SPREAD = 512  # of a rollout, whose diversity is measured
+PICTURE = 64
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What samples take on one of `ranks`.
+
+    Args:
+        sample, image, feature: bytes of a sample, of it decoded, of its features.
+        sampling, decoding: peaks of so many samples at once; decoding without the images themselves.
+        in_chunks: images are decoded a chunk at a time; a rank's share at once where not.
+        on_host: the device is the CPU, where transport plans are solved.
+    """
+
+    s: Finetune
+    ranks: int
+    sample: int
+    image: int
+    feature: int
+    sampling: Callable[[int], int]
+    decoding: Callable[[int], int]
+    in_chunks: bool
+    on_host: bool
+
+    @property
+    def probe_kept(self) -> int:
+        """Its noise, its samples and the reference's."""
+        return 3 * probe_size(self.s) * self.sample
+
+    def _decoding(self, n: int, chunk: int) -> int:
+        n = min(n, chunk) if self.in_chunks else n
+        return max(self.decoding(min(n, self.s.vae_chunk)) + n * self.image, 2 * n * self.image)
+
+    def probe(self, chunk: int) -> dict[str, int]:
+        probed, spread = probe_size(self.s), min(SPREAD, self.s.rollout)
+        mine = -(-probed // self.ranks)
+        sampled = self.sampling(min(mine, chunk)) + 2 * mine * self.sample
+        decoded = self._decoding(-(-max(spread, probed) // self.ranks), chunk)
+        return {"sampling or decoding": max(sampled, decoded), "features": max(spread, probed) * self.feature}
+
+    def evaluation(self, chunk: int) -> dict[str, int]:
+        n = self.s.eval_n
+        mine, most, pictured = -(-n // self.ranks), min(n, SPREAD_MAX), min(probe_size(self.s), PICTURE)
+        values = self.feature // 4
+        sampled = self.sampling(min(mine, chunk)) + 3 * min(mine, chunk) * self.sample
+        decoded = self._decoding(mine, chunk) + 4 * self.image + 16 * min(AT_ONCE, mine * self.image // 4)
+        figures = 16 * most * values + 24 * min(most, values) ** 2
+        exact = min(n, EXACT_W2_MAX)
+        transport = exact * (4 * self.sample + 16 * exact) if self.on_host else 0
+        pictures = self.decoding(min(pictured, self.s.vae_chunk)) + 3 * pictured * self.image
+        return {
+            "samples": (3 * n + mine) * self.sample,
+            "features": 2 * n * self.feature,
+            "sampling, decoding or figures": max(sampled, decoded, figures, transport, pictures),
+        }
