@@ -35,7 +35,7 @@ def decoded_features(policy: Policy, features: Callable[[Tensor], Tensor], x: Te
 def _pixels(x: Tensor) -> Tensor:
     """Vectors and small images as they are, larger images averaged down to SIDE pixels along each side."""
     if x.dim() == 4 and max(x.shape[2:]) > SIDE:
-        x = F.adaptive_avg_pool2d(x, tuple(min(side, SIDE) for side in x.shape[2:]))
+        x = F.adaptive_avg_pool2d(x, (min(x.shape[2], SIDE), min(x.shape[3], SIDE)))
     return x.flatten(1)
 
 

@@ -136,7 +136,8 @@ def _looked_at(name, policy, x, condition, judge, gap, start, chunk) -> Drawn:
     size = chunk if policy.pipeline else len(x)
     conditions = [None] if condition is None else condition.split(size)
     reward = make_reward(judge.reward, name=judge.reward_name)
-    features, confidence, scores, held_out, sums = [], [], [], [], []
+    features, confidence, scores, held_out = [], [], [], []
+    moments: Tensor | float = 0.0
     for part, rows in zip(x.split(size), conditions, strict=True):
         seen, prompts = policy.decode(part), policy.prompts_of(rows)
         features.append(judge.features(seen))
@@ -144,10 +145,11 @@ def _looked_at(name, policy, x, condition, judge, gap, start, chunk) -> Drawn:
             confidence += [judge.confidence(seen)] if judge.confidence else []
         scores.append(reward.scores(seen, name, start, prompts))
         held_out += [judge.holdout.scores(seen, name, start, prompts)] if judge.holdout else []
-        sums = [sum([_moments(seen.flatten(1)), *sums])]
+        moments = _moments(seen.flatten(1)) + moments
         start += len(part)
+    assert isinstance(moments, Tensor)
     return Drawn(
-        x, torch.cat(features), tuple(seen.shape[1:]), sums[0][None], Scores.joined(scores),
+        x, torch.cat(features), tuple(seen.shape[1:]), moments[None], Scores.joined(scores),
         Scores.joined(held_out) if held_out else None, torch.cat(confidence) if confidence else None, gap,
     )  # fmt: skip
 

@@ -209,7 +209,7 @@ class Finetuning:
             if set_aside:
                 history.sweep(self.run.checkpoints)
             found = history.load_newest(self.run.checkpoints, set_aside=set_aside, every=every)
-            return found and found.path
+            return found.path if found else None
 
         path = self.ranks.from_first(choose)
         with self.ranks.together():
@@ -412,7 +412,7 @@ class Finetuning:
             oversight.control.chunk, ranks=self.ranks, on_halved=oversight.set_chunk,
         )  # fmt: skip
         with self.ranks.together():
-            return self._show(*measured, began) if self.ranks.first else None
+            return self._show(measured[0], measured[1], began) if self.ranks.first else None
 
     def _show(self, before: Measures, after: Measures, began: float) -> Result:
         """Write what the run leaves behind."""
