@@ -33,7 +33,7 @@ class StepGraph:
         tensors = {name: x for name, x in vars(batch).items() if isinstance(x, Tensor)}
         key = (micro_batch, batch.whole, {name: (x.shape, x.dtype) for name, x in tensors.items()})
         if key != self.key:
-            self.tensors = {name: x.clone() for name, x in tensors.items()}
+            self.tensors: dict[str, Any] = {name: x.clone() for name, x in tensors.items()}
             own = replace(batch, **self.tensors)
             self.replay, self.found = record(lambda: body(own))
             self.key = key
