@@ -227,16 +227,6 @@ def _exact_w2(samples: Tensor, masses: Tensor, start: Tensor) -> float:
     return math.sqrt(max(0.0, float(ot.emd2(masses.numpy(), start.numpy(), cost, numItermax=1_000_000))))
 
 
-def front(forecasts: Sequence[Forecast]) -> list[Forecast]:
-    """Those that no other beats in both reward and coupled W2 after the last round, by rising W2."""
-    best, kept = -math.inf, []
-    for f in sorted(forecasts, key=lambda f: (f.final.w2_coupled, -f.final.reward)):
-        if f.final.reward > best:
-            best = f.final.reward
-            kept.append(f)
-    return kept
-
-
 def alpha_for(
     samples: Any,
     rewards: Any,

@@ -1,0 +1,102 @@
+"""W2 to the exact recursion within each mode: `python -m orwcfm_fast.benchmarks.modes --out FILE.json`.
+
+Two Gaussians: the trained loop after six rounds beside `exact_recursion` of the same pretrained network. The ratio is
+to two exact samples of that size, so 1 is all that can be seen. τ = 0 weighs nothing: what it shows is the cost of
+training a network on its own samples, which every α has to bear.
+"""
+
+import argparse
+import json
+import statistics
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast.benchmarks.calibration import CPU, POINTS, model_of
+from orwcfm_fast.device import device_name
+from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.rollout import sample, start_noise
+from orwcfm_fast.saving import checkpoint
+from orwcfm_fast.settings import Finetune
+from orwcfm_fast.theory import exact_recursion, refit
+from orwcfm_fast.trainer import Trainer
+
+ROUNDS, DRAWS, TAU = 6, 20, 0.5
+OF_MODE = 5000  # samples of both modes together
+MORE: dict[str, Any] = {"rollout": 32768, "batch": 1024, "steps_per_round": 400, "cooldown": 0.9}
+CASES: list[tuple[float, float, dict[str, Any]]] = [
+    (alpha, tau, more)
+    for alpha, tau in ((1.0, TAU), (0.3, TAU), (0.0, TAU), (0.0, 0.0))
+    for more in ({}, MORE)
+]
+
+
+def w2(a: Tensor, b: Tensor) -> float:
+    """Of two samples [N] on the line."""
+    return float((a.sort().values - b.sort().values).square().mean().sqrt())
+
+
+def ratio(found: Tensor, exact: Tensor, n: int, generator: torch.Generator) -> float:
+    """Mean W2 of n found against n exact, over that of n exact against n exact."""
+
+    def some(x: Tensor) -> Tensor:
+        return x[torch.randperm(len(x), generator=generator)[:n]]
+
+    apart, floor = [], []
+    for _ in range(DRAWS):
+        one = some(exact)
+        apart.append(w2(some(found), one))
+        floor.append(w2(some(exact), one))
+    return statistics.mean(apart) / statistics.mean(floor)
+
+
+def measure(base: Policy, density: Any, alpha: float, tau: float, more: dict[str, Any]) -> dict[str, Any]:
+    """One setting of the real loop: E[r] and the ratio within each mode, left and right."""
+    reward = make_reward("right")
+    s = Finetune(**POINTS | {"alpha": alpha, "tau": tau, "rounds": ROUNDS, "cooldown": 0.5} | more)
+    policy = base.trainable_copy()
+    for _ in Trainer(policy, reward, s, reference=base).train(ROUNDS):
+        pass
+    x = sample(policy, start_noise(policy, 100_000, 9), s, 50_000).flatten()
+    exact = exact_recursion(
+        density, lambda p: (p[:, 0] > 0).float(), alpha, tau, ROUNDS, normalize=True, check=False
+    )
+    pool = exact.sample(exact.rounds[-1].round, 400_000, seed=1).flatten()
+    generator = torch.Generator().manual_seed(2)
+    ratios = []
+    for side in (-1, 1):
+        inside = pool[side * pool > 0]
+        n = int(OF_MODE * len(inside) / len(pool))
+        ratios.append(ratio(x[side * x > 0], inside, n, generator))
+    return {
+        "alpha": alpha, "tau": tau, **more, "reached": float((x > 0).float().mean()),
+        "exact": exact.rounds[-1].reward, "w2_ratio": ratios,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    out = parser.parse_args().out
+    base = model_of("two-gaussians")
+    density = refit(
+        sample(base, start_noise(base, 250_000, 5, first=k * 250_000), Finetune(), 50_000) for k in range(4)
+    )
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(CPU),
+        "versions": checkpoint.versions(),
+        "rows": [],
+    }
+    for case in CASES:
+        found["rows"].append(measure(base, density, *case))
+        print(json.dumps(found["rows"][-1]), flush=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
