@@ -280,7 +280,7 @@ def fitting(size: int, room: int, at: Callable[[int], dict[str, int]]) -> int:
 def resident() -> int:
     """Bytes of memory that this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
-    return pages * os.sysconf("SC_PAGE_SIZE") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return pages * os.sysconf("SC_PAGE_SIZE") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available(device: torch.device) -> int:

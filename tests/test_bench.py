@@ -1,6 +1,8 @@
 """The benchmarks measure what they say, against a baseline that learns."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,10 @@ def test_the_full_form_tells_pretraining_and_memory():
         "peak memory, lora: 1.00 GiB, 0.50×; weights, gradients, optimiser and copies 0.50 GiB, 0.25×",
     ]
     assert loop.extra_lines({}) == []
+
+
+def test_peak_memory_is_a_processes_own_and_not_its_parents():
+    ballast = torch.ones(2**28)  # a GiB that the child never sees
+    code = "import torch; from orwcfm_fast.benchmarks.memory import most; print(most(torch.device('cpu')))"
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert peak < ballast.nbytes
