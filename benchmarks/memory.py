@@ -36,7 +36,9 @@ def most(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure is handed down: a child of a large process would begin at its peak
+    if (
+        status.exists()
+    ):  # getrusage's figure is handed down: a child of a large process would begin at its peak
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, where there is no /proc
 
