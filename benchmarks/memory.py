@@ -7,11 +7,13 @@ copies of weights.
 """
 
 import argparse
+import gc
 import json
 import resource
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from orwcfm_fast import noise
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
 from orwcfm_fast.benchmarks.ways import CPU, LORA_RANK, bench_policy
 from orwcfm_fast.coupling import couple
+from orwcfm_fast.errors import WorkError
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.rollout import sample, start_noise
 from orwcfm_fast.settings import Finetune
@@ -35,12 +38,10 @@ def most(device: torch.device) -> int:
     """Bytes that this process held at most so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # getrusage's figure is handed down: a child of a large process would begin at its peak
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, where there is no /proc
+    # getrusage's figure is handed down: a child of a large process would begin at its peak
+    with suppress(OSError, IndexError):
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -94,10 +95,16 @@ def child(way: str, batch: int, device: torch.device) -> None:
 def measure(batch: int, device: torch.device = CPU) -> list[dict[str, Any]]:
     """One row a way, with ratios to the plain loop."""
     rows: list[dict[str, Any]] = []
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the children need what this process no longer does
     for way in WAYS:
         command = [sys.executable, "-m", "orwcfm_fast.benchmarks.memory", "--child", way]
         command += ["--batch", str(batch), "--device", str(device)]
-        rows.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise WorkError(f"memory of {way} at batch {batch}: {done.stderr.strip().splitlines()[-1:]}")
+        rows.append(json.loads(done.stdout))
         first = rows[0]
         rows[-1] |= {f"{k}_ratio": rows[-1][k] / first[k] for k in ("peak", "held")}
     return rows

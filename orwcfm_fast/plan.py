@@ -199,6 +199,7 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
         add_lora(policy.network, s.lora, seed=s.seed)
     reference = policy.frozen_copy()
     learner = Learner(policy, reference, s)
+    learner.graph = None  # a replay allocates nothing: what it holds shows in the step that it records
     seed = noise.seed_on(s.seed, device)
 
     def step(size: int, parts: int = 1) -> None:
@@ -252,6 +253,10 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
     held["probe kept"] = looks.probe_kept
     room = int(HEADROOM * limit) - process - sum(held.values())
     micro_batch = fitting(min(s.micro_batch or batch, batch), room, step_at)
+    stepping = step_at(micro_batch)
+    if s.graph:  # never given back
+        held["step's graph"] = sum(stepping.values())
+        room, stepping = room - held["step's graph"], dict.fromkeys(stepping, 0)
     chunk = fitting(min(s.chunk, rollout), room, rollout_at)
     per_step = (
         one.time(batch) if micro_batch == batch else several.time(micro_batch) * batch / (2 * micro_batch)
@@ -264,7 +269,7 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
         "probe": 2 * drawn.time(min(probed, chunk)) * max(1.0, probed / chunk),
     }
     return Plan(
-        str(device), micro_batch, chunk, held, step_at(micro_batch), rollout_at(chunk),
+        str(device), micro_batch, chunk, held, stepping, rollout_at(chunk),
         {"scoring": scored.peak(rollout) + rollout * one_sample}, process, limit, seconds,
         probe=looks.probe(chunk), evaluation=looks.evaluation(chunk),
     )  # fmt: skip

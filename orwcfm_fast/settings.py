@@ -210,7 +210,9 @@ class Finetune(Training, Sampling, RewardOptions):
     pair: bool = Field(
         False, description="policy and reference in one batched call a step; slower on every CPU measured"
     )
-    graph: bool = Field(False, description="each gradient step as one CUDA graph; on one GPU")
+    graph: bool = Field(
+        False, description="each gradient step as one CUDA graph, told as the policy's time; on one GPU"
+    )
     rollout: int = Field(1536, ge=2, description="samples drawn a round")
     chunk: int = Field(512, ge=1, description="samples drawn at once")
     micro_batch: int = Field(0, ge=0, description="samples at once in a gradient step; 0: the whole batch")

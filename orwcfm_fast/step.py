@@ -56,8 +56,10 @@ class Learner:
         self.on_halved: Callable[[int], None] = lambda size: None
         self.graph = StepGraph() if settings.graph else None
         if self.graph and (policy.device.type != "cuda" or ranks.world > 1):
-            raise UserError("--graph: needs an NVIDIA GPU, and no more than one; leave it out")
-        self.ran = False  # a step, in this process
+            raise UserError("--graph: needs an NVIDIA GPU, and no more than one; leave it out (--no-graph)")
+        if self.graph and policy.pipeline:
+            raise UserError("--graph: is not for pipelines; leave it out (--no-graph)")
+        self.ran = False  # a step, with the optimiser as it is
         lr = torch.full((), settings.lr, device=policy.device) if self.graph else settings.lr
         self.optimizer = AdamW(
             self.parameters, lr, weight_decay=0.0, fused=True, capturable=self.graph is not None
@@ -66,7 +68,10 @@ class Learner:
         self.phases = Phases(policy.device)
 
     def go_on_from(self, step: int) -> None:
-        """Set the schedule to where it stands before that step."""
+        """Set the schedule to where it stands before that step; the optimiser's state may be another."""
+        self.ran = False
+        if self.graph:
+            self.graph.forget()
         self.schedule.last_epoch = step
         for group, base, share in zip(
             self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
@@ -88,18 +93,19 @@ class Learner:
 
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
         """One step on a batch, or on this rank's part of it; (mean fm, mean w2, gradient norm) [3], float32."""
-        if (
-            self.graph and self.ran
-        ):  # the first compiles kernels, finds the micro-batch, makes the optimiser's state
-            size = self.at_once(batch)
+        graph = self.graph if self.ran else None  # the first compiles kernels and makes the optimiser's state
+
+        def whole(size: int) -> Tensor:
+            assert graph
+            return graph(batch, seed, lambda b, s: self.update(self.gradient(b, s, size)), size)
+
+        size = self.at_once(batch)
+        if graph:
             with self.phases("policy"):
-                found = self.graph(batch, lambda own: self.update(self.gradient(own, seed, size)), size)
+                found = halving(whole, size, "micro-batch", self.set_micro_batch)
         else:
             losses = halving(
-                lambda size: self.gradient(batch, seed, size),
-                self.at_once(batch),
-                "micro-batch",
-                self.set_micro_batch,
+                lambda size: self.gradient(batch, seed, size), size, "micro-batch", self.set_micro_batch
             )
             with self.phases("optimizer"):
                 self.add_up(losses)

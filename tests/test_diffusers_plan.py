@@ -15,7 +15,6 @@ from orwcfm_fast.evaluation.evaluate import evaluate
 from orwcfm_fast.evaluation.held_out import judge_for
 from orwcfm_fast.plan import allocations
 from orwcfm_fast.plan_pipeline import plan_pipeline
-from orwcfm_fast.ranks import bucket_bytes
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune
@@ -77,7 +76,7 @@ def test_predicted_memory_is_what_torch_then_allocates(kind, sizes, pipeline_fol
             assert word in table, word
 
 
-def test_the_closing_evaluation_and_the_exchange_of_ranks_are_in_the_plan(pipeline_folder, prompts_file):
+def test_the_closing_evaluation_and_a_ranks_share_are_in_the_plan(pipeline_folder, prompts_file):
     sizes = dict(batch=8, rollout=8, image_size=32, eval_n=48, lora=8)
     s = Finetune(model=f"diffusers:{pipeline_folder('sd3')}", prompts=str(prompts_file), **SHORT | sizes)
     plan = plan_pipeline(s)["adapters of rank 8"]
@@ -98,8 +97,10 @@ def test_the_closing_evaluation_and_the_exchange_of_ranks_are_in_the_plan(pipeli
         sum(plan_pipeline(s.model_copy(update={"eval_n": 480}))["all weights"].evaluation.values()) > 4 * ours
     )
     many = plan_pipeline(s, ranks=8)["all weights"]
-    trained = many.step["gradients"]
-    assert many.step["activations"] >= bucket_bytes(trained) == 2 * trained and many.micro_batch == 1
+    alone = plan_pipeline(s.model_copy(update={"batch": 1}))["all weights"]
+    assert many.step == alone.step and many.micro_batch == 1, (
+        "an eighth of the batch; the exchange needs less"
+    )
 
 
 def test_the_readmes_plan_needs_configurations_alone(run_cli, pipeline_folder, tmp_path):

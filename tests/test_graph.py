@@ -10,7 +10,6 @@ from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.step import Learner
 
-SEED = torch.tensor(0)
 SETTINGS = Finetune(batch=8, warmup=4, steps_per_round=6)
 
 
@@ -37,7 +36,7 @@ def recorded_late(body):
     return lambda: found.copy_(body()), found
 
 
-def test_replayed_steps_read_their_batch_rate_and_weights_anew(monkeypatch):
+def test_replayed_steps_read_their_batch_and_seed_anew(monkeypatch):
     recordings = []
     monkeypatch.setattr(graph, "record", lambda body: recordings.append(1) or recorded_late(body))
     batches = [batch_of(k, alpha=0.5 + k) for k in range(6)] + [batch_of(6, 5), batch_of(7, 5), batch_of(8)]
@@ -48,6 +47,44 @@ def test_replayed_steps_read_their_batch_rate_and_weights_anew(monkeypatch):
         group["lr"] = torch.tensor(group["lr"])
     torch.testing.assert_close(results(learner, batches), results(plain, batches), rtol=0, atol=0)
     assert len(recordings) == 3, "once, and once more for each change of size"
+
+
+def test_a_step_is_recorded_anew_where_the_optimisers_state_becomes_another(monkeypatch):
+    """A rollback, or a new start: the old recording would go on with moments that nobody reads."""
+    recordings = []
+
+    def record(body):
+        recordings.append(bool(learner.optimizer.state))
+        return recorded_late(body)
+
+    monkeypatch.setattr(graph, "record", record)
+    learner = learner_of("cpu")
+    learner.graph = graph.StepGraph()
+    state = learner.optimizer.state_dict()
+    for again in (
+        learner.start_over,
+        lambda: learner.optimizer.load_state_dict(state) or learner.go_on_from(2),
+    ):
+        results(learner, [batch_of(0), batch_of(1), batch_of(2)])
+        assert recordings == [True], "once, when the state was there"
+        recordings.clear()
+        again()
+
+
+def test_a_recording_that_runs_out_of_memory_is_tried_with_half(monkeypatch):
+    sizes = []
+
+    def record(body):
+        sizes.append(learner.micro_batch)
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return recorded_late(body)
+
+    monkeypatch.setattr(graph, "record", record)
+    learner = learner_of("cpu")
+    learner.graph = graph.StepGraph()
+    results(learner, [batch_of(0), batch_of(1)])
+    assert sizes == [8, 4] and learner.micro_batch == 4
 
 
 def test_a_graph_is_refused_without_a_gpu():

@@ -11,7 +11,7 @@ import torch
 
 from orwcfm_fast.data import source
 from orwcfm_fast.networks.policy import make_policy
-from orwcfm_fast.plan import Course, allocations, make_plan
+from orwcfm_fast.plan import Course, allocations, make_plan, plan_run
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.trainer import Trainer
@@ -103,6 +103,14 @@ def test_predicted_seconds_are_those_of_a_round():
         f"predicted {sum(plan.seconds.values()):.2f} s, measured {min(seconds):.2f} to {max(seconds):.2f} s"
     )
     assert min(seconds) / 2 <= sum(plan.seconds.values()) <= 2 * max(seconds)  # other work on the machine
+
+
+def test_a_ranks_plan_holds_the_buffers_of_the_exchange():
+    s = Finetune(**SHORT | dict(model="mlp", data="moons", batch=8, rollout=64))
+    many, alone = plan_run(s, ranks=8), plan_run(s.model_copy(update={"batch": 1}))
+    trained = alone.step["gradients"]
+    assert many.step == {"gradients": trained, "activations": 2 * trained}, "what is sent, and what comes"
+    assert alone.step["activations"] < trained
 
 
 def test_doctor_plans_with_the_settings_of_a_run(run_cli):

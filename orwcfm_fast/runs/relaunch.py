@@ -10,7 +10,7 @@ from orwcfm_fast.runs.resolve import agrees, left_open
 from orwcfm_fast.runs.run import CONFIG, read_command
 from orwcfm_fast.settings import Finetune, build, read_toml
 
-MAY_CHANGE = ("rounds", "device", "log")
+MAY_CHANGE = ("rounds", "device", "log", "graph")
 
 
 def begun_before(settings: Finetune, out: Path | None, overwrite: bool) -> dict[str, Any] | None:
