@@ -241,7 +241,8 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
 
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several.peak(size)
-        return {"gradients": min(gradients, top), "activations": max(top - gradients, exchange)}
+        own = {"gradients": min(gradients, top), "activations": max(top - gradients, exchange)}
+        return own | kept_draws(s, batch, one_sample)
 
     def rollout_at(chunk: int) -> dict[str, int]:
         others = 2 * (rollout - chunk) * one_sample
@@ -280,6 +281,14 @@ def fitting(size: int, room: int, at: Callable[[int], dict[str, int]]) -> int:
     while size > 1 and sum(at(size).values()) > room:
         size = max(1, size // 2)
     return size
+
+
+def kept_draws(s: Finetune, batch: int, one_sample: int) -> dict[str, int]:
+    """Bytes of the minibatches that later passes take again; `batch`: a rank's part, views of the whole's tensors."""
+    if s.reference_passes == 1:
+        return {}
+    numbers = 20  # t, w and a, and the draw's index
+    return {"draws kept": s.draws * (s.batch * (2 * one_sample + numbers) + batch * one_sample)}
 
 
 def resident() -> int:

@@ -25,7 +25,7 @@ from orwcfm_fast.networks.diffusers import Pipeline, embedding_widths
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.pipeline_files import Description, describe_pipeline, telling
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.plan import HEADROOM, Course, Plan, available, fitting
+from orwcfm_fast.plan import HEADROOM, Course, Plan, available, fitting, kept_draws
 from orwcfm_fast.plan_looks import Looks
 from orwcfm_fast.prompts import Conditions, Prompt, read_prompts
 from orwcfm_fast.ranks import bucket_bytes
@@ -196,7 +196,8 @@ def _plan(
 
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several().peak(size)
-        return {"gradients": min(trained, top), "activations": max(top - trained, exchange)}
+        own = {"gradients": min(trained, top), "activations": max(top - trained, exchange)}
+        return own | kept_draws(s, batch, one_latent)
 
     def rollout_at(chunk: int) -> dict[str, int]:
         return {"sampling": drawn.peak(chunk) + 2 * (rolled - chunk) * one_latent}

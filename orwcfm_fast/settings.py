@@ -241,6 +241,11 @@ class Finetune(Training, Sampling, RewardOptions):
     )
     log: list[str] = Field([], description="also log to tensorboard, wandb or wandb:PROJECT; repeat for both")
 
+    @property
+    def draws(self) -> int:
+        """Minibatches drawn a round; its other gradient steps take them again."""
+        return -(-self.steps_per_round // self.reference_passes)
+
 
 class Sweep(Finetune):
     """Settings of `orwcfm sweep`: those of each run, with lists where the grid has several values."""

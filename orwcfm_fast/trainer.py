@@ -191,8 +191,7 @@ class Trainer:
         reference's velocities are kept from the first.
         """
         s, n = self.settings, len(w)
-        drawn = math.ceil(s.steps_per_round / s.reference_passes)
-        wanted = drawn * s.batch
+        wanted = s.draws * s.batch
         passes = math.ceil(wanted / n)
         order = torch.cat([noise.permutation(n, self.seed, number * passes + p) for p in range(passes)])
 
@@ -207,11 +206,11 @@ class Trainer:
                 return batch.part(self.ranks.share(s.batch))
 
         if s.reference_passes == 1:
-            yield from map(make, range(skip, drawn))
+            yield from map(make, range(skip, s.draws))
             return
         seed = noise.seed_on(s.seed, "cpu")  # the order is the host's to know
         turns = [
-            noise.permutation(drawn, seed, number * s.reference_passes + p, noise.REUSE).tolist()
+            noise.permutation(s.draws, seed, number * s.reference_passes + p, noise.REUSE).tolist()
             for p in range(s.reference_passes)
         ]
         kept: dict[int, Batch] = {}

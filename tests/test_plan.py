@@ -75,6 +75,16 @@ def test_predicted_memory_is_what_torch_then_allocates(model, data, sizes):
     assert abs(ours / theirs - 1) <= 0.15
 
 
+def test_minibatches_that_are_taken_again_are_in_the_plan():
+    sizes = dict(batch=32, rollout=32, chunk=32, steps_per_round=24)
+    many, one = ({**sizes, "reference_passes": n} for n in (2, 1))
+    digits = ("unet-digits", "digits")
+    ours = of_rounds(predicted(*digits, **many)) - of_rounds(predicted(*digits, **one))
+    theirs = measured(*digits, **many) - measured(*digits, **one)
+    print(f"predicted {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB")
+    assert abs(ours / theirs - 1) <= 0.15
+
+
 def test_what_does_not_fit_is_halved_until_it_does_and_then_holds(monkeypatch):
     monkeypatch.setattr("orwcfm_fast.plan.resident", lambda: 0)  # torch's own share alone
     settings = dict(batch=4096, rollout=512, chunk=512)
