@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from orwcfm_fast.benchmarks.memory import most
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.theory import GaussianMixture, GridDensity, bound_chain, exact_recursion, refit
 from orwcfm_fast.theory.density import on_grid
@@ -248,13 +249,16 @@ def test_ten_rounds_in_1d_take_seconds(stopwatch):
 
 
 @pytest.mark.soak
-def test_five_rounds_on_a_96_by_96_grid_take_under_a_minute(stopwatch):
+def test_five_rounds_on_a_96_by_96_grid_take_under_a_minute_and_four_gib(stopwatch):
     torch.set_num_threads(2)
     angle = torch.arange(8) * math.pi / 4
     ring = GaussianMixture([1] * 8, 2 * torch.stack([angle.cos(), angle.sin()], 1), [0.2] * 8)
     found = exact_recursion(ring, right, 1.0, 0.5, 5)
     assert stopwatch() < 60
     assert found.error["reward"] < 0.005 and abs(found.rounds[-1].mass - 1) < 1e-3
+    held = most(torch.device("cpu"))  # by this process so far
+    print(f"{held / 2**30:.2f} GiB")
+    assert held < 4 * 2**30
 
 
 @pytest.mark.parametrize("dim", [1, 2])
