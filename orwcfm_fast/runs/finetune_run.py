@@ -16,13 +16,14 @@ from orwcfm_fast.evaluation.features import decoded_features
 from orwcfm_fast.evaluation.held_out import Judge, judge_for
 from orwcfm_fast.guarding.guard import Fault
 from orwcfm_fast.ranks import ALONE, Ranks
-from orwcfm_fast.rewards import RewardSum, check_code_named, make_holdout, make_reward, user_code
+from orwcfm_fast.rewards import RewardSum, check_code_named, make_holdout, make_reward
 from orwcfm_fast.runs.interrupt import Interruption, Stop
+from orwcfm_fast.runs.kept import Kept
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
-from orwcfm_fast.runs.relaunch import MAY_CHANGE, begun_before
+from orwcfm_fast.runs.relaunch import MAY_CHANGE, begun_before, resume_line
 from orwcfm_fast.runs.resolve import anchored, resolved, run_name
 from orwcfm_fast.runs.result import Result
-from orwcfm_fast.runs.run import Onlooker, Run, next_run_path, resume_command, resumed_settings
+from orwcfm_fast.runs.run import Onlooker, Run, next_run_path, resumed_settings
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.saving import checkpoint, history
 from orwcfm_fast.saving.files import read_small, write_text
@@ -48,7 +49,7 @@ class Finetuning:
     """
 
     def __init__(self, settings: Finetune, loaded: Loaded, run: Run, ranks: Ranks = ALONE) -> None:
-        self.settings, self.loaded, self.run, self.resumed = settings, loaded, run, False
+        self.settings, self.loaded, self.resumed = settings, loaded, False
         self.ranks = ranks
         ranks.spread([*loaded.policy.network.state_dict().values()])
 
@@ -67,6 +68,10 @@ class Finetuning:
             ranks=ranks,
         )
         self.reference = self.trainer.reference
+        self.work_in(run)
+
+    def work_in(self, run: Run) -> None:
+        self.run, self.kept = run, Kept(run, self.trainer, self.ranks)
 
     @classmethod
     def prepare(
@@ -132,7 +137,7 @@ class Finetuning:
         path = ranks.from_first(lambda: out or next_run_path(run_name(settings)))
         task = cls(settings, loaded, Run(path), ranks)
         with ranks.together():
-            task.run = Run.create(path, overwrite) if ranks.first else Onlooker(path)
+            task.work_in(Run.create(path, overwrite) if ranks.first else Onlooker(path))
         try:
             with ranks.together():
                 task._begin()
@@ -188,7 +193,7 @@ class Finetuning:
     def _go_on(self) -> None:
         """Go on from the newest whole checkpoint; rounds after it are forgotten."""
         self.resumed = True
-        newest = self._newest(set_aside=True)
+        newest = self.kept.newest(set_aside=True)
         if newest:
             self.trainer.restore(newest)
         with self.ranks.together():
@@ -198,22 +203,7 @@ class Finetuning:
             elif self.ranks.first:
                 self.run.write_config("finetune", self.settings)
                 self._check_forecast()
-                self._prune()  # a kill may have come between the last save and this
-
-    def _newest(self, set_aside: bool = False, every: int = 1) -> checkpoint.Checkpoint | None:
-        """The newest whole checkpoint; the first rank says which it is, and the others read its files too."""
-        found = None
-
-        def choose() -> Path | None:
-            nonlocal found
-            if set_aside:
-                history.sweep(self.run.checkpoints)
-            found = history.load_newest(self.run.checkpoints, set_aside=set_aside, every=every)
-            return found.path if found else None
-
-        path = self.ranks.from_first(choose)
-        with self.ranks.together():
-            return checkpoint.load(path) if path and not self.ranks.first else found
+                self.kept.prune()  # a kill may have come between the last save and this
 
     def _check_forecast(self) -> None:
         """A forecast that cannot be read is none; the report would stumble over it after all the training."""
@@ -239,7 +229,7 @@ class Finetuning:
             self.trainer.watch = watch
         on_line = on_line or (lambda text: None)
         self.trainer.oversight.tell(on_line)
-        s, resume = self.settings, self._resume_command()
+        s, resume = self.settings, resume_line(self.run, self.settings)
         try:
             with Interruption(f"left at once; {resume}" if self.ranks.first else "") as interruption:
                 try:
@@ -248,7 +238,7 @@ class Finetuning:
                     with loggers(logs, self.run.path, self.run.path.name, s.model_dump()) as log:
                         self._train(log, on_round, on_line)
                 except Stop:
-                    where = f"interrupted {self.trainer.where()}, saved at {self._saved()}"
+                    where = f"interrupted {self.trainer.where()}, saved at {self.kept.save_together()}"
                     raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
@@ -257,16 +247,12 @@ class Finetuning:
                     with self.ranks.together():
                         self.run.undo()
                 raise
-            raise type(error)(f"{error}; the run is saved at {self._saved()}") from error
+            raise type(error)(f"{error}; the run is saved at {self.kept.save_together()}") from error
         except OSError as error:
             raise self.run.write_failed(error, resume) from error
         finally:
             if sys.exc_info()[0]:
                 self.run.unlock()
-
-    def _resume_command(self) -> str:
-        named = {key: getattr(self.settings, key) for key in ("reward", "holdout_reward")}
-        return resume_command(self.run, "finetune", {k: v for k, v in named.items() if user_code(v)})
 
     def _train(self, log: Log, on_round: Log | None, on_line: Callable[[str], None]) -> None:
         for record in self._standing():
@@ -286,7 +272,7 @@ class Finetuning:
         self._picture(self.trainer.round)
         forecast = self._forecast() if self.trainer.round == 1 and s.target_w2 is None else ""
         if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
-            self.save()
+            self.kept.save()
         self.run.settle()
         if on_round:
             on_round(record)
@@ -305,18 +291,18 @@ class Finetuning:
                     self.trainer.take_back(fault, self._back)
                     with self.ranks.together():
                         if self.trainer.round:
-                            self.save(anew=True)  # with the α and τ that hold from here on
+                            self.kept.save(anew=True)  # with the α and τ that hold from here on
                 except Fault:
                     self.run.append(fault.record)
                     self.run.settle()
                     with self.ranks.together():  # its files are written before anyone leaves
-                        kept = history.steps(self.run.checkpoints)
-                    where = f"the last good checkpoint is {kept[0]}" if kept else "no round was good yet"
+                        good = history.steps(self.run.checkpoints)
+                    where = f"the last good checkpoint is {good[0]}" if good else "no round was good yet"
                     raise WorkError(f"{fault}; stopped, {where}") from None
 
     def _back(self) -> int:
         """To the newest checkpoint, or the start where there is none; the round it holds."""
-        newest = self._newest(every=self._every)
+        newest = self.kept.newest(every=self.kept.every)
         if newest:
             self.trainer.restore(newest)
         else:
@@ -343,43 +329,6 @@ class Finetuning:
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
         return forecast_line(found)
 
-    def _saved(self) -> Path:
-        """`save`, for which all ranks wait: a launcher ends the others as soon as one leaves."""
-        with self.ranks.together():
-            path = self.save()
-            self.run.settle()
-        return path
-
-    def save(self, anew: bool = False) -> Path:
-        """A checkpoint of what is trained so far; its path. `anew`: in place of one that is there."""
-        path = self.run.checkpoints / f"step_{self.trainer.steps_taken}"
-        if self.ranks.first and (anew or not checkpoint.is_checkpoint(path)):
-            try:
-                self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
-                self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
-                self._prune()
-            except OSError as error:
-                raise self.run.write_failed(error, self._resume_command()) from error
-        return path
-
-    def _prune(self) -> None:
-        history.prune(self.run.checkpoints, self.settings.keep, self.best(), self._every)
-
-    @property
-    def _every(self) -> int:
-        """Steps between regular checkpoints; an interruption writes others."""
-        return self.settings.steps_per_round * self.settings.save_every
-
-    def best(self) -> Path | None:
-        """The checkpoint that the chosen metric speaks best of."""
-        s = self.settings
-        if s.best == "none":
-            return None
-        records = self.run.read_metrics()
-        return history.best_step(
-            self.run.checkpoints, records, s.best, lambda n: n * s.steps_per_round, self._every
-        )
-
     def _picture(self, number: int) -> None:
         probe = self._shown(self.trainer.probe)
         save_samples(self.run.samples / f"round_{number:03d}.png", {f"round {number}": probe})
@@ -397,10 +346,10 @@ class Finetuning:
                     rewards.close()
             return result
         except KeyboardInterrupt:
-            left = f"interrupted; training is done and saved; to measure it: {self._resume_command()}"
+            left = f"interrupted; training is done and saved; to measure it: {resume_line(self.run, self.settings)}"
             raise Interrupted(left) from None
         except OSError as error:
-            raise self.run.write_failed(error, self._resume_command()) from error
+            raise self.run.write_failed(error, resume_line(self.run, self.settings)) from error
         finally:
             self.run.unlock()
 
@@ -421,7 +370,7 @@ class Finetuning:
         pictures = {"before": self._shown(trainer.probe_reference), "after": self._shown(trainer.probe)}
         save_samples(self.run.samples / "before_after.png", pictures)
         save_curves(self.run.path / "curves.png", records)
-        result = Result(self.run, s, before, after, records, time.perf_counter() - began, self.best())
+        result = Result(self.run, s, before, after, records, time.perf_counter() - began, self.kept.best())
         run_report(result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()])
         write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
         return result

@@ -6,11 +6,18 @@ from typing import Any
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.ranks import launched
+from orwcfm_fast.rewards import user_code
 from orwcfm_fast.runs.resolve import agrees, left_open
-from orwcfm_fast.runs.run import CONFIG, read_command
+from orwcfm_fast.runs.run import CONFIG, Run, read_command, resume_command
 from orwcfm_fast.settings import Finetune, build, read_toml
 
 MAY_CHANGE = ("rounds", "device", "log", "graph")
+
+
+def resume_line(run: Run, settings: Finetune) -> str:
+    """The command that goes on with the run; rewards that are code must be named again."""
+    named = {key: getattr(settings, key) for key in ("reward", "holdout_reward")}
+    return resume_command(run, "finetune", {k: v for k, v in named.items() if user_code(v)})
 
 
 def begun_before(settings: Finetune, out: Path | None, overwrite: bool) -> dict[str, Any] | None:
