@@ -1,6 +1,7 @@
 """The `orwcfm` command: its panels, and how errors end it."""
 
 import os
+import shutil
 import sys
 
 import typer
@@ -8,6 +9,8 @@ from typer.core import TyperGroup
 
 from orwcfm_fast.cli.console import err
 from orwcfm_fast.errors import Interrupted, UserError, WorkError
+
+WIDE = 110  # columns that the longest option needs beside its text
 
 
 class OneLineErrors(TyperGroup):
@@ -32,6 +35,12 @@ class OneLineErrors(TyperGroup):
             if debug:
                 raise
             _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+    def get_command(self, ctx, cmd_name):
+        command = super().get_command(ctx, cmd_name)
+        if command and shutil.get_terminal_size().columns < WIDE:
+            command.rich_markup_mode = None  # type: ignore[attr-defined]  # its table would cut long names off
+        return command
 
     def invoke(self, ctx):
         try:

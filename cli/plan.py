@@ -87,7 +87,8 @@ def predict(
             print(json.dumps({"alpha_low": interval.low, "alpha_high": interval.high}))
         else:
             say(
-                f"α between {interval.low:.3g} and {interval.high:.3g} at τ={s.tau[0]:g}, after {s.rounds} rounds"
+                f"α between {interval.low:.3g} and {interval.high:.3g} at τ={s.tau[0]:g}, after {s.rounds} rounds, "
+                "for a network without limits: one that learns images goes less far, so begin at the lower end"
             )
         return
     forecasts = prediction.forecast_grid(reference, s)

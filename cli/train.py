@@ -75,14 +75,14 @@ def _finetune(ranks, given, recipe, config, out, overwrite, resume, quiet) -> No
     began = time.perf_counter()
     if resume:
         _only_resume(config, out, overwrite, recipe)
-    with progress(1, "pretraining the digits model, once", quiet) as bar:
+    with progress(Pretrain().steps, "pretraining the digits model, once", quiet) as bar:
         task = Finetuning.prepare(
             None if resume else _finetune_settings(recipe, config, given),
             given,
             resume=resume,
             out=out,
             overwrite=overwrite,
-            watch_pretraining=lambda step, steps, loss: bar.at(step / steps, f"loss {loss:.4f}"),
+            watch_pretraining=lambda step, steps, loss: bar.at(step, f"loss {loss:.4f}"),
             ranks=ranks,
         )
     s = task.settings
@@ -117,13 +117,13 @@ def sweep(
     from orwcfm_fast.settings import read_toml
 
     given = (read_toml(config) if config else {}) | given
-    with progress(1, "pretraining the digits model, once", quiet) as bar:
+    with progress(Pretrain().steps, "pretraining the digits model, once", quiet) as bar:
         task = Sweeping.prepare(
             settings(Sweep, None, given),
             given,
             out,
             overwrite,
-            watch_pretraining=lambda step, steps, loss: bar.at(step / steps, f"loss {loss:.4f}"),
+            watch_pretraining=lambda step, steps, loss: bar.at(step, f"loss {loss:.4f}"),
         )
     s, runs = task.settings, task.runs
     say(f"sweep {task.run.path}: {len(runs)} runs of {'+'.join(s.reward)} on {task.base.name}", quiet)

@@ -118,12 +118,12 @@ class ORWCFMTrainer:
         self.history: list[dict[str, Any]] = []
 
     def load_pretrained(self, path: str | Path) -> None:
-        """Load `net_model` of a torchcfm checkpoint; it is also the reference from now on.
+        """Load `net_model` of a torchcfm checkpoint, or `ema_model` where that is all; it is the reference too.
 
         Raises:
             UserError: no such file, or one of another architecture.
         """
-        weights = foreign_weights(read_pt(path), path, ("net_model",))
+        weights = foreign_weights(read_pt(path), path, ("net_model", "ema_model"))
         checkpoint.load_weights(self.model, weights, f"checkpoint {path}")
         self.trainer = None
 

@@ -1,21 +1,24 @@
 """A rollout: samples of the current policy and what the reward says of them."""
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from orwcfm_fast import noise
-from orwcfm_fast.errors import RewardError
+from orwcfm_fast.errors import RewardError, UserError
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.prompts import Prompt
 from orwcfm_fast.samplers import Velocity, solve
 from orwcfm_fast.settings import Sampling
 
 Reward = Callable[[Tensor], Tensor]
+PACKAGE = Path(__file__).parent
 
 
 @dataclass
@@ -107,6 +110,13 @@ def _told(reward: Callable[..., Tensor], prompts: Sequence[Prompt] | None) -> di
     return {key: values for key, values in all_of_it.items() if key in takes}
 
 
+def _line_of(error: Exception) -> str:
+    """Where in the reward's own code it was raised, " (my_reward.py:3)"; of packages, nothing."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and PACKAGE not in Path(f.filename).parents]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+
+
 def score(
     reward: Callable[..., Tensor],
     samples: Tensor,
@@ -132,8 +142,9 @@ def score(
     except RewardError as error:  # one that says what happened itself, e.g. a worker process that died
         raise RewardError(f"{at}: {error}") from error
     except Exception as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         text = str(error).split("\n")[0]
-        raise RewardError(f"{at}: {type(error).__name__}: {text}") from error
+        raise RewardError(f"{at}: {kind}{text}{_line_of(error)}") from error
     if values.shape != (len(samples),):
         raise RewardError(
             f"{at}: returned shape {tuple(values.shape)}, should be ({len(samples)},): one a sample"

@@ -13,6 +13,27 @@ import torch
 SMALL = ("--rounds", 2, "--rollout", 64, "--batch", 32, "--steps-per-round", 3, "--eval-n", 64, "--probe", 16)
 
 
+@pytest.mark.parametrize(
+    "command", ["pretrain", "finetune", "sweep", "sample", "evaluate", "predict", "doctor"]
+)
+def test_help_names_every_option_whole_on_a_narrow_terminal(run_cli, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run_cli(command, "--help").out
+    assert "…" not in shown and "--help" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_rewards_that_hardly_differ_are_named_with_what_to_do(run_cli, tiny_run):
+    Path("flat.py").write_text(
+        "def nearly(x):\n    return 1e-3 * x.mean(1)\n\ndef equal(x):\n    return x.new_ones(len(x))\n"
+    )
+    run = ("finetune", "--checkpoint", "base", *SMALL, "--reward")
+    assert "weights nearly equal (ESS 64 of 64)" in run_cli(*run, "flat.py:nearly").out
+    assert "all rewards are equal" in run_cli(*run, "flat.py:equal").out
+    told = run_cli(*run, "flat.py:nearly", "--weights", "advantage", "--alpha", 0.5).out
+    assert "nearly equal" not in told and "orwcfm finetune --alpha 0.15 (more" in told
+    assert "finetune --alpha" not in run_cli(*run, "flat.py:nearly", "--target-w2", 0.5).out
+
+
 def test_list_names_everything_and_one_kind(run_cli):
     everything = run_cli("list").out
     for name in ("even-digits", "unet-cifar10", "8gaussians", "dopri5"):
@@ -229,7 +250,7 @@ def negative(x): return torch.linspace(-1, 1, len(x))
     [
         ("r.py:nan", (), 1, "round 2: 12 of 64 values are NaN; the run is saved at o/checkpoints/step_3", True),
         ("r.py:shape", (), 1, "reward r.py:shape, round 1: returned shape (64, 1), should be (64,)", False),
-        ("r.py:raises", (), 1, "reward r.py:raises, round 1: KeyError: 'weights'", False),
+        ("r.py:raises", (), 1, "reward r.py:raises, round 1: KeyError: 'weights' (r.py:11)", False),
         ("r.py:negative", ("--weights", "linear"), 2, "rewards must not be negative", False),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """`orwcfm predict`: the forecast, the exact answer, and a run laid beside them."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +45,8 @@ def test_versus_lays_a_run_beside_forecast_and_exact_answer(run_cli, tiny_run, m
     monkeypatch.setattr("orwcfm_fast.theory.prediction.REFITTED", 20_000)
     found = json.loads(run_cli("predict", "--versus", "run", "-n", 200, "--json").out)
     assert len(found["reached"]) == len(found["forecast"]) == len(found["exact"]) == 3
-    assert found["verdict"].startswith("forecast 0.")
+    measured = json.loads(Path("run/summary.json").read_text())["after"]["w2_coupled"]["mean"]
+    assert found["verdict"].startswith("forecast 0.") and found["verdict"].endswith(f"reached {measured:.2f}")
     assert "exact" in run_cli("predict", "--versus", "run", "-n", 200).out
     refused = run_cli("predict", "--versus", "base")
     assert refused.code == 2 and "not a finished run" in refused.err

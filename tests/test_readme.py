@@ -26,7 +26,7 @@ RUN = (
 CHEAP = {
     "finetune": RUN,
     "sweep": RUN,
-    "pretrain": ("--batch", "16",),
+    "pretrain": ("--batch", "16", "--steps", "40"),
     "sample": ("--nfe", "4"),
     "evaluate": ("-n", "160", "--nfe", "4"),
     "doctor": ("--batch", "4", "--rollout", "8", "--chunk", "8", "--nfe", "4"),

@@ -35,7 +35,20 @@ from orwcfm_fast.theory.prediction import MANY_PROMPTS, forecast_line, forecast_
 from orwcfm_fast.trainer import Progress, Trainer, describe
 
 PICTURE_SAMPLES = 64
+FLAT = 0.995  # of the rollout: an ESS above it is that of weights within 7 % of each other
 MAX_FORECAST_BYTES = 1 << 20
+
+
+def flat_line(record: dict[str, Any], s: Finetune) -> str:
+    """What to do where the weights hardly differ, in words; nothing where they do."""
+    if s.tau == 0 or record["ess"] <= FLAT * s.rollout:
+        return ""
+    if record["reward_std"] == 0:
+        return "all rewards are equal: there is nothing to learn from"
+    return (
+        f"weights nearly equal (ESS {record['ess']:.0f} of {s.rollout}): rewards spread by {record['reward_std']:.2g} "
+        f"only; a higher --tau weighs them more, --weights advantage goes by their spread"
+    )
 
 
 class Finetuning:
@@ -170,8 +183,9 @@ class Finetuning:
     def about(self) -> list[str]:
         """What is run, in words."""
         s = self.settings
+        rounds = f"{s.rounds} round{'s' * (s.rounds > 1)}"
         lines = [
-            f"{anchored(s)} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {s.rounds} rounds of {s.rollout} "
+            f"{anchored(s)} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {rounds} of {s.rollout} "
             f"samples ({s.solver}, {s.nfe} evaluations) and {s.steps_per_round} steps of {s.batch}; "
             f"{self.loaded.policy.device}, {s.precision}"
         ]
@@ -270,14 +284,16 @@ class Finetuning:
         log(record)
         # all that a round leaves is there before its checkpoint, or a kill between the two would lose it
         self._picture(self.trainer.round)
-        forecast = self._forecast() if self.trainer.round == 1 and s.target_w2 is None else ""
+        lines = [flat_line(record, s)] if self.trainer.round == 1 else []
+        if lines and s.target_w2 is None:
+            lines.append(self._forecast())
         if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
             self.kept.save()
         self.run.settle()
         if on_round:
             on_round(record)
-        if forecast:
-            on_line(forecast)
+        for line in filter(None, lines):
+            on_line(line)
 
     def _standing(self) -> Iterator[dict[str, Any]]:
         """The records of the rounds that stand; the others are taken back or end the run, as --guard says."""

@@ -172,4 +172,4 @@ class Loader:
             policy, data.to(self.device), settings, lambda k, loss: watch(k, settings.steps, loss)
         )
         trainer.save(path)
-        return Loaded(self._checkpoint(path).policy, f"the {DEFAULT} model, pretrained now and cached")
+        return Loaded(self._checkpoint(path).policy, f"the {DEFAULT} model, now cached")

@@ -9,7 +9,7 @@ from orwcfm_fast.evaluation.evaluate import Measures
 from orwcfm_fast.runs.run import Run
 from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.theory.prediction import reached_line
+from orwcfm_fast.theory.prediction import lower, reached_line
 from orwcfm_fast.trainer import PHASES
 
 
@@ -48,6 +48,17 @@ class Result:
             return reached_line(found, self.after.reward.mean, len(self.records))
         except FileNotFoundError:
             return None
+
+    def fell(self) -> str | None:
+        """That the reward is lower than before, in words, where it is."""
+        if self.after.reward.high >= self.before.reward.low:
+            return None
+        return "the reward fell: the model drifted further than the weights led it; try a higher --tau or --alpha"
+
+    def lower_alpha(self) -> float | None:
+        """The α to try for more reward; None where there is none, or where it is steered."""
+        s = self.settings
+        return lower(s.alpha) if s.alpha and s.target_w2 is None else None
 
     def by_phase(self) -> dict[str, float]:
         """Seconds of the loop by phase, over all rounds."""

@@ -124,6 +124,11 @@ STANDARDIZED = "its rewards are standardised anew each round, which no forecast 
 BY_ROUND = ("round", "reward", "reward_error", "w2_coupled", "w2_error", "diversity", "ess")
 
 
+def lower(alpha: float) -> float:
+    """The α that is offered for more reward."""
+    return round(0.3 * alpha, 4)
+
+
 def forecast_run(
     rollout: Rollout, settings: Finetune, features: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def forecast_run(
     if settings.standardize_rewards:
         raise UserError(STANDARDIZED)
     rounds = min(settings.rounds, FORECAST_ROUNDS)
-    alphas = [settings.alpha, round(0.3 * settings.alpha, 4)] if settings.alpha else [0.0]
+    alphas = [settings.alpha, lower(settings.alpha)] if settings.alpha else [0.0]
     x1 = rollout.x1[:FORECAST_SAMPLES]
     found = forecast_many(
         x1, rollout.reward[:FORECAST_SAMPLES], [(a, settings.tau) for a in alphas], rounds,
@@ -170,15 +175,15 @@ def forecast_line(found: dict[str, Any]) -> str:
 
 def reached_line(found: dict[str, Any], reached: float, rounds: int) -> str:
     """After: forecast, reached (where the run went on for longer, after how many rounds), and a lower α."""
-    own, lower = found["own"], found["lower_alpha"]
+    own, other = found["own"], found["lower_alpha"]
     line = f"forecast {own['rewards'][-1]:.2f}" if own["within_reach"] else "forecast beyond reach"
     if found["rounds"] < rounds:
         line += f" after {found['rounds']} rounds"
     line += f", reached {reached:.2f}"
     if found["rounds"] < rounds:
         line += f" after {rounds}"
-    if lower and lower["within_reach"]:
-        line += f"; α={lower['alpha']:g} would reach about {lower['rewards'][-1]:.2f}"
+    if other and other["within_reach"]:
+        line += f"; α={other['alpha']:g} would reach about {other['rewards'][-1]:.2f}"
     return line
 
 
@@ -191,12 +196,13 @@ class Verdict:
     reached: list[float]
     final: float
     half_width: float
+    w2_coupled: float
     forecast: Forecast
     exact: Recursion | None
 
     @property
     def line(self) -> str:
-        """One line: what was forecast, what was reached, whether they agree."""
+        """One line: what was forecast, what was reached, whether the rewards agree, and both for W2."""
         expected = self.forecast.final.reward
         margin = math.hypot(self.half_width, 2 * self.forecast.final.reward_error) + 0.02
         gap = self.final - expected
@@ -209,7 +215,8 @@ class Verdict:
         else:
             word = f"{gap:.3f} above: the loop moved further than the method's own recursion; look at the samples"
         exact = f", exact {self.exact.rounds[-1].reward:.3f}" if self.exact else ""
-        return f"forecast {expected:.3f}{exact}, reached {self.final:.3f}: {word}"
+        w2 = f"; coupled W2 {self.forecast.final.w2_coupled:.2f}, reached {self.w2_coupled:.2f}"
+        return f"forecast {expected:.3f}{exact}, reached {self.final:.3f}: {word}{w2}"
 
 
 def versus(
@@ -245,11 +252,13 @@ def versus(
     low_dimensional = len(policy.shape) == 1 and policy.shape[0] <= 2
     exact = exact_grid(own_density(policy, own), reward, own)[0] if low_dimensional else None
     try:
-        after = {k: float(v) for k, v in json.loads(run.summary.read_bytes())["after"]["reward"].items()}
+        measured = json.loads(run.summary.read_bytes())["after"]
+        after = {k: float(v) for k, v in measured["reward"].items()}
+        w2 = float(measured["w2_coupled"]["mean"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"--versus {path}: its summary.json is damaged") from None
     reached = [r["reward_mean"] for r in records] + [after["mean"]]
-    return Verdict(run, settings, reached, after["mean"], after["high"] - after["mean"], found, exact)
+    return Verdict(run, settings, reached, after["mean"], after["high"] - after["mean"], w2, found, exact)
 
 
 def save_front(path: Path, forecasts: Sequence[Forecast]) -> Path:
