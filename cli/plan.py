@@ -73,7 +73,8 @@ def predict(
         reward = make_reward(s.reward or [source(name)[0].reward], s)
     else:
         loaded = load(loader, model, quiet or as_json)
-        name, shown = loaded.policy.data, loaded.name
+        started = loaded.run and loaded.run.reference.is_dir() and not exact
+        name, shown = loaded.policy.data, f"{'the reference of ' if started else ''}{loaded.name}"
         reward = reward_for(s, loaded)
     say(f"model: {shown}; reward {reward.name}", quiet or as_json)
     if exact:

@@ -59,7 +59,7 @@ def save_samples(path: Path, samples: dict[str, Tensor]) -> Path:
         axes[0].set(xlabel="x", ylabel="density")
         axes[0].legend(frameon=False, loc="upper right")
     else:
-        figure, axes = _figure(len(samples), 4.2, 4.2)
+        figure, axes = _figure(len(samples), 4.2, 4.6)
         reach = float(torch.cat([*samples.values()])[:, :2].abs().max()) * 1.05
         for axis, (title, x) in zip(axes, samples.items(), strict=True):
             axis.scatter(*x[:, :2].cpu().numpy().T, s=9, alpha=0.6, linewidths=0)

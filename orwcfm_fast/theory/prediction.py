@@ -273,12 +273,14 @@ def save_front(path: Path, forecasts: Sequence[Forecast]) -> Path:
             [f.final.w2_coupled for f in own], [f.final.reward for f in own], marker="o", label=f"τ={tau:g}"
         )
         for f in own:
-            left.annotate(f"α={f.alpha:g}", (f.final.w2_coupled, f.final.reward), fontsize=8)
+            at = (f.final.w2_coupled, f.final.reward)
+            left.annotate(f"α={f.alpha:g}", at, (7, -9), textcoords="offset points", fontsize=8)
             right.plot(
                 [r.round for r in f.rounds], [r.reward for r in f.rounds], label=f"α={f.alpha:g} τ={tau:g}"
             )
     left.set(xlabel="coupled W2 to the reference", ylabel="reward", title="forecast after the last round")
     right.set(xlabel="round", ylabel="reward", title="forecast by round")
+    left.margins(x=0.12)
     left.legend(frameon=False)
     right.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=120)
