@@ -210,7 +210,7 @@ def f(x):
         raise ValueError("boom")
     return x[:, 0]
 """
-ON_2 = "error: rank 2: reward bad.py:f, round {round}: ValueError: boom"
+ON_2 = "error: rank 2: reward bad.py:f, round {round}: ValueError: boom (bad.py:7)"
 
 
 def test_what_fails_on_one_rank_ends_all_with_one_line(launch, run_cli):
