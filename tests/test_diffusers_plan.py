@@ -61,7 +61,7 @@ def test_predicted_memory_is_what_torch_then_allocates(kind, sizes, pipeline_fol
         print(
             f"{kind} {sizes} rank {rank}: predicted {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB"
         )
-        assert abs(ours / theirs - 1) <= 0.1
+        assert abs(ours / theirs - 1) <= 0.15
         _show_plan(plan, s)
         table = capsys.readouterr().out
         for word in (
