@@ -1,18 +1,14 @@
 """A whole fine-tuning run: load, train, record, save, evaluate. What `orwcfm finetune` calls."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
-from orwcfm_fast.evaluation.evaluate import Measures, evaluate
-from orwcfm_fast.evaluation.features import decoded_features
+from orwcfm_fast.evaluation.evaluate import evaluate
 from orwcfm_fast.evaluation.held_out import Judge, judge_for
 from orwcfm_fast.guarding.guard import Fault
 from orwcfm_fast.ranks import ALONE, Ranks
@@ -24,31 +20,12 @@ from orwcfm_fast.runs.relaunch import MAY_CHANGE, begun_before, resume_line
 from orwcfm_fast.runs.resolve import anchored, resolved, run_name
 from orwcfm_fast.runs.result import Result
 from orwcfm_fast.runs.run import Onlooker, Run, next_run_path, resumed_settings
+from orwcfm_fast.runs.shown import Shown
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.saving import checkpoint, history
-from orwcfm_fast.saving.files import read_small, write_text
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.showing.pictures import save_curves, save_samples
-from orwcfm_fast.showing.report import run_report
 from orwcfm_fast.showing.tracking import Log, check_loggers, loggers
-from orwcfm_fast.theory.prediction import MANY_PROMPTS, forecast_line, forecast_run, reached_line
 from orwcfm_fast.trainer import Progress, Trainer, describe
-
-PICTURE_SAMPLES = 64
-FLAT = 0.995  # of the rollout: an ESS above it is that of weights within 7 % of each other
-MAX_FORECAST_BYTES = 1 << 20
-
-
-def flat_line(record: dict[str, Any], s: Finetune) -> str:
-    """What to do where the weights hardly differ, in words; nothing where they do."""
-    if s.tau == 0 or record["ess"] <= FLAT * s.rollout:
-        return ""
-    if record["reward_std"] == 0:
-        return "all rewards are equal: there is nothing to learn from"
-    return (
-        f"weights nearly equal (ESS {record['ess']:.0f} of {s.rollout}): rewards spread by {record['reward_std']:.2g} "
-        f"only; a higher --tau weighs them more, --weights advantage goes by their spread"
-    )
 
 
 class Finetuning:
@@ -85,6 +62,7 @@ class Finetuning:
 
     def work_in(self, run: Run) -> None:
         self.run, self.kept = run, Kept(run, self.trainer, self.ranks)
+        self.shown = Shown(run, self.trainer, self.judge)
 
     @classmethod
     def prepare(
@@ -202,7 +180,7 @@ class Finetuning:
         policy = self.reference
         tensors = {} if policy.pipeline else {"model": policy.weights()}  # a pipeline's lie in its own folder
         checkpoint.save(self.run.reference, {"kind": "reference", **describe(policy)}, **tensors)
-        self._picture(0)
+        self.shown.picture()
 
     def _go_on(self) -> None:
         """Go on from the newest whole checkpoint; rounds after it are forgotten."""
@@ -216,15 +194,8 @@ class Finetuning:
                 self._begin()
             elif self.ranks.first:
                 self.run.write_config("finetune", self.settings)
-                self._check_forecast()
+                self.shown.check_forecast()
                 self.kept.prune()  # a kill may have come between the last save and this
-
-    def _check_forecast(self) -> None:
-        """A forecast that cannot be read is none; the report would stumble over it after all the training."""
-        try:
-            reached_line(json.loads(read_small(self.run.forecast, MAX_FORECAST_BYTES)), 0.0, 1)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            self.run.forecast.unlink(missing_ok=True)
 
     def train(
         self,
@@ -283,16 +254,14 @@ class Finetuning:
         self.run.append(record)
         log(record)
         # all that a round leaves is there before its checkpoint, or a kill between the two would lose it
-        self._picture(self.trainer.round)
-        lines = [flat_line(record, s)] if self.trainer.round == 1 else []
-        if lines and s.target_w2 is None:
-            lines.append(self._forecast())
+        self.shown.picture()
+        lines = self.shown.lines(record) if self.trainer.round == 1 else []
         if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
             self.kept.save()
         self.run.settle()
         if on_round:
             on_round(record)
-        for line in filter(None, lines):
+        for line in lines:
             on_line(line)
 
     def _standing(self) -> Iterator[dict[str, Any]]:
@@ -326,33 +295,6 @@ class Finetuning:
         self.run.truncate_metrics(self.trainer.round)
         return self.trainer.round
 
-    def _forecast(self) -> str:
-        """Forecast this run from its first rollout, at no extra samples; one line."""
-        if (prompts := self.reference.conditions) and len(prompts) > 1:
-            return MANY_PROMPTS
-        assert self.trainer.rollout
-        try:
-            control = self.trainer.oversight.control
-            own = self.settings.model_copy(update={"alpha": control.alpha, "tau": control.tau})
-            with torch.inference_mode():
-                found = forecast_run(
-                    self.trainer.rollout,
-                    own,
-                    lambda x: decoded_features(self.reference, self.judge.features, x, control.chunk),
-                )
-        except UserError as error:  # a forecast is a comment on the run, never its end
-            return f"no forecast: {error}"
-        write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
-        return forecast_line(found)
-
-    def _picture(self, number: int) -> None:
-        probe = self._shown(self.trainer.probe)
-        save_samples(self.run.samples / f"round_{number:03d}.png", {f"round {number}": probe})
-
-    def _shown(self, x: torch.Tensor) -> torch.Tensor:
-        """What of the probe fits a picture: the first images, all vectors."""
-        return self.reference.decode(x[:PICTURE_SAMPLES] if x.dim() == 4 else x)
-
     def finish(self, began: float) -> Result | None:
         """Held-out evaluation before and after, the pictures and summary.json; None on all ranks but the first."""
         try:
@@ -377,16 +319,9 @@ class Finetuning:
             oversight.control.chunk, ranks=self.ranks, on_halved=oversight.set_chunk,
         )  # fmt: skip
         with self.ranks.together():
-            return self._show(measured[0], measured[1], began) if self.ranks.first else None
-
-    def _show(self, before: Measures, after: Measures, began: float) -> Result:
-        """Write what the run leaves behind."""
-        s, trainer = self.settings, self.trainer
-        records = self.run.read_metrics()
-        pictures = {"before": self._shown(trainer.probe_reference), "after": self._shown(trainer.probe)}
-        save_samples(self.run.samples / "before_after.png", pictures)
-        save_curves(self.run.path / "curves.png", records)
-        result = Result(self.run, s, before, after, records, time.perf_counter() - began, self.kept.best())
-        run_report(result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()])
-        write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
-        return result
+            if not self.ranks.first:
+                return None
+            records, seconds = self.run.read_metrics(), time.perf_counter() - began
+            result = Result(self.run, s, measured[0], measured[1], records, seconds, self.kept.best())
+            self.shown.leave(result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()])
+            return result
