@@ -12,7 +12,7 @@ test-slow: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist loadfile -m "slow and not soak" --durations=15
 
 soak: .venv/installed-dev
-	$(BIN)/pytest tests -m soak
+	$(BIN)/pytest tests -m soak -o faulthandler_timeout=5400
 
 bench: .venv/installed-dev
 	$(BIN)/orwcfm bench

@@ -23,6 +23,7 @@ PRELOADED = (
     "jinja2", "matplotlib.pyplot", "ot", "torch._dynamo", "orwcfm_fast.kernels.anchored_residual", "orwcfm_fast.ranks",
     "orwcfm_fast.rewards.all", "orwcfm_fast.runs.finetune_run", "orwcfm_fast.theory.forecast",
 )  # fmt: skip
+LIMIT = 500  # seconds until a rank that still runs is ended by a signal
 
 
 @dataclass(frozen=True)
@@ -205,18 +206,19 @@ ACTS: dict[str, Callable[[], None]] = {
 
 
 def start(job: dict, number: int, port: int) -> int:
-    """Fork one rank; its process id."""
+    """Fork one rank, which reads where the others meet from the pipe `port`; its process id."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         os.setsid()
+        signal.alarm(LIMIT)
         os.chdir(job["cwd"])
         for handle, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"rank_{number}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(job["world"])}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.read(port, 8).decode().strip()}
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"} | job["more"]
         sys.argv = ["orwcfm", *job["args"]]
         if job["act"]:
@@ -236,11 +238,20 @@ def start(job: dict, number: int, port: int) -> int:
 
 
 def launch(job: dict) -> Ended:
+    """All ranks of a job, from their start to their end.
+
+    Nothing runs beside a fork: a child keeps for ever a lock that another thread held, of the resolver, say, which
+    the store asks for the name of each who comes. So the store comes last.
+    """
+    assert len(os.listdir("/proc/self/task")) == 1
+    port, tell = os.pipe()
+    children = [start(job, number, port) for number in range(job["world"])]
     store = torch.distributed.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False
     )  # as torchrun's
-    children = [start(job, number, store.port) for number in range(job["world"])]
+    os.write(tell, f"{store.port:<8}".encode() * job["world"])
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    os.close(port), os.close(tell)
     said = [
         [Path(job["cwd"], f"rank_{k}.{name}").read_text() for k in range(job["world"])]
         for name in ("out", "err")

@@ -5,6 +5,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,21 +90,6 @@ def check_export(kind, folder, exported):
     assert (ours - own_images()).abs().max() <= 1e-3 < (ours - untuned).abs().mean()
 
 
-def run_until(*commands) -> int:
-    """In a process of its own, forked: its exit code, or minus the signal that killed it."""
-    if not (child := os.fork()):
-        try:
-            from typer.testing import CliRunner
-
-            from orwcfm_fast.cli import load_app
-
-            os._exit(CliRunner().invoke(load_app(), [str(c) for c in commands]).exit_code)
-        finally:
-            os._exit(99)
-    _, status = os.waitpid(child, 0)
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
 REWARD = """
 import os, signal
 from pathlib import Path
@@ -134,7 +121,9 @@ def test_a_killed_run_ends_as_one_that_was_not(kind, run_cli, of_pipeline):
     whole = run_cli(*command, "--out", "whole")
     assert whole.code == 0, whole.err
     Path("kill_at").write_text("3")
-    assert run_until(*command, "--out", "killed") == -signal.SIGKILL
+    alone = [sys.executable, "-m", "orwcfm_fast.cli", *map(str, command), "--out", "killed"]
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    assert subprocess.run(alone, env=threads, timeout=300).returncode == -signal.SIGKILL
     assert not Path("kill_at").exists() and not Path("killed/summary.json").exists()
     prompts = next(Path().glob("prompts.jsonl"))
     prompts.write_text("another\n")  # the run has its own with it
