@@ -13,7 +13,6 @@ from orwcfm_fast.kernels.interpolate import interpolate
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Pretrain
-from orwcfm_fast.trainer import describe
 
 REPORT_EVERY = 25
 
@@ -91,7 +90,7 @@ class Pretrainer:
         losses = {"losses": {"losses": torch.stack(self.losses)}} if self.losses else {}
         checkpoint.save(
             path,
-            {"kind": "pretrain", "step": self.steps, **describe(self.policy), **(more or {})},
+            {"kind": "pretrain", "step": self.steps, **self.policy.describe(), **(more or {})},
             model=self.policy.network.state_dict(),
             ema=self.ema.state_dict(),
             optimizer=checkpoint.optimizer_tensors(self.optimizer),

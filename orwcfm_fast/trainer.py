@@ -1,26 +1,24 @@
 """The online loop: draw, score, weigh, step, record."""
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from orwcfm_fast import noise
-from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_gap
-from orwcfm_fast.evaluation.features import decoded_features
 from orwcfm_fast.guarding.guard import Fault
 from orwcfm_fast.guarding.oversight import Oversight
 from orwcfm_fast.guarding.steer import probe_size
+from orwcfm_fast.minibatches import Minibatches
 from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.probe import Probe
 from orwcfm_fast.ranks import ALONE, Ranks
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
-from orwcfm_fast.rollout import Reward, Rollout, draw, sample, start_conditions, start_noise
+from orwcfm_fast.rollout import Reward, Rollout, draw, start_conditions
 from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.saving.begun import Begun, pack, unpack
 from orwcfm_fast.settings import Finetune
@@ -89,23 +87,20 @@ class Trainer:
             add_lora(policy.network, settings.lora, seed=settings.seed)
         self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
         self.reference = reference or policy.frozen_copy()
-        self.features = features or (lambda x: x)
         self.watch = watch or (lambda progress: None)
         self.oversight = Oversight(settings)
         self.learner = Learner(policy, self.reference, settings, ranks)
         self.learner.on_halved = self.oversight.set_micro_batch
         self.phases = self.learner.phases
         self.seed = noise.seed_on(settings.seed, policy.device)
+        self.minibatches = Minibatches(self.learner, settings, self.seed)
         self.pause: Callable[[], None] = lambda: None
         self.round = 0
         self.steps = 0  # of whole rounds
         self.begun: Begun | None = None
         self.scores: Scores | None = None  # of the last rollout
         self.held_out: Scores | None = None
-        self.probe_noise = start_noise(policy, probe_size(settings), settings.seed)
-        self.probe = self.probe_reference = self.draw_probe(self.reference)
-        self.probe_diversity = self.diversity(self.probe)
-        self.oversight.guard.spread = pairwise_distance(self.probe)
+        self.probe = Probe(policy, self.reference, settings, features or (lambda x: x), self.oversight, ranks)
         self.rollout: Rollout | None = None  # of the last round
 
     def train(self, rounds: int) -> Iterator[dict[str, Any]]:
@@ -130,7 +125,7 @@ class Trainer:
         self.rollout = rollout
         self.begun = self.begun or Begun(rollout, [])
         losses = self.begun.losses
-        for batch in self.minibatches(rollout, w, number, len(losses)):
+        for batch in self.minibatches(rollout, w, self.oversight.control.alpha, number, len(losses)):
             self.watch(Progress(number, len(losses), "step"))
             losses.append(self.learner.step(batch, self.seed))
             if len(losses) < s.steps_per_round:
@@ -183,56 +178,13 @@ class Trainer:
         """What the rewards say of the whole rollout, each rank having asked them of its share."""
         return mine.each(lambda values: self.ranks.gather(values, self.settings.rollout))
 
-    def minibatches(self, rollout: Rollout, w: Tensor, number: int, skip: int = 0) -> Iterator[Batch]:
-        """This rank's parts of `steps_per_round` coupled minibatches, but of the first `skip`.
-
-        The draws (sample, t, noise) run over the rollout, each time in an order of its own. With several
-        reference passes there are as many times fewer of them, taken in a new order in each pass, and the
-        reference's velocities are kept from the first.
-        """
-        s, n = self.settings, len(w)
-        wanted = s.draws * s.batch
-        passes = math.ceil(wanted / n)
-        order = torch.cat([noise.permutation(n, self.seed, number * passes + p) for p in range(passes)])
-
-        def make(k: int) -> Batch:
-            pick = order[k * s.batch : (k + 1) * s.batch]
-            index = noise.indices(number * wanted + k * s.batch, s.batch, self.policy.device)
-            with self.phases("policy"):
-                alpha = self.oversight.control.alpha
-                batch = couple(rollout.x1[pick], w[pick], alpha, self.seed, index, s.coupling)
-                if rollout.condition is not None:
-                    batch = replace(batch, condition=rollout.condition[pick])
-                return batch.part(self.ranks.share(s.batch))
-
-        if s.reference_passes == 1:
-            yield from map(make, range(skip, s.draws))
-            return
-        seed = noise.seed_on(s.seed, "cpu")  # the order is the host's to know
-        turns = [
-            noise.permutation(s.draws, seed, number * s.reference_passes + p, noise.REUSE).tolist()
-            for p in range(s.reference_passes)
-        ]
-        kept: dict[int, Batch] = {}
-        for k in [k for turn in turns for k in turn][skip : s.steps_per_round]:
-            if k not in kept:
-                batch = make(k)
-                kept[k] = replace(batch, v_ref=self.learner.anchor(batch))
-            yield kept[k]
-
     def measure(self, rollout: Rollout, w: Tensor, losses: Tensor) -> dict[str, Any]:
         """The round's metrics; the only place where a round reads from the device."""
         s = self.settings
         self.watch(Progress(self.round - 1, s.steps_per_round, "measure"))
         with self.phases("probe"):
-            x0, condition = self.probe_part()
-            with self.ranks.together():
-                probe, gap = self.oversight.in_chunks(
-                    lambda chunk: sample_with_gap(self.policy, self.reference, x0, s, chunk, condition)
-                )
-            self.probe = self.ranks.gather(probe, len(self.probe_noise))
-            gap = sum(self.ranks.all(gap * len(x0))) / len(self.probe)
-            spread, probe_spread = self.diversity(rollout.x1[:512]), self.diversity(self.probe)
+            gap = self.probe.look_along()
+            spread, share = self.probe.diversity(rollout.x1[:512]), self.probe.share()
         seconds = self.phases.read()
         training = sum(seconds[p] for p in PHASES[2:])
         loss_fm, loss_w2, norm, norm_max = torch.cat([losses.mean(0), losses[:, 2:].amax(0)]).tolist()
@@ -250,10 +202,10 @@ class Trainer:
             "grad_norm_max": norm_max,
             **self.oversight.control.to_state(),
             "ess": effective_sample_size(w),
-            "w2_coupled": coupled_w2(self.probe, self.probe_reference),
+            "w2_coupled": self.probe.w2(),
             "velocity_gap": gap,
             "diversity": spread,
-            "diversity_share": probe_spread / max(self.probe_diversity, 1e-12),
+            "diversity_share": share,
             **{f"seconds_{p}": seconds[p] for p in (*PHASES, "probe")},
             "images_per_s_rollout": s.rollout / seconds["rollout"],
             "images_per_s_train": s.steps_per_round * s.batch / training,
@@ -262,7 +214,7 @@ class Trainer:
 
     def save(self, path, more: dict[str, Any]) -> None:
         """Write a checkpoint from which `restore` goes on bit for bit on the same device."""
-        state = {"kind": "finetune", "round": self.round, "step": self.steps_taken, **describe(self.policy)}
+        state = {"kind": "finetune", "round": self.round, "step": self.steps_taken, **self.policy.describe()}
         state |= self.oversight.to_state()
         begun: dict[str, checkpoint.Tensors] = {}
         if self.begun and self.begun.losses:
@@ -302,7 +254,7 @@ class Trainer:
             self.steps = self.round * self.settings.steps_per_round
             if self.steps_taken != step or not 0 <= step < 2**62:
                 raise ValueError("its round and its step do not agree")
-        self.probe = self.draw_probe(self.policy)
+        self.probe.look()
         self.learner.go_on_from(step)
 
     def trained_on(self, scores: Scores) -> Tensor:
@@ -322,32 +274,8 @@ class Trainer:
             self.policy.network.load_state_dict(self.reference.network.state_dict())
         self.learner.start_over()
         self.round = self.steps = 0
-        self.probe = self.probe_reference
+        self.probe.start_over()
         self.oversight.start_over()
-
-    def draw_probe(self, policy: Policy) -> Tensor:
-        """A policy's samples [probe, *shape] from the noise that W2 is followed on."""
-        x0, condition = self.probe_part()
-        with self.ranks.together():
-            part = self.oversight.in_chunks(
-                lambda chunk: sample(policy, x0, self.settings, chunk, condition=condition)
-            )
-        return self.ranks.gather(part, len(self.probe_noise))
-
-    def probe_part(self) -> tuple[Tensor, Tensor | None]:
-        """This rank's share of the probe: its noise [n, *shape] and rows [n] of the prompts, where there are some."""
-        mine = self.ranks.share(len(self.probe_noise))
-        x0 = self.probe_noise[mine]
-        return x0, start_conditions(self.policy, len(x0), self.settings, mine.start)
-
-    def diversity(self, x: Tensor) -> float:
-        """Mean distance of two of the samples x [N, *shape], the same on all ranks, in features."""
-        mine = x[self.ranks.share(len(x))]
-        with self.ranks.together():
-            part = self.oversight.in_chunks(
-                lambda chunk: decoded_features(self.policy, self.features, mine, chunk)
-            )
-        return pairwise_distance(self.ranks.gather(part, len(x)))
 
 
 def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:
@@ -361,9 +289,3 @@ def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:
             found["holdout_rewards"] = held_out.means()
     seconds = scores.seconds | (held_out.seconds if held_out else {})
     return found | ({"seconds_rewards": seconds} if len(seconds) > 1 else {})
-
-
-def describe(policy: Policy) -> dict[str, Any]:
-    """What a checkpoint must say of a policy so that it can be built again."""
-    found = {"model": policy.model, "data": policy.data, "shape": list(policy.shape)}
-    return found if policy.pipeline is None else found | {"pipeline": policy.pipeline_state()}

@@ -102,7 +102,7 @@ def test_a_rollouts_prompts_are_those_of_its_global_numbers_and_reach_reward_pol
     assert torch.equal(rollout.condition, expected)
     assert torch.equal(draw(policy, 12, 2, s.seed, s, 5).condition, expected)  # in chunks of any size
     assert seen == [(p.text, p.metadata) for p in policy.conditions.of(expected)]
-    batch = next(iter(trainer.minibatches(rollout, torch.ones(12), 2)))
+    batch = next(iter(trainer.minibatches(rollout, torch.ones(12), 1.0, 2)))
     for x1, c in zip(batch.x1, batch.condition, strict=True):
         here = [i for i in range(12) if torch.equal(rollout.x1[i], x1)]
         assert c in rollout.condition[here]

@@ -176,7 +176,7 @@ def test_taken_back_to_the_start_the_policy_is_its_reference_and_trains_as_at_fi
     first = loop.one_round()
     assert first["w2_coupled"] > 0
     loop.start_over()
-    assert torch.equal(sample(loop.policy, loop.probe_noise, settings, 64), loop.probe_reference)
+    assert torch.equal(sample(loop.policy, loop.probe.noise, settings, 64), loop.probe.of_reference)
     again = loop.one_round()
     assert {k: again[k] for k in ("loss_fm", "loss_w2", "w2_coupled", "ess")} == {
         k: first[k] for k in ("loss_fm", "loss_w2", "w2_coupled", "ess")

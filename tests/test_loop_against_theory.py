@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from orwcfm_fast import coupling, noise, trainer
+from orwcfm_fast import coupling, minibatches, noise
 from orwcfm_fast.coupling import Batch, couple
 from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.pretrain import pretrain
@@ -181,7 +181,7 @@ def plain_ot(weights_follow):
 
 @pytest.mark.parametrize("follow", [False, True], ids=["left-behind", "on-the-loss"])
 def test_seen_ot_with_weights(base, monkeypatch, follow):
-    monkeypatch.setattr(trainer, "couple", plain_ot(follow))
+    monkeypatch.setattr(minibatches, "couple", plain_ot(follow))
     x, exact = run(base, alpha=0.0, rounds=3, batch=128, steps_per_round=200)
     assert miss(x, exact) > 4 * CLOSE
 
@@ -191,7 +191,7 @@ def test_seen_alpha_on_the_wrong_term(base, monkeypatch):
         batch = couple(*args)
         return replace(batch, w=batch.a, a=batch.w)
 
-    monkeypatch.setattr(trainer, "couple", swapped)
+    monkeypatch.setattr(minibatches, "couple", swapped)
     x, exact = run(base, alpha=0.3, rounds=3)
     assert miss(x, exact) > 2 * CLOSE
 
@@ -248,7 +248,7 @@ def test_minibatches_of_four_still_land(base):
 
 
 def test_seen_weights_normalised_per_minibatch(base, monkeypatch):
-    monkeypatch.setattr(trainer, "couple", lambda x1, w, *rest: couple(x1, w / w.mean(), *rest))
+    monkeypatch.setattr(minibatches, "couple", lambda x1, w, *rest: couple(x1, w / w.mean(), *rest))
     x, exact = run(base, **SMALL)
     print(f"  normalised by four: E[r] {float(right(x).mean()):.4f}")
     assert abs(float(right(x).mean()) - exact.rounds[-1].reward) > 2 * CLOSE
@@ -261,7 +261,7 @@ def test_seen_time_exchanged(base, monkeypatch):
         t = batch.t[:, None]
         return replace(batch, x_t=t * x0 + (1 - t) * batch.x1)
 
-    monkeypatch.setattr(trainer, "couple", exchanged)
+    monkeypatch.setattr(minibatches, "couple", exchanged)
     x, exact = run(base, alpha=0.3, rounds=2)
     assert miss(x, exact) > 2 * CLOSE
 

@@ -9,13 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from orwcfm_fast import noise, step
+from orwcfm_fast.minibatches import Minibatches
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.policy import make_policy
-from orwcfm_fast.ranks import ALONE
 from orwcfm_fast.rollout import draw
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.timing import Phases
-from orwcfm_fast.trainer import Trainer
 
 CPU = torch.device("cpu")
 LOOKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
@@ -41,19 +40,16 @@ class NoWaiting(TorchDispatchMode):
         return found
 
 
-def parts_of_a_round(policy, settings, phases):
+def parts_of_a_round(policy, settings):
     """Everything between a round's first draw and its last step but the rewards, ready to be run."""
     learner = step.Learner(policy, policy.frozen_copy(), settings)
     seed = noise.seed_on(settings.seed, policy.device)
-    control = types.SimpleNamespace(control=types.SimpleNamespace(alpha=settings.alpha))
-    trainer = types.SimpleNamespace(
-        settings=settings, seed=seed, policy=policy, learner=learner, ranks=ALONE, phases=phases, oversight=control
-    )  # fmt: skip
+    minibatches = Minibatches(learner, settings, seed)
 
     def run():
         rollout = draw(policy, settings.rollout, 0, settings.seed, settings, settings.chunk)
         w = torch.ones(settings.rollout, device=policy.device)
-        losses = [learner.step(b, seed) for b in Trainer.minibatches(trainer, rollout, w, 0)]
+        losses = [learner.step(b, seed) for b in minibatches(rollout, w, settings.alpha, 0)]
         return torch.stack(losses)
 
     return run
@@ -85,7 +81,7 @@ def test_a_round_never_waits_for_the_device(monkeypatch, change):
         add_lora(policy.network, settings.lora)
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy.network.to_empty(device="cuda")
-        run = parts_of_a_round(policy, settings, Phases(CPU))
+        run = parts_of_a_round(policy, settings)
         with NoWaiting():
             losses = run()
     assert losses.shape == (settings.steps_per_round, 3) and losses.device.type == "cuda"
@@ -109,7 +105,7 @@ def test_what_waits_is_seen():
 def test_a_round_runs_with_synchronising_forbidden():
     device = torch.device("cuda")
     policy = make_policy("unet-digits", "digits", (1, 8, 8), device, "bf16")
-    run = parts_of_a_round(policy, Finetune(**SETTINGS), Phases(device))
+    run = parts_of_a_round(policy, Finetune(**SETTINGS))
     run()  # kernels compile, the optimiser makes its state
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -40,7 +40,7 @@ def test_losses_and_gradients_are_those_of_two_calls(model, rank, micro_batch):
         settings = Finetune(**SMALL, pair=pair, micro_batch=micro_batch)
         trainer = Trainer(policy, lambda x: x.flatten(1).mean(1), settings, reference=reference)
         rollout = trainer.draw_and_score(0)
-        batch = next(trainer.minibatches(rollout, torch.linspace(0.5, 1.5, 32), 0))
+        batch = next(trainer.minibatches(rollout, torch.linspace(0.5, 1.5, 32), 1.0, 0))
         losses = trainer.learner.gradient(batch, trainer.seed, trainer.learner.micro_batch)
         found.append((losses, [p.grad for p in trainer.learner.parameters]))
     (losses, gradients), (paired_losses, paired_gradients) = found

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from orwcfm_fast import coupling, noise, trainer
+from orwcfm_fast import coupling, minibatches, noise
 from orwcfm_fast.coupling import couple
 from orwcfm_fast.errors import WorkError
 from orwcfm_fast.kernels.interpolate import interpolate
@@ -20,7 +20,7 @@ LOOP = dict(alpha=0.0, tau=0.5, rounds=4, rollout=4096, batch=256, steps_per_rou
 
 
 def reward_after(policy, couple_with, monkeypatch, **settings) -> float:
-    monkeypatch.setattr(trainer, "couple", couple_with)
+    monkeypatch.setattr(minibatches, "couple", couple_with)
     s = Finetune(**LOOP | settings)
     loop = Trainer(policy, make_reward("right"), s)
     for _ in loop.train(s.rounds):
@@ -64,7 +64,7 @@ def test_minibatches_use_every_sample_equally_often(two_gaussians):
     loop = Trainer(two_gaussians, make_reward("right"), s)
     rollout = loop.draw_and_score(0)
     rollout.x1 = torch.arange(48.0)[:, None]
-    seen = torch.cat([b.x1[:, 0] for b in loop.minibatches(rollout, torch.ones(48), 0)]).long()
+    seen = torch.cat([b.x1[:, 0] for b in loop.minibatches(rollout, torch.ones(48), 1.0, 0)]).long()
     assert torch.bincount(seen, minlength=48).tolist() == [2] * 48
 
 
@@ -99,10 +99,10 @@ def test_each_draw_is_taken_in_every_pass_and_the_reference_evaluated_once(two_g
     s = Finetune(rollout=64, batch=16, steps_per_round=6, probe=4, reference_passes=passes)
     trainer = Trainer(two_gaussians, lambda x: x[:, 0], s)
     rollout = trainer.draw_and_score(0)
-    batches = [*trainer.minibatches(rollout, torch.ones(64), 0)]
+    batches = [*trainer.minibatches(rollout, torch.ones(64), 1.0, 0)]
     counts = Counter(int(i) for batch in batches for i in batch.index)
     assert len(batches) == 6 and len(counts) == 96 / passes and set(counts.values()) == {passes}
-    late = [*trainer.minibatches(rollout, torch.ones(64), 0, skip=4)]
+    late = [*trainer.minibatches(rollout, torch.ones(64), 1.0, 0, skip=4)]
     for one, two in zip(batches[4:], late, strict=True):
         assert torch.equal(one.index, two.index) and torch.equal(one.x_t, two.x_t)
     for batch in batches if passes > 1 else ():

@@ -47,6 +47,11 @@ class Policy:
     guidance: float = 1.0
     pipeline: "Pipeline | None" = None
 
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must say of it so that it can be built again."""
+        found = {"model": self.model, "data": self.data, "shape": list(self.shape)}
+        return found if self.pipeline is None else found | {"pipeline": self.pipeline_state()}
+
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device

@@ -25,7 +25,7 @@ from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.saving import checkpoint, history
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.showing.tracking import Log, check_loggers, loggers
-from orwcfm_fast.trainer import Progress, Trainer, describe
+from orwcfm_fast.trainer import Progress, Trainer
 
 
 class Finetuning:
@@ -179,7 +179,7 @@ class Finetuning:
         self.run.samples.mkdir(exist_ok=True)
         policy = self.reference
         tensors = {} if policy.pipeline else {"model": policy.weights()}  # a pipeline's lie in its own folder
-        checkpoint.save(self.run.reference, {"kind": "reference", **describe(policy)}, **tensors)
+        checkpoint.save(self.run.reference, {"kind": "reference", **policy.describe()}, **tensors)
         self.shown.picture()
 
     def _go_on(self) -> None:

@@ -31,7 +31,7 @@ class Shown:
     def picture(self) -> None:
         """The probe as it is after the trainer's rounds so far."""
         number = self.trainer.round
-        probe = self._fitting(self.trainer.probe)
+        probe = self._fitting(self.trainer.probe.samples)
         save_samples(self.run.samples / f"round_{number:03d}.png", {f"round {number}": probe})
 
     def lines(self, record: dict[str, Any]) -> list[str]:
@@ -50,8 +50,8 @@ class Shown:
 
     def leave(self, result: Result, about: list[str]) -> None:
         """Pictures, curves, report and summary of the whole run; `about`: what it was, in words."""
-        trainer = self.trainer
-        pictures = {"before": self._fitting(trainer.probe_reference), "after": self._fitting(trainer.probe)}
+        probe = self.trainer.probe
+        pictures = {"before": self._fitting(probe.of_reference), "after": self._fitting(probe.samples)}
         save_samples(self.run.samples / "before_after.png", pictures)
         save_curves(self.run.path / "curves.png", result.records)
         run_report(result, about)
