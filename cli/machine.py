@@ -15,7 +15,7 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Finetune
 
 if TYPE_CHECKING:
-    from orwcfm_fast.plan import Plan
+    from orwcfm_fast.planning.plan import Plan
 
 PANEL = "Machine"
 
@@ -98,7 +98,7 @@ def _plan(s: Finetune, gpu_gib: float | None, ranks: int, as_json: bool) -> None
 
     with console.progress(1, "probing", as_json):
         if is_pipeline(s.model):
-            from orwcfm_fast.plan_pipeline import plan_pipeline
+            from orwcfm_fast.planning.pipeline import plan_pipeline
 
             plans = plan_pipeline(s, gpu_gib, ranks)
         elif gpu_gib:
@@ -106,7 +106,7 @@ def _plan(s: Finetune, gpu_gib: float | None, ranks: int, as_json: bool) -> None
                 "--gpu-gib: plans a diffusers pipeline; other models are probed on the device here"
             )
         else:
-            from orwcfm_fast.plan import plan_run
+            from orwcfm_fast.planning.probed import plan_run
 
             plans = {"": plan_run(s, ranks)}
     if as_json:

@@ -13,8 +13,8 @@ import torch
 from orwcfm_fast.cli.machine import _show_plan
 from orwcfm_fast.evaluation.evaluate import evaluate
 from orwcfm_fast.evaluation.held_out import judge_for
-from orwcfm_fast.plan import allocations
-from orwcfm_fast.plan_pipeline import plan_pipeline
+from orwcfm_fast.planning.course import allocations
+from orwcfm_fast.planning.pipeline import plan_pipeline
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune

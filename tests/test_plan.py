@@ -11,7 +11,8 @@ import torch
 
 from orwcfm_fast.data import source
 from orwcfm_fast.networks.policy import make_policy
-from orwcfm_fast.plan import Course, allocations, make_plan, plan_run
+from orwcfm_fast.planning.course import Course, allocations
+from orwcfm_fast.planning.probed import make_plan, plan_run
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.trainer import Trainer
@@ -86,7 +87,7 @@ def test_minibatches_that_are_taken_again_are_in_the_plan():
 
 
 def test_what_does_not_fit_is_halved_until_it_does_and_then_holds(monkeypatch):
-    monkeypatch.setattr("orwcfm_fast.plan.resident", lambda: 0)  # torch's own share alone
+    monkeypatch.setattr("orwcfm_fast.planning.probed.resident", lambda: 0)  # torch's own share alone
     settings = dict(batch=4096, rollout=512, chunk=512)
     whole = predicted("mlp", "moons", **settings)
     limit = int((sum(whole.held.values()) + 0.4 * sum(whole.step.values())) / 0.9)

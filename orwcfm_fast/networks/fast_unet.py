@@ -7,14 +7,15 @@ scaled_dot_product_attention on tokens that are views of them; nothing is cast t
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-M = TypeVar("M", bound=nn.Module)
+from orwcfm_fast.networks.group_norm import GroupNorm
+from orwcfm_fast.networks.unet_blocks import AttentionBlock, Block, Downsample, ResBlock, Upsample, zeroed
 
 CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -26,12 +27,6 @@ CHANNEL_MULT = {
 }
 
 
-def _zeroed(module: M) -> M:
-    for p in module.parameters():
-        nn.init.zeros_(p)
-    return module
-
-
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """[cos, sin] of t · 10000^(−i/half), i < half = dim // 2; t [B] → float32 [B, dim]."""
     half = dim // 2
@@ -40,190 +35,6 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     )
     angle = t.float()[:, None] * frequency
     return F.pad(torch.cat([angle.cos(), angle.sin()], 1), (0, dim % 2))
-
-
-class _Float32Norm(torch.autograd.Function):
-    """GroupNorm (and SiLU) of a channels_last bf16 map by float32 kernels; saves x alone.
-
-    torch's own channels_last bf16 kernels on the CPU are 5 to 7 times slower where a group is a few channels. In
-    pieces that stay in the cache: float32 copies of whole maps cost more in page faults than the arithmetic.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.silu = silu
-        if _native_forward(x):
-            h = F.group_norm(x, 32, weight, bias)
-            return F.silu(h, inplace=True) if silu else h
-        out = torch.empty_like(x)
-        for part, to in zip(*(_pieces(a) for a in (x, out)), strict=True):
-            h = F.group_norm(part.float(), 32, weight, bias)
-            to.copy_(F.silu(h, inplace=True) if silu else h)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, bias = ctx.saved_tensors
-        c, size = x.shape[1], x.shape[2] * x.shape[3]
-        dx, dw, db = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
-        for part, g, to in zip(*(_pieces(a) for a in (x, grad, dx)), strict=True):
-            b, x32, g = len(part), part.float(), g.float().contiguous(memory_format=torch.channels_last)
-            y, mean, rstd = torch.native_group_norm(x32, weight, bias, b, c, size, 32, 1e-5)
-            if ctx.silu:
-                g = torch.ops.aten.silu_backward(g, y)
-            found = torch.ops.aten.native_group_norm_backward(
-                g, x32, mean, rstd, weight, b, c, size, 32, [True, True, True]
-            )
-            to.copy_(found[0])
-            dw.add_(found[1])
-            db.add_(found[2])
-        return dx, dw, db, None
-
-
-def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """A map in runs of samples of about half a million numbers."""
-    return x.split(max(1, 2**19 // x[0].numel()))
-
-
-def _native_forward(x: Tensor) -> bool:
-    """Whether torch's own bf16 kernel is the faster one: on large maps."""
-    return x.shape[2] * x.shape[3] > 256
-
-
-class GroupNorm(nn.GroupNorm):
-    """32 groups, eps 1e-5, in the dtype of x; then SiLU if asked."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(32, channels)
-
-    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        train = torch.is_grad_enabled()
-        narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[1] < 512
-        if narrow and (train or not _native_forward(x)):
-            return cast(Tensor, _Float32Norm.apply(x, self.weight.float(), self.bias.float(), silu))
-        if x.is_cuda:
-            with torch.autocast("cuda", enabled=False):  # which would return float32
-                h = F.group_norm(x, 32, self.weight.to(x.dtype), self.bias.to(x.dtype))
-        else:
-            h = F.group_norm(x, 32, self.weight, self.bias)
-        return F.silu(h, inplace=not train) if silu else h
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v over tokens; [B, heads, L, d]."""
-    if (
-        q.device.type == "cpu" and q.dtype == torch.bfloat16
-    ):  # torch's CPU flash attention runs at half this speed
-        return torch.matmul((q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1), v)
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-class Pointwise(nn.Conv1d):
-    """Conv1d over the positions of a map [B, C, H, W]: guided-diffusion's keys, no reshaping."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight[..., None], self.bias)
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels: int, conv: bool) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int, conv: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + emb))), resampled in between where `resample` is given."""
-
-    def __init__(
-        self,
-        channels: int,
-        emb_channels: int,
-        dropout: float,
-        out_channels: int,
-        scale_shift: bool,
-        resample: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_layers = nn.Sequential(
-            GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
-        self.resample, self.scale_shift = resample, scale_shift
-        self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(emb_channels, (2 if scale_shift else 1) * out_channels)
-        )
-        self.out_layers = nn.Sequential(
-            GroupNorm(out_channels),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
-        )
-        same = out_channels == channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
-
-    def forward(self, x: Tensor, silu_emb: Tensor) -> Tensor:
-        """x [B, C, H, W], silu_emb [B or 1, E] → [B, out, H', W']."""
-        norm_in, _, conv_in = cast(Any, self.in_layers)
-        norm_out, _, dropout, conv_out = cast(Any, self.out_layers)
-        h = norm_in(x, silu=True)
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        emb = self.emb_layers[1](silu_emb)
-        if self.scale_shift:
-            scale, shift = emb[..., None, None].chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, norm_out(conv_in(h)), 1 + scale))
-        else:
-            if emb.shape[0] == 1 and not conv_in._forward_hooks:  # one time for the batch: it is a bias
-                h = F.conv2d(h, conv_in.weight, conv_in.bias + emb[0], padding=1)
-            else:
-                h = conv_in(h).add_(emb[..., None, None])
-            h = norm_out(h, silu=True)
-        return conv_out(dropout(h)).add_(self.skip_connection(x))
-
-
-class AttentionBlock(nn.Module):
-    """x + proj(attention(norm(x))) over the H·W positions."""
-
-    def __init__(self, channels: int, num_heads: int, num_head_channels: int, split_qkv_first: bool) -> None:
-        super().__init__()
-        if num_head_channels != -1 and channels % num_head_channels:
-            raise ValueError(f"num_head_channels {num_head_channels} does not divide {channels} channels")
-        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-        self.split_qkv_first = split_qkv_first
-        self.norm = GroupNorm(channels)
-        self.qkv = Pointwise(channels, 3 * channels, 1)
-        self.proj_out = _zeroed(Pointwise(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [B, HW, 3C], a view of channels_last
-        if self.split_qkv_first:
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        else:
-            q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        h = _attention(q, k, v).transpose(1, 2).reshape(b, height, width, c).permute(0, 3, 1, 2)
-        return self.proj_out(h).add_(x)
-
-
-class Block(nn.Sequential):
-    """Layers of one level; ResBlocks see the time embedding."""
-
-    def forward(self, h: Tensor, silu_emb: Tensor) -> Tensor:  # type: ignore[override]
-        for layer in self:
-            h = layer(h, silu_emb) if isinstance(layer, ResBlock) else layer(h)
-        return h
 
 
 class FastUNet(nn.Module):
@@ -330,7 +141,7 @@ class FastUNet(nn.Module):
                 self.output_blocks.append(Block(*layers))
         out_channels = 2 * dim[0] if learn_sigma else dim[0]
         self.out = nn.Sequential(
-            GroupNorm(channels), nn.SiLU(), _zeroed(nn.Conv2d(mult[0], out_channels, 3, padding=1))
+            GroupNorm(channels), nn.SiLU(), zeroed(nn.Conv2d(mult[0], out_channels, 3, padding=1))
         )
 
     def forward(self, t: Tensor | float, x: Tensor, y: Tensor | None = None) -> Tensor:

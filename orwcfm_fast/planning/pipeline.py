@@ -1,7 +1,7 @@
 """Memory of fine-tuning a diffusers pipeline, by part, from its configurations alone: nothing is loaded or computed.
 
 Its own step, rollout and decoding run on fake tensors, which have shapes but no memory; every storage that comes and
-goes is noted, for two batch sizes. From these `Course` has the course at any size, as of the probes in plan.py.
+goes is noted, for two batch sizes. From these `Course` has the course at any size, as of the probes.
 """
 
 import copy
@@ -25,8 +25,9 @@ from orwcfm_fast.networks.diffusers import Pipeline, embedding_widths
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.pipeline_files import Description, describe_pipeline, telling
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.plan import HEADROOM, Course, Plan, available, fitting, kept_draws
-from orwcfm_fast.plan_looks import Looks
+from orwcfm_fast.planning.course import Course
+from orwcfm_fast.planning.looks import Looks
+from orwcfm_fast.planning.plan import HEADROOM, Plan, available, fitting, kept_draws
 from orwcfm_fast.prompts import Conditions, Prompt, read_prompts
 from orwcfm_fast.ranks import bucket_bytes
 from orwcfm_fast.rollout import sample
