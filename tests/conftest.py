@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,17 @@ def tiny_run_made(tmp_path_factory) -> Path:
     finally:
         os.chdir(before)
     return folder
+
+
+@pytest.fixture(scope="module")
+def launch(cache):
+    """launch(world, *args): orwcfm on so many ranks; launch.loop: the loop alone."""
+    sys.path.append(str(Path(__file__).parent))
+    from many_ranks import Launcher
+
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Ranks as torchrun would start them, forked from one process that has imported everything: a launch takes a second.
 
-Run by test_ranks.py: one JSON line a launch on standard input, one on standard output when all its ranks have ended.
+Run by the fixture `launch`: one JSON line a launch on standard input, one on standard output when all its ranks have ended.
 """
 
 import contextlib
@@ -23,7 +23,14 @@ PRELOADED = (
     "jinja2", "matplotlib.pyplot", "ot", "torch._dynamo", "orwcfm_fast.kernels.anchored_residual", "orwcfm_fast.ranks",
     "orwcfm_fast.rewards.all", "orwcfm_fast.runs.finetune_run", "orwcfm_fast.theory.forecast",
 )  # fmt: skip
+SMALL = ("--rollout", 50, "--chunk", 8, "--batch", 18, "--steps-per-round", 4, "--nfe", 6, "--eval-n", 16)
+LOOP = ("finetune", "--checkpoint", "base", *SMALL, "--probe", 6, "--rounds", 3, "--quiet", "--out")
 LIMIT = 500  # seconds until a rank that still runs is ended by a signal
+
+
+def base(run_cli, data: str = "moons", steps: int = 60) -> None:
+    made = run_cli("pretrain", "--data", data, "--steps", steps, "--batch", 32, "--out", "base", "--quiet")
+    assert made.code == 0, made.err
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))
-from many_ranks import Launcher
-
 SIZES = dict(image_size=8, prompt_tokens=6, lora=2, solver="euler", grid="own", nfe=3)
 LOOP = SIZES | dict(
     rollout=15, chunk=8, vae_chunk=8, batch=9, steps_per_round=3, probe=5, rounds=3, lr=1e-2, warmup=0
@@ -39,15 +36,11 @@ def told(rank: int) -> list[str]:
     return Path(f"told_{rank}").read_text().splitlines()
 
 
-def test_prompts_rewards_weights_and_samples_are_those_of_one_rank(settings):
-    launch = Launcher()
-    try:
-        (one,) = launch.loop(1, **settings)
-        alone = told(0)
-        Path("told_0").unlink()
-        many = launch.loop(2, **settings)
-    finally:
-        launch.close()
+def test_prompts_rewards_weights_and_samples_are_those_of_one_rank(launch, settings):
+    (one,) = launch.loop(1, **settings)
+    alone = told(0)
+    Path("told_0").unlink()
+    many = launch.loop(2, **settings)
     assert {*torch.cat(one["row"]).tolist()} == {0, 1, 2}
     both = [told(k) for k in range(2)]
     assert [len(p) for p in both] == [24, 21]
