@@ -123,7 +123,7 @@ def _show_plan(found: "Plan", s: Finetune) -> None:
     sizes = {
         "step": f"micro-batch {found.micro_batch}",
         "rollout": f"chunk {found.chunk}",
-        "reward": "whole rollout",
+        "reward": f"{s.reward_batch} samples at once" if s.reward_batch else "whole rollout",
         "probe": "after a round",
         "evaluation": "after the last",
         "encoding": "before the rest",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from orwcfm_fast import noise
 from orwcfm_fast.errors import RewardError, UserError
+from orwcfm_fast.guarding.memory import out_of_memory
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.prompts import Prompt
 from orwcfm_fast.samplers import Velocity, solve
@@ -132,6 +133,7 @@ def score(
 
     Raises:
         RewardError: the reward raised, or returned another shape or values that are not finite.
+        RuntimeError, MemoryError: it ran out of memory.
     """
     at = f"reward {name}{', ' + where if where else ''}"
     try:
@@ -142,6 +144,8 @@ def score(
     except RewardError as error:  # one that says what happened itself, e.g. a worker process that died
         raise RewardError(f"{at}: {error}") from error
     except Exception as error:
+        if out_of_memory(error):
+            raise
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         text = str(error).split("\n")[0]
         raise RewardError(f"{at}: {kind}{text}{_line_of(error)}") from error

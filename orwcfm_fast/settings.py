@@ -43,6 +43,9 @@ class RewardOptions(Settings):
     holdout_reward: list[str] = Field(
         [], description="measured each round, never trained on: shows reward hacking; repeat for several"
     )
+    reward_batch: int = Field(
+        0, ge=0, description="samples that a reward is asked of at once; halved where memory runs out; 0: all"
+    )
     reward_timeout: float = Field(
         600.0, gt=0, allow_inf_nan=False, description="process: seconds to wait for its worker's answer"
     )

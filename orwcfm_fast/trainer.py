@@ -91,6 +91,9 @@ class Trainer:
         self.oversight = Oversight(settings)
         self.learner = Learner(policy, self.reference, settings, ranks)
         self.learner.on_halved = self.oversight.set_micro_batch
+        for asked in self.rewards():
+            asked.on_halved = self.oversight.set_reward_batch
+        self.take_sizes()
         self.phases = self.learner.phases
         self.seed = noise.seed_on(settings.seed, policy.device)
         self.minibatches = Minibatches(self.learner, settings, self.seed)
@@ -135,7 +138,7 @@ class Trainer:
         self.round += 1
         self.begun = None
         self.oversight.agree(self.ranks)
-        self.learner.micro_batch = self.oversight.control.micro_batch
+        self.take_sizes()
         record = self.measure(rollout, w, torch.stack(losses))
         return self.oversight.judge(self.round, record, found)
 
@@ -236,7 +239,7 @@ class Trainer:
             UserError: it is of another kind or another model.
         """
         self.oversight.restore(found.state, str(found.path))
-        self.learner.micro_batch = self.oversight.control.micro_batch
+        self.take_sizes()
         with checkpoint.reading(found):
             if self.settings.lora:
                 load_lora(self.policy.network, found.tensors.get(self.policy.lora_file, {}), str(found.path))
@@ -261,10 +264,21 @@ class Trainer:
         """The reward [N] that weights are made of."""
         return scores.standardized() if self.settings.standardize_rewards else scores.total
 
+    def rewards(self) -> list[RewardSum]:
+        """The one that is trained on, and the one that is held out where there is one."""
+        return [self.reward, *([self.holdout] if self.holdout else [])]
+
+    def take_sizes(self) -> None:
+        """Go on with what memory allowed."""
+        control = self.oversight.control
+        self.learner.micro_batch = control.micro_batch
+        for asked in self.rewards():
+            asked.at_once = control.reward_batch
+
     def take_back(self, fault: Fault, restore: Callable[[], int]) -> None:
         """`Oversight.take_back`, with the sizes that memory allowed."""
         self.oversight.take_back(fault, restore)
-        self.learner.micro_batch = self.oversight.control.micro_batch
+        self.take_sizes()
 
     def start_over(self) -> None:
         """Back to before the first round."""

@@ -1,6 +1,6 @@
 """Ranks as torchrun would start them, forked from one process that has imported everything: a launch takes a second.
 
-Run by the fixture `launch`: one JSON line a launch on standard input, one on standard output when all its ranks have ended.
+Run by the fixture `launch`: a JSON line on standard input for a launch, one on standard output when it has ended.
 """
 
 import contextlib

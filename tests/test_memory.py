@@ -12,6 +12,7 @@ from orwcfm_fast.networks.models import VelocityMLP
 from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.saving import history
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.trainer import Trainer
 
 FORWARD = VelocityMLP.forward
 CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12"
@@ -89,6 +90,82 @@ def test_a_resumed_run_starts_with_the_sizes_that_fitted(base, monkeypatch):
     task.train(on_line=lines.append)
     last = task.run.read_metrics()[-1]
     assert last["round"] == 4 and (last["micro_batch"], last["chunk"]) == (8, 24) and lines == []
+
+
+class Narrow:
+    """A reward that holds 20 samples at once and draws random numbers; notes the sizes it was asked with."""
+
+    def __init__(self, limit: int = 20) -> None:
+        self.limit, self.sizes = limit, []
+
+    def __call__(self, x):
+        self.sizes.append(len(x))
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError(CPU)
+        return x[:, 0] + 0.1 * torch.rand(len(x))
+
+
+def trainer(two_gaussians, reward, **settings) -> Trainer:
+    return Trainer(
+        two_gaussians, reward, Finetune(**{k: v for k, v in SMALL.items() if k != "reward"} | settings)
+    )
+
+
+def test_a_reward_that_runs_out_of_memory_is_asked_of_half_and_so_from_then_on(two_gaussians):
+    reward = Narrow()
+    loop = trainer(two_gaussians, reward)
+    first, second = loop.train(2)
+    assert reward.sizes == [64, 32, 16, 16, 16, 16] + [16] * 4
+    assert [text for text in first["guard"] if "16 samples at once for a reward" in text] and not second[
+        "guard"
+    ]
+    assert first["reward_batch"] == second["reward_batch"] == 16
+    noises = (loop.scores.total - loop.rollout.x1[:, 0]) / 0.1
+    assert len(noises.round(decimals=3).unique()) > 40, "each part draws random numbers of its own"
+
+
+def test_a_reward_is_asked_of_as_many_as_the_user_says_and_of_all_by_default(two_gaussians):
+    for asked, sizes in ((0, [64]), (48, [48, 16])):
+        reward = Narrow(64)
+        [*trainer(two_gaussians, reward, reward_batch=asked).train(1)]
+        assert reward.sizes == sizes
+
+
+def test_a_reward_too_large_for_one_sample_ends_with_one_line(two_gaussians):
+    with pytest.raises(WorkError, match="out of memory even with a reward batch of 1: DefaultCPU"):
+        trainer(two_gaussians, Narrow(0)).one_round()
+
+
+LITTLE = """
+def f(x):
+    if len(x) > 20:
+        raise MemoryError
+    return x[:, 0]
+"""
+
+
+def test_a_resumed_run_asks_its_reward_of_as_many_as_fitted(base, run_cli):
+    Path("reward.py").write_text(LITTLE)
+    small = (
+        "--rounds",
+        2,
+        "--rollout",
+        64,
+        "--batch",
+        32,
+        "--steps-per-round",
+        2,
+        "--probe",
+        16,
+        "--eval-n",
+        64,
+    )
+    reward = ("--reward", "reward.py:f", "--quiet")
+    made = run_cli("finetune", "--checkpoint", "base", *small, *reward, "--out", "run")
+    assert made.code == 0, made.err
+    Path("reward.py").write_text(LITTLE.replace("MemoryError", "ValueError"))
+    again = run_cli("finetune", "--resume", "run", "--rounds", 3, *reward)
+    assert again.code == 0, again.err
 
 
 def test_a_device_too_small_for_one_sample_ends_with_one_line(base, monkeypatch):

@@ -116,6 +116,18 @@ def test_predicted_seconds_are_those_of_a_round():
     assert min(seconds) / 2 <= sum(plan.seconds.values()) <= 2 * max(seconds)  # other work on the machine
 
 
+def test_a_reward_asked_of_few_at_once_is_planned_so():
+    def reward(x):
+        return x.new_ones(len(x), 2**17).mean(1)  # half a MiB a sample
+
+    policy, _, s = made("mlp", "moons", rollout=64)
+    whole, few = (
+        make_plan(policy, make_reward(reward), s.model_copy(update={"reward_batch": n})).reward["scoring"]
+        for n in (0, 8)
+    )
+    assert 0.1 <= few / whole <= 0.16
+
+
 def test_a_ranks_plan_holds_the_buffers_of_the_exchange():
     s = Finetune(**SHORT | dict(model="mlp", data="moons", batch=8, rollout=64))
     many, alone = plan_run(s, ranks=8), plan_run(s.model_copy(update={"batch": 1}))

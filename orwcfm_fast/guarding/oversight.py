@@ -131,6 +131,10 @@ class Oversight:
         self.control = replace(self.control, micro_batch=size)
         self.note(f"out of memory: goes on with a micro-batch of {size}")
 
+    def set_reward_batch(self, size: int) -> None:
+        self.control = replace(self.control, reward_batch=size)
+        self.note(f"out of memory: goes on with {size} samples at once for a reward")
+
     def agree(self, ranks: Ranks) -> None:
         """Every rank goes on with the smallest sizes that memory left to any, and knows what the others noted."""
         notes, controls = zip(*ranks.all((self.notes, self.control)), strict=True)
@@ -141,6 +145,7 @@ class Oversight:
             self.control,
             micro_batch=min(c.micro_batch for c in controls),
             chunk=min(c.chunk for c in controls),
+            reward_batch=min((c.reward_batch for c in controls if c.reward_batch), default=0),
         )
 
     def to_state(self) -> dict[str, Any]:

@@ -87,7 +87,8 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
     drawn = probe(lambda size: draw(policy, size, 0, s.seed, s, size), min(s.chunk, rollout), device)
     noised = probe(lambda size: start_noise(policy, size, s.seed), rollout, device)
     samples = policy.decode(start_noise(policy, max(2, rollout // 2), s.seed))
-    scored = probe(lambda size: reward(samples[:size]), rollout, device)
+    asked = min(s.reward_batch or rollout, rollout)
+    scored = probe(lambda size: reward(samples[:size]), asked, device)
 
     one_sample = 4 * start_noise(policy, 1, s.seed).numel()
     held = {
@@ -125,12 +126,12 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
     per_sample, probed = drawn.time(chunk) / chunk, probe_size(s)
     seconds = {
         "rollout": per_sample * rollout,
-        "reward": scored.time(rollout),
+        "reward": scored.time(asked) * rollout / asked,
         "steps": per_step * s.steps_per_round,
         "probe": 2 * drawn.time(min(probed, chunk)) * max(1.0, probed / chunk),
     }
     return Plan(
         str(device), micro_batch, chunk, held, stepping, rollout_at(chunk),
-        {"scoring": scored.peak(rollout) + rollout * one_sample}, process, limit, seconds,
+        {"scoring": scored.peak(asked) + rollout * one_sample}, process, limit, seconds,
         probe=looks.probe(chunk), evaluation=looks.evaluation(chunk),
     )  # fmt: skip

@@ -4,13 +4,15 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.guarding.memory import halving
 from orwcfm_fast.prompts import Prompt
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.registry import REWARDS, Score
@@ -75,11 +77,17 @@ def _standard(values: Tensor) -> Tensor:
     return ((exact - exact.mean()) / deviation).to(values.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RewardSum:
-    """Σ weight_k · reward_k of decoded samples [B, …] → [B]; `terms` are (name, weight, function)."""
+    """Σ weight_k · reward_k of decoded samples [B, …] → [B]; `terms` are (name, weight, function).
+
+    Attributes:
+        at_once: samples that each is asked of, 0 for all; halved, and `on_halved` told, where memory runs out.
+    """
 
     terms: list[tuple[str, float, Score]]
+    at_once: int = 0
+    on_halved: Callable[[int], None] = field(default=lambda size: None, repr=False)
 
     @property
     def name(self) -> str:
@@ -95,18 +103,23 @@ class RewardSum:
 
         Raises:
             RewardError: one of them raised, or returned what is no reward; names it.
+            WorkError: memory runs out over a single sample.
         """
         found = Scores({}, {}, {})
         if samples.is_cuda:
             torch.cuda.synchronize(samples.device)  # or the first reward would be charged for the rollout
         for name, weight, function in self.terms:
             began = time.perf_counter()
-            found.values[name] = score(
-                function, samples, name, where, seed, prompts
-            )  # its checks wait for the device
+            asked = partial(_in_parts, function, samples, name, where, seed, prompts)
+            size = self.at_once or max(1, len(samples))
+            found.values[name] = halving(asked, size, "reward batch", self._halved)
             found.seconds[name] = time.perf_counter() - began
             found.weights[name] = weight
         return found
+
+    def _halved(self, size: int) -> None:
+        self.at_once = size
+        self.on_halved(size)
 
     def __call__(self, samples: Tensor) -> Tensor:
         return self.scores(samples).total
@@ -116,6 +129,23 @@ class RewardSum:
         for _, _, function in self.terms:
             if callable(end := getattr(function, "close", None)):
                 end()
+
+
+def _in_parts(
+    function: Score,
+    samples: Tensor,
+    name: str,
+    where: str,
+    seed: int,
+    prompts: Sequence[Prompt] | None,
+    size: int,
+) -> Tensor:
+    """`score` of `size` samples at a time, each part with random numbers of its own; waits for the device."""
+    parts = []
+    for k, part in enumerate(samples.split(size)):
+        own = None if prompts is None else prompts[k * size : (k + 1) * size]
+        parts.append(score(function, part, name, where, seed + k * 0x9E3779B97F4A7C15, own))
+    return torch.cat(parts)
 
 
 def make_reward(
@@ -145,7 +175,8 @@ def make_reward(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"reward '{name}': named twice; give it one weight, e.g. {name}=2")
-    return RewardSum([(name, weight, _function(name, options)) for name, weight in split])
+    terms = [(name, weight, _function(name, options)) for name, weight in split]
+    return RewardSum(terms, options.reward_batch)
 
 
 def user_code(specs: Sequence[str]) -> list[str]:

@@ -299,9 +299,8 @@ class Finetuning:
         """Held-out evaluation before and after, the pictures and summary.json; None on all ranks but the first."""
         try:
             result = self._finish(began)
-            for rewards in (self.trainer.reward, self.trainer.holdout):
-                if rewards:
-                    rewards.close()
+            for rewards in self.trainer.rewards():
+                rewards.close()
             return result
         except KeyboardInterrupt:
             left = f"interrupted; training is done and saved; to measure it: {resume_line(self.run, self.settings)}"

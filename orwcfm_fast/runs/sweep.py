@@ -28,7 +28,8 @@ from orwcfm_fast.theory.forecast import forecast_many
 from orwcfm_fast.theory.prediction import FORECAST_ROUNDS, MANY_PROMPTS, Reference, draw_reference
 from orwcfm_fast.trainer import Progress
 
-MAY_CHANGE = ("alpha", "tau", "device", "log")
+PLACE = ("device", "log", "graph")  # where it runs
+MAY_CHANGE = ("alpha", "tau", *PLACE)
 REWARD_KEYS = [key for key in RewardOptions.model_fields if key not in Settings.model_fields]
 
 
@@ -254,4 +255,4 @@ def _widened(path: Path, given: dict[str, Any]) -> Sweep:
                 f"--out {path}: this sweep has {flag} {getattr(own, key)}, not {value}; use another --out"
             )
     added = {key: [*dict.fromkeys([*getattr(own, key), *given.get(key, [])])] for key in ("alpha", "tau")}
-    return build(Sweep, written, {k: given[k] for k in ("device", "log") if k in given}, added)
+    return build(Sweep, written, {k: given[k] for k in PLACE if k in given}, added)
