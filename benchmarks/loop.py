@@ -242,12 +242,14 @@ def extra_lines(found: dict[str, Any]) -> list[str]:
 def race_lines(found: dict[str, Any]) -> list[str]:
     """What the race found, a line a way: medians over the seeds."""
     lines = []
+    late = any(f["seconds"] is None for f in found["finishes"] if f["way"] not in found["ratios"])
+    least = "at least " if late else ""  # the plain loop was stopped on its way
     for way in dict.fromkeys(f["way"] for f in found["finishes"]):
         runs = [f for f in found["finishes"] if f["way"] == way]
         w2, confidence = (statistics.median(f[key] for f in runs) for key in ("w2_coupled", "confidence"))
         seconds = statistics.median(f["seconds"] or math.inf for f in runs)
         time = f"{seconds:.3g} s" if seconds < math.inf else f"not in {found['limit']:g} s"
-        ratio = f", {found['ratios'][way]:.3g}×" if way in found["ratios"] else ""
+        ratio = f", {least}{found['ratios'][way]:.3g}×" if way in found["ratios"] else ""
         lines.append(
             f"to mean reward {found['goal']} on digits, {way}: {time}{ratio};"
             f" coupled W2 {w2:.2f}, confidence {confidence:.3f}"

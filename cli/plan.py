@@ -73,14 +73,14 @@ def predict(
         reward = make_reward(s.reward or [source(name)[0].reward], s)
     else:
         loaded = load(loader, model, quiet or as_json)
-        started = loaded.run and loaded.run.reference.is_dir() and not exact
-        name, shown = loaded.policy.data, f"{'the reference of ' if started else ''}{loaded.name}"
+        policy, name, shown = loaded.policy, loaded.policy.data, loaded.name
+        if loaded.run and loaded.run.reference.is_dir() and not exact:  # a run is forecast from where it started
+            policy, shown = loader.load(str(loaded.run.reference)).policy, f"the reference of {shown}"
         reward = reward_for(s, loaded)
     say(f"model: {shown}; reward {reward.name}", quiet or as_json)
     if exact:
         _show_exact(prediction.exact_grid(prediction.known_density(name), reward, s), as_json)
         return
-    policy = _reference_of(loaded, loader)
     reference = prediction.draw_reference(policy, reward, s)
     if s.want_reward is not None or s.want_w2 is not None:
         interval = prediction.wanted_alpha(reference, s)
@@ -95,12 +95,6 @@ def predict(
     forecasts = prediction.forecast_grid(reference, s)
     _show_forecasts(forecasts, as_json)
     say(f"picture: {prediction.save_front(out, forecasts)}", quiet or as_json)
-
-
-def _reference_of(loaded, loader):
-    """A fine-tuned run is forecast from where it started."""
-    started = loaded.run and loaded.run.reference.is_dir()
-    return loader.load(str(loaded.run.reference)).policy if started else loaded.policy
 
 
 def _show_forecasts(forecasts: list["Forecast"], as_json: bool) -> None:
