@@ -96,9 +96,11 @@ def test_the_race_is_told_a_line_a_way():
     ]
     race = {"goal": 0.65, "limit": 120.0, "ratios": {"ours, fp32": 80.0}, "finishes": finishes}
     assert loop.race_lines(race) == [
-        "to mean reward 0.65 on digits, ours, fp32: 1.5 s, 80×; coupled W2 1.20, confidence 0.960",
+        "to mean reward 0.65 on digits, ours, fp32: 1.5 s, at least 80×; coupled W2 1.20, confidence 0.960",
         "to mean reward 0.65 on digits, plain: not in 120 s; coupled W2 1.30, confidence 0.970",
     ]
+    finishes[1]["seconds"] = 100.0
+    assert ", 80×;" in loop.race_lines(race)[0]
 
 
 def test_the_full_form_tells_pretraining_and_memory():
