@@ -29,7 +29,8 @@ ANGLE = tl.constexpr(2 * math.pi * 2**-34)  # of a word shifted left by two
 SIGN = tl.constexpr(-(2**31))
 
 _MASK = 0xFFFFFFFF
-_CHUNK = 1 << 15  # counters worked on at a time, so that temporaries stay in cache
+# counters worked on at a time, so that temporaries stay in a CPU's cache, or below a GiB
+_CACHED, _LARGE = 1 << 15, 1 << 22
 
 
 # The three polynomials: torch calls them through .fn, Triton compiles them.
@@ -189,7 +190,7 @@ def _draw(transform, shape, seed, index, purpose, dtype):
     n = math.prod(shape)
     blocks = -(-n // 4)
     out = torch.empty(index.shape[0], n, dtype=dtype, device=index.device)
-    rows = max(1, _CHUNK // max(1, blocks)) if index.device.type == "cpu" else max(1, index.shape[0])
+    rows = max(1, (_CACHED if index.device.type == "cpu" else _LARGE) // max(1, blocks))
     c0 = torch.arange(blocks, device=index.device)[None]
     for start in range(0, index.shape[0], rows):
         i = index[start : start + rows, None]

@@ -10,7 +10,7 @@ from orwcfm_fast.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
-    """'auto', 'cpu', 'cuda' or 'cuda:N' to a device that is there.
+    """'auto', 'cpu', 'cuda' or 'cuda:N' to a device that is there, and torch's current one from now on.
 
     Raises:
         UserError: no such device here.
@@ -27,6 +27,8 @@ def resolve_device(name: str) -> torch.device:
         )
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device '{name}': only cpu and cuda are supported")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events, streams and graphs are the current device's
     return device
 
 

@@ -33,8 +33,8 @@ def seed_on(seed: int, device: torch.device | str) -> Tensor:
 
 
 def permutation(n: int, seed: Tensor, number: int, purpose: int = MINIBATCH) -> Tensor:
-    """The `number`-th random order of n things, int64 [n]."""
-    return uniform((n,), seed, indices(number, 1, seed.device), purpose)[0].argsort()
+    """The `number`-th random order of n things, int64 [n]; the same on every device, ties too."""
+    return uniform((n,), seed, indices(number, 1, seed.device), purpose)[0].argsort(stable=True)
 
 
 def choice(n: int, seed: Tensor, index: Tensor, purpose: int) -> Tensor:

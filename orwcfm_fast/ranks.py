@@ -22,7 +22,7 @@ from orwcfm_fast.guarding.memory import out_of_memory
 
 T = TypeVar("T")
 BUCKET = 32 << 20  # bytes of each of two buffers that sums go through
-PATIENCE = timedelta(hours=6)  # for a rank whose reward is slow; one that died is known of at once
+PATIENCE = timedelta(hours=6)  # for a rank whose reward is slow; gloo knows at once of one that died
 
 
 class RankLost(WorkError):

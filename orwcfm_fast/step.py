@@ -59,7 +59,7 @@ class Learner:
             raise UserError("--graph: needs an NVIDIA GPU, and no more than one; leave it out (--no-graph)")
         if self.graph and policy.pipeline:
             raise UserError("--graph: is not for pipelines; leave it out (--no-graph)")
-        self.ran = False  # a step, with the optimiser as it is
+        self.ran = False  # a step, with the optimiser and the micro-batch as they are
         lr = torch.full((), settings.lr, device=policy.device) if self.graph else settings.lr
         self.optimizer = AdamW(
             self.parameters, lr, weight_decay=0.0, fused=True, capturable=self.graph is not None
@@ -96,8 +96,9 @@ class Learner:
         graph = self.graph if self.ran else None  # the first compiles kernels and makes the optimiser's state
 
         def whole(size: int) -> Tensor:
-            assert graph
-            return graph(batch, seed, lambda b, s: self.update(self.gradient(b, s, size)), size)
+            if graph and self.ran:
+                return graph(batch, seed, lambda b, s: self.update(self.gradient(b, s, size)), size)
+            return self.update(self.gradient(batch, seed, size))  # of another size: its kernels first
 
         size = self.at_once(batch)
         if graph:
@@ -110,7 +111,7 @@ class Learner:
             with self.phases("optimizer"):
                 self.add_up(losses)
                 found = self.update(losses)
-            self.ran = True
+        self.ran = True
         self.schedule.step()
         return found
 
@@ -165,7 +166,7 @@ class Learner:
         return max(1, min(self.micro_batch, len(batch.w)))
 
     def set_micro_batch(self, size: int) -> None:
-        self.micro_batch = size
+        self.micro_batch, self.ran = size, False
         self.on_halved(size)
 
     def start_over(self) -> None:

@@ -53,7 +53,7 @@ class Trainer:
 
     Attributes:
         pause: called where a round can be left and taken up again: after a chunk of its rollout, and between
-            its steps. It may raise; `save` then writes what `restore` goes on from bit for bit.
+            its steps. It may raise; `save` then writes what `restore` goes on from.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Trainer:
         return self.ranks.from_first(lambda: record)  # one clock, one judgement
 
     def save(self, path, more: dict[str, Any]) -> None:
-        """Write a checkpoint from which `restore` goes on bit for bit on the same device."""
+        """Write a checkpoint from which `restore` goes on: bit for bit on a CPU; a GPU adds up in no fixed order."""
         state = {"kind": "finetune", "round": self.round, "step": self.steps_taken, **self.policy.describe()}
         state |= self.oversight.to_state()
         begun: dict[str, checkpoint.Tensors] = {}

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched in a test
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)  # with these rich takes a pipe for a terminal
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ PRELOADED = (
 )  # fmt: skip
 SMALL = ("--rollout", 50, "--chunk", 8, "--batch", 18, "--steps-per-round", 4, "--nfe", 6, "--eval-n", 16)
 LOOP = ("finetune", "--checkpoint", "base", *SMALL, "--probe", 6, "--rounds", 3, "--quiet", "--out")
-LIMIT = 500  # seconds until a rank that still runs is ended by a signal
+LIMIT = 250  # seconds until a rank that still runs is ended by a signal
 
 
 def base(run_cli, data: str = "moons", steps: int = 60) -> None:
@@ -46,7 +47,8 @@ class Launcher:
     """Starts ranks from outside; `close` ends it."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+        environment = os.environ | threads | {"MPLBACKEND": "agg", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -61,7 +63,9 @@ class Launcher:
         job = {"cwd": os.getcwd(), "world": world, "args": [*map(str, args)], "act": act, "more": environment}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return Ended(**json.loads(self._process.stdout.readline()))
+        line = self._process.stdout.readline()
+        assert line, f"the launcher ended with {self._process.wait(30)}"
+        return Ended(**json.loads(line))
 
     def loop(self, world: int, change: str = "", **settings: object) -> list[dict]:
         """The loop alone, from "base" here or a `model`: what each rank has seen (`trace`) and where it ended."""
@@ -250,6 +254,9 @@ def launch(job: dict) -> Ended:
     Nothing runs beside a fork: a child keeps for ever a lock that another thread held, of the resolver, say, which
     the store asks for the name of each who comes. So the store comes last.
     """
+    end = time.monotonic() + 5  # the last job's store is gone, its thread perhaps not quite
+    while len(os.listdir("/proc/self/task")) > 1 and time.monotonic() < end:
+        time.sleep(0.001)
     assert len(os.listdir("/proc/self/task")) == 1
     port, tell = os.pipe()
     children = [start(job, number, port) for number in range(job["world"])]

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from orwcfm_fast.device import resolve_device
+
 SMALL = ("--rounds", 2, "--rollout", 64, "--batch", 32, "--steps-per-round", 3, "--eval-n", 64, "--probe", 16)
 
 
@@ -198,6 +200,15 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run_cli, tmp_path, args, me
     assert result.code == 2, result.out + result.err
     assert message in result.err and result.err.startswith("error: ") and result.err.count("\n") == 1
     assert sorted(p.name for p in tmp_path.rglob("*")) == before, "something was written"
+
+
+def test_a_gpu_that_is_named_is_the_one_that_is_worked_on(monkeypatch):
+    """Events, streams and graphs are the current device's."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [resolve_device(name) for name in ("cpu", "cuda", "cuda:1")][2] == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

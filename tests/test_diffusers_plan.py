@@ -1,20 +1,24 @@
 """`doctor --plan` of a pipeline: from its configurations alone, and what a run of it then takes."""
 
+import copy
 import json
 import re
 import shlex
 import shutil
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orwcfm_fast.cli.machine import _show_plan
 from orwcfm_fast.evaluation.evaluate import evaluate
 from orwcfm_fast.evaluation.held_out import judge_for
+from orwcfm_fast.planning.as_cuda import AutocastAsOnCuda
 from orwcfm_fast.planning.course import allocations
-from orwcfm_fast.planning.pipeline import plan_pipeline
+from orwcfm_fast.planning.pipeline import Meter, plan_pipeline
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune
@@ -123,3 +127,37 @@ def test_the_readmes_plan_needs_configurations_alone(run_cli, pipeline_folder, t
     assert adapted["held"]["reference"] == 0 < whole["encoding"]["text_encoder_2"]
     refused = run_cli("doctor", "--plan", "--model", "mlp", "--gpu-gib", 24)
     assert refused.code == 2 and "--gpu-gib" in refused.err and refused.err.count("\n") == 1
+
+
+def flash(query, key, value, *args, **more):
+    """Keeps for the way back what flash attention does; of fakes, CUDA's would be another kernel."""
+    with torch.autocast(query.device.type, enabled=False):
+        q, k, v = (x.to(torch.bfloat16) for x in (query, key, value))
+        return q + k + v
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_planned_for_a_gpu_a_step_keeps_what_autocast_there_keeps(
+    kind, pipeline_folder, prompts_file, monkeypatch
+):
+    common = torch.cuda.amp.common
+    if not hasattr(common, "amp_definitely_not_available"):
+        pytest.skip("this torch has another way to see that there is no GPU")
+    monkeypatch.setattr(common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **more: True)
+    s = Finetune(model=f"diffusers:{pipeline_folder(kind)}", prompts=str(prompts_file), **SHORT)
+    policy = Loader(CPU, "fp32", how=s).load(s.model).policy
+    embeddings = policy.conditions.look_up(torch.tensor([0]))
+    shapes = [policy.shape, *(x.shape[1:] for x in embeddings)]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
+    kept = {}
+    for device, mode in (("cuda", nullcontext), ("cpu", AutocastAsOnCuda), ("cpu", nullcontext)):
+        network = copy.deepcopy(policy.network).to("meta")
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            network.to_empty(device=device)
+            like = [torch.empty(2, *shape, device=device) for shape in shapes]
+            with mode(), Meter() as meter, torch.autocast(device, torch.bfloat16):
+                found = network(torch.empty(2, device=device), *like)
+            kept[device, mode] = sum(meter.changes)
+            del found
+    assert kept["cpu", AutocastAsOnCuda] == kept["cuda", nullcontext] > kept["cpu", nullcontext]

@@ -188,3 +188,23 @@ def test_more_scored_samples_correct_the_start_of_a_small_forecast():
     assert plain.rounds[0].reward > 0.54 and abs(tilted.rounds[0].reward - 0.5) < 1e-6
     assert abs(tilted.final.reward - 0.610) < 0.03 < plain.final.reward - 0.610
     assert tilted.rounds[0].reward_error < 0.3 * plain.rounds[0].reward_error
+
+
+class OnADevice(torch.Tensor):
+    """A tensor that no other will work with until it is brought to the host."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        assert func is torch.Tensor.detach, func
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_what_is_forecast_from_may_lie_on_a_gpu(two_gaussians):
+    x, reward = two_gaussians
+    how = dict(rounds=1, draws=600)
+    (here,) = forecast_many(x, reward, [(1.0, 0.5)], features=x, scored=reward, **how)
+    x, reward = (values.as_subclass(OnADevice) for values in two_gaussians)
+    (there,) = forecast_many(x, reward, [(1.0, 0.5)], features=x, scored=reward, **how)
+    assert there.final.reward == here.final.reward and there.final.diversity == here.final.diversity

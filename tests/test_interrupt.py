@@ -213,15 +213,18 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_run):
     Path("slow.py").write_text(SLOW_REWARD)
     command = [ORWCFM, *map(str, LOOP), "slow", "--reward", "slow.py:f"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not Path("scoring").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None, "the first waits for the reward"
-    process.send_signal(signal.SIGINT)
-    began = time.perf_counter()
-    _, error = process.communicate(timeout=30)
+    try:
+        while not Path("scoring").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        time.sleep(2)
+        assert process.poll() is None, "the first waits for the reward"
+        process.send_signal(signal.SIGINT)
+        began = time.perf_counter()
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130 and time.perf_counter() - began < 5
     assert error == "error: left at once; orwcfm finetune --resume slow --reward slow.py:f\n"
 

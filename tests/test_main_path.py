@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -125,14 +126,20 @@ def test_sample_and_evaluate_with_no_argument_speak_of_that_run(finished):
     assert tuned["reward"]["mean"] > reference["reward"]["mean"] + 0.03
 
 
-def test_help_comes_within_a_second(tmp_path):
+def processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_help_takes_less_than_a_second(tmp_path):
+    """Of a processor: what that is on the clock, other tests beside it decide as well."""
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = processor_seconds()
         result = orwcfm("--help", cwd=tmp_path)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(processor_seconds() - before)
     assert result.returncode == 0 and "finetune" in result.stdout
-    assert min(seconds) < 1
+    assert 0.02 < min(seconds) < 1
 
 
 def test_help_loads_no_torch():

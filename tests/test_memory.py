@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orwcfm_fast.errors import WorkError
+from orwcfm_fast.errors import RewardError, WorkError
 from orwcfm_fast.guarding.memory import halving, out_of_memory
 from orwcfm_fast.networks.models import VelocityMLP
 from orwcfm_fast.runs.finetune_run import Finetuning
@@ -23,7 +23,15 @@ def test_the_real_allocators_error_is_recognised():
         torch.empty(2**55)
     assert out_of_memory(error.value)
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and out_of_memory(MemoryError())
+    for of_a_gpu in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "GET was unable to find an engine to execute this computation",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: out of memory",
+    ):
+        assert out_of_memory(RuntimeError(of_a_gpu))
     assert not out_of_memory(RuntimeError("shapes differ"))
+    assert not out_of_memory(RewardError("its worker was gone (out of memory)"))
 
 
 def test_halving_ends_at_one_and_lets_other_errors_through():

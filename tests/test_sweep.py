@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.runs.sweep_grid import grid
 from orwcfm_fast.settings import Sweep
 
@@ -115,7 +117,7 @@ def test_sweep_keeps_what_is_done_goes_on_and_widens(run_cli, tiny_run, monkeypa
     assert float(found[1]["diversity_low"]) == after["diversity"]["low"]
     assert float(found[1]["forecast_reward"]) > float(found[2]["forecast_reward"])
     assert Path("s/fronts.png").read_bytes().startswith(b"\x89PNG")
-    page = Path("s/report.html").read_text()
+    page = Path("s/report.html").read_text("utf-8")
     assert page.count('<figure class="chart">') == 5 and "τ=0.5, forecast" in page
 
     more = run_cli("sweep", "--out", "s", "--alpha", 3, "--quiet")
@@ -127,14 +129,23 @@ def test_sweep_keeps_what_is_done_goes_on_and_widens(run_cli, tiny_run, monkeypa
     assert taken.code == 2 and "exists and is not empty" in taken.err
 
 
-def test_a_run_that_fails_leaves_the_others_whole(run_cli, tiny_run):
+def test_a_run_that_fails_leaves_the_others_whole_and_their_memory_free(run_cli, tiny_run, monkeypatch):
     """A learning rate that makes the loss infinite ends its own run alone."""
+    begun = []
+
+    def begin(settings, loaded, path, begin=Finetuning.begin):
+        assert all(task() is None for task in begun), "what another run held is given back"
+        task = begin(settings, loaded, path)
+        begun.append(weakref.ref(task.trainer))
+        return task
+
+    monkeypatch.setattr(Finetuning, "begin", begin)
     result = run_cli(
         "sweep", "--checkpoint", "base", "--alpha", 1, "--set", "lr=1e30,1e-3", "--out", "s", *SMALL
     )
     assert result.code == 1 and "1 of 2 runs failed, first a1-t0.5-lr=1e+30" in result.err
     assert result.err.count("\n") == 1
-    assert [r["run"] for r in rows(Path("s"))] == ["reference", "a1-t0.5-lr=0.001"]
+    assert [r["run"] for r in rows(Path("s"))] == ["reference", "a1-t0.5-lr=0.001"] and len(begun) == 2
 
 
 def test_a_sweep_that_comes_to_nothing_leaves_nothing_and_puts_back_what_it_replaced(run_cli, tiny_run):

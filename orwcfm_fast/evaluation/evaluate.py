@@ -246,7 +246,7 @@ def lipschitz(policy: Policy, x0: Tensor, how: Sampling, iterations: int = 6) ->
     generator = torch.Generator().manual_seed(0)
     epsilon, largest = 1e-2, 0.0
     exact = replace(policy, precision=torch.float32)  # differences are small
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         x = x0
         for k in range(steps := 10):
             t = (k + 0.5) / steps

@@ -9,13 +9,21 @@ import torch
 from orwcfm_fast.errors import WorkError
 
 T = TypeVar("T")
+SAID = (
+    "can't allocate memory",  # the CPU's allocator
+    "out of memory",  # the CUDA driver, also by way of Triton and NCCL
+    "STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN, of a handle or a workspace
+    "unable to find an engine to execute",  # cuDNN, where no engine's workspace fits
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is out: CUDA's, the CPU allocator's or Python's own."""
+    """Whether an error says that memory is out: a GPU's, the CPU allocator's or Python's own."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, WorkError):  # of our own, which may tell of it
+        return False
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in SAID)
 
 
 def halving(work: Callable[[int], T], size: int, name: str, halved: Callable[[int], None]) -> T:

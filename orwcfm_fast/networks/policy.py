@@ -108,15 +108,18 @@ class Policy:
             return self.pipeline.decode(x1)
         return x1.clamp(-1, 1) if len(self.shape) == 3 else x1
 
-    def checkpoint_gradients(self) -> None:
+    def checkpoint_gradients(self, how: Callable[..., Any] | None = None) -> None:
         """Compute activations again in the backward pass from now on, for less memory.
+
+        Args:
+            how: calls a module so, how(module, *args); torch's own way where None.
 
         Raises:
             UserError: its network knows no such thing.
         """
         if self.pipeline is None:
             raise UserError("--gradient-checkpointing: only for a diffusers pipeline; leave it out")
-        cast(Any, self.network).transformer.enable_gradient_checkpointing()
+        cast(Any, self.network).transformer.enable_gradient_checkpointing(how)
 
     def frozen_copy(self) -> "Policy":
         """The reference: this policy with weights that never train, its own or those under its adapters."""

@@ -10,6 +10,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from orwcfm_fast.networks.diffusers import Pipeline, embedding_widths
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.pipeline_files import Description, describe_pipeline, telling
 from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.planning.as_cuda import AutocastAsOnCuda, recompute
 from orwcfm_fast.planning.course import Course
 from orwcfm_fast.planning.looks import Looks
 from orwcfm_fast.planning.plan import HEADROOM, Plan, available, fitting, kept_draws
@@ -139,11 +141,12 @@ def _plan(
     assert policy.pipeline and policy.conditions
     weights = _size(policy.network)
     if s.gradient_checkpointing:
-        policy.checkpoint_gradients()
+        policy.checkpoint_gradients(None if label == "cpu" else recompute)
     if s.lora:
         add_lora(policy.network, s.lora)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
+    as_there = nullcontext if label == "cpu" else AutocastAsOnCuda
+    with fake, as_there():
         for part in (policy.network, policy.pipeline.vae):
             part.to_empty(device=CPU)
         learner = Learner(policy, policy.frozen_copy() if s.lora else policy, s)  # a copy would do the same
@@ -174,7 +177,7 @@ def _plan(
 
     @functools.cache
     def several() -> Course:
-        with fake:
+        with fake, as_there():
             return _course(lambda size: step(size, 2))
 
     one_latent = 4 * shape[0] * shape[1] * shape[2]

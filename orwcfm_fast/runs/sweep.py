@@ -168,12 +168,12 @@ class Sweeping:
     def _train_each(
         self, watch: Callable[[str, float], None] | None, on_result: Callable[[Outcome], None] | None
     ) -> None:
-        failed = {}
+        failed: dict[str, str] = {}
         for name in [n for n in self.runs if n not in self.finished()]:
             try:
                 self._train(name, watch)
             except (WorkError, UserError) as error:
-                failed[name] = error
+                failed[name] = str(error)  # itself it would hold the run's networks, by its frames
                 continue
             except (KeyboardInterrupt, Interrupted) as stopped:
                 left = len(self.runs) - len(self.finished())

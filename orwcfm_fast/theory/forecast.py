@@ -112,10 +112,7 @@ def forecast_many(
     Raises:
         UserError: fewer than 2 samples, values that are not finite, settings out of range.
     """
-    samples, rewards = (
-        torch.as_tensor(samples).detach().cpu(),
-        torch.as_tensor(rewards).detach().cpu().double(),
-    )
+    samples, rewards = _on_host(samples), _on_host(rewards).double()
     if len(samples) < 2 or rewards.shape != (len(samples),):
         raise UserError(
             f"forecast: {len(samples)} samples with rewards of shape {tuple(rewards.shape)}; needs S, S ≥ 2"
@@ -128,15 +125,19 @@ def forecast_many(
             raise UserError(
                 f"forecast: α = {alpha:g}, τ = {tau:g}, {rounds} rounds: α ≥ 0, τ finite, 1 round or more"
             )
-    scored = rewards if scored is None else torch.as_tensor(scored).detach().cpu().double()
+    scored = rewards if scored is None else _on_host(scored).double()
     if not bool(scored.isfinite().all()):
         raise UserError("forecast: rewards must be finite")
-    spread = flat if features is None else torch.as_tensor(features).reshape(len(flat), -1).float()
+    spread = flat if features is None else _on_host(features).reshape(len(flat), -1).float()
     with single_threaded() as threads:
         engine = _Engine(
             flat, rewards, scored, torch.cdist(spread, spread).double(), rounds, draws, seed, threads
         )
         return [engine.run(a, t, weighting, normalize, exact_w2) for a, t in settings]
+
+
+def _on_host(values: Tensor) -> Tensor:
+    return torch.as_tensor(values).detach().cpu()
 
 
 class _Engine:
