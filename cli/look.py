@@ -12,7 +12,7 @@ from orwcfm_fast.cli.common import Config, Debug, Json, Model, Out, Overwrite, Q
 from orwcfm_fast.cli.console import progress, say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.settings import Evaluation, RewardOptions, Sample, Settings
+from orwcfm_fast.settings import ASKING, Evaluation, RewardOptions, Sample, Settings
 
 if TYPE_CHECKING:
     from orwcfm_fast.rewards import RewardSum
@@ -145,7 +145,7 @@ def reward_options(s: RewardOptions, found: "Loaded") -> RewardOptions:
     if not s.reward and found.run:
         config = found.run.config
         names = RewardOptions.model_fields.keys() - Settings.model_fields.keys()
-        keep = {"holdout_reward"} if s.holdout_reward else set()
+        keep = ASKING & s.model_fields_set | ({"holdout_reward"} if s.holdout_reward else set())
         written = {k: v for k, v in read_toml(config).items() if k in names - keep}
         written = {k: v for k, v in build(RewardOptions, written, where=f"{config}: ") if k in written}
         for key in ("reward", "holdout_reward"):

@@ -123,7 +123,7 @@ def _show_plan(found: "Plan", s: Finetune) -> None:
     sizes = {
         "step": f"micro-batch {found.micro_batch}",
         "rollout": f"chunk {found.chunk}",
-        "reward": f"{s.reward_batch} samples at once" if s.reward_batch else "whole rollout",
+        "reward": f"{found.reward_batch} samples at once" if found.reward_batch else "whole rollout",
         "probe": "after a round",
         "evaluation": "after the last",
         "encoding": "before the rest",
@@ -142,6 +142,7 @@ def _show_plan(found: "Plan", s: Finetune) -> None:
         a_round = sum(found.seconds.values())
         say(f"a round takes about {a_round:.2g} s ({seconds}); {s.rounds} rounds {a_round * s.rounds:.3g} s")
     fits = f"fits with --micro-batch {found.micro_batch} --chunk {found.chunk}"
+    fits += f" --reward-batch {found.reward_batch}" if found.reward_batch else ""
     say(fits if found.fits else "does not fit, even one sample at a time")
 
 

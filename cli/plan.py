@@ -13,7 +13,7 @@ from orwcfm_fast.cli.console import plain_table, say
 from orwcfm_fast.cli.look import Data, Preset, load, reward_for
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.settings import Finetune, Predict
+from orwcfm_fast.settings import ASKING, Finetune, Predict
 from orwcfm_fast.showing.table import number
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def predict(
 
         def reward_of(run: Finetune) -> RewardSum:
             check_code_named(run.reward, s.reward, versus)
-            return make_reward(run.reward, run)
+            own = {key: getattr(s, key) for key in ASKING & s.model_fields_set}
+            return make_reward(run.reward, run.model_copy(update=own))
 
         found = prediction.versus(versus, lambda spec: loader.load(spec).policy, reward_of, s)
         _show_verdict(found, as_json)

@@ -34,6 +34,10 @@ class Settings(BaseModel):
     )
 
 
+ASKING = {"reward_batch", "reward_timeout"}
+"""Settings of how a reward is asked, not of which it is."""
+
+
 class RewardOptions(Settings):
     """Which reward, and what some rewards need besides their name."""
 

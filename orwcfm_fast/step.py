@@ -95,16 +95,15 @@ class Learner:
         """One step on a batch, or on this rank's part of it; (mean fm, mean w2, gradient norm) [3], float32."""
         graph = self.graph if self.ran else None  # the first compiles kernels and makes the optimiser's state
 
-        def whole(size: int) -> Tensor:
-            if graph and self.ran:
-                return graph(batch, seed, lambda b, s: self.update(self.gradient(b, s, size)), size)
-            return self.update(self.gradient(batch, seed, size))  # of another size: its kernels first
-
-        size = self.at_once(batch)
-        if graph:
+        def replayed(size: int) -> Tensor | None:
+            if not (graph and self.ran):
+                return None  # there is none, or it is of another size, whose kernels must be there first
             with self.phases("policy"):
-                found = halving(whole, size, "micro-batch", self.set_micro_batch)
-        else:
+                return graph(batch, seed, lambda b, s: self.update(self.gradient(b, s, size)), size)
+
+        found = halving(replayed, self.at_once(batch), "micro-batch", self.set_micro_batch)
+        if found is None:
+            size = self.at_once(batch)
             losses = halving(
                 lambda size: self.gradient(batch, seed, size), size, "micro-batch", self.set_micro_batch
             )

@@ -42,7 +42,7 @@ class Trainer:
 
     Args:
         policy: pretrained; its network is trained in place.
-        reward: decoded samples [B, …] → [B] numbers; no gradient needed.
+        reward: decoded samples [B, …] → [B] numbers; no gradient needed; asked of `reward_batch` at once.
         settings: all of `orwcfm finetune`.
         reward_name: of a reward that is a bare function, in messages.
         holdout: rewards that are measured on each rollout and never trained on.
@@ -163,8 +163,8 @@ class Trainer:
             )
         self.watch(Progress(number, 0, "reward"))
         with self.phases("reward"):
-            number_of_rank = self.ranks.rank << 40
-            told = (f"round {number + 1}", s.seed * 1_000_003 + number + number_of_rank)
+            own = self.ranks.rank * 0xD1B54A32D192ED03  # odd: a CPU's generator takes the low 32 bits
+            told = (f"round {number + 1}", s.seed * 1_000_003 + number + own)
             with self.ranks.together():
                 samples, prompts = self.policy.decode(part.x1), self.policy.prompts_of(part.condition)
                 found = self.reward.scores(samples, *told, prompts)

@@ -136,6 +136,7 @@ def flash(query, key, value, *args, **more):
         return q + k + v
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # a CPU's own norm is the slower for it
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_planned_for_a_gpu_a_step_keeps_what_autocast_there_keeps(
     kind, pipeline_folder, prompts_file, monkeypatch

@@ -210,6 +210,7 @@ def test_linear_weights_have_no_tau_to_halve(base, run_cli):
 def test_a_damaged_control_in_state_json_is_refused():
     for bad in ({"alpha": -1, "tau": 1, "micro_batch": 1, "chunk": 1}, {"alpha": 1}, [], "x",
                 {"alpha": math.nan, "tau": 1, "micro_batch": 1, "chunk": 1},
+                {"alpha": 1, "tau": 1, "micro_batch": 1, "chunk": 1, "reward_batch": -1},
                 {"alpha": 1, "tau": 1, "micro_batch": 0, "chunk": 1}):  # fmt: skip
         with pytest.raises(UserError, match=r"state\.json: control"):
             Control.of_state(bad, Finetune(), "here")

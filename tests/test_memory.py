@@ -9,6 +9,8 @@ import torch
 from orwcfm_fast.errors import RewardError, WorkError
 from orwcfm_fast.guarding.memory import halving, out_of_memory
 from orwcfm_fast.networks.models import VelocityMLP
+from orwcfm_fast.rewards import combine, make_reward
+from orwcfm_fast.rollout import score
 from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.saving import history
 from orwcfm_fast.settings import Finetune
@@ -132,6 +134,21 @@ def test_a_reward_that_runs_out_of_memory_is_asked_of_half_and_so_from_then_on(t
     assert len(noises.round(decimals=3).unique()) > 40, "each part draws random numbers of its own"
 
 
+def test_held_out_and_trained_rewards_go_on_with_what_both_hold(two_gaussians):
+    narrow, wide = Narrow(20), Narrow(40)
+    loop = Trainer(
+        two_gaussians, narrow, Finetune(**SMALL | {"reward": []}), holdout=make_reward(wide, name="wide")
+    )
+    [*loop.train(2)]
+    assert wide.sizes == [64, 32, 32] + [16] * 4 and loop.oversight.control.reward_batch == 16
+
+
+def test_a_reward_batch_beyond_the_samples_is_all_of_them_and_halves_from_there(two_gaussians):
+    reward = Narrow()
+    [*trainer(two_gaussians, reward, reward_batch=4096).train(1)]
+    assert reward.sizes == [64, 32] + [16] * 4
+
+
 def test_a_reward_is_asked_of_as_many_as_the_user_says_and_of_all_by_default(two_gaussians):
     for asked, sizes in ((0, [64]), (48, [48, 16])):
         reward = Narrow(64)
@@ -140,8 +157,12 @@ def test_a_reward_is_asked_of_as_many_as_the_user_says_and_of_all_by_default(two
 
 
 def test_a_reward_too_large_for_one_sample_ends_with_one_line(two_gaussians):
-    with pytest.raises(WorkError, match="out of memory even with a reward batch of 1: DefaultCPU"):
+    with pytest.raises(
+        RewardError, match="reward reward, round 1: out of memory even with a reward batch of 1: Def"
+    ):
         trainer(two_gaussians, Narrow(0)).one_round()
+    with pytest.raises(WorkError, match="chunk of 1: MemoryError"):
+        halving(lambda size: (_ for _ in ()).throw(MemoryError), 1, "chunk", lambda size: None)
 
 
 LITTLE = """
@@ -174,6 +195,30 @@ def test_a_resumed_run_asks_its_reward_of_as_many_as_fitted(base, run_cli):
     Path("reward.py").write_text(LITTLE.replace("MemoryError", "ValueError"))
     again = run_cli("finetune", "--resume", "run", "--rounds", 3, *reward)
     assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "run", "-n", 16),
+        ("predict", "run", "-n", 64, "--scored", 64, "--rounds", 1, "--alpha", 1),
+        ("predict", "--versus", "run", "-n", 64, "--scored", 64, "--json"),
+    ],
+)
+def test_a_finished_runs_reward_is_asked_of_as_many_as_the_user_now_says(
+    run_cli, tiny_run, monkeypatch, command
+):
+    monkeypatch.setattr("orwcfm_fast.theory.prediction.REFITTED", 1000)
+    sizes = []
+
+    def noted(function, samples, *rest):
+        sizes.append(len(samples))
+        return score(function, samples, *rest)
+
+    monkeypatch.setattr(combine, "score", noted)
+    made = run_cli(*command, "--reward-batch", 8)
+    assert made.code == 0, made.err
+    assert len(sizes) > 1 and max(sizes) == 8
 
 
 def test_a_device_too_small_for_one_sample_ends_with_one_line(base, monkeypatch):

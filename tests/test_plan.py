@@ -116,7 +116,7 @@ def test_predicted_seconds_are_those_of_a_round():
     assert min(seconds) / 2 <= sum(plan.seconds.values()) <= 2 * max(seconds)  # other work on the machine
 
 
-def test_a_reward_asked_of_few_at_once_is_planned_so():
+def test_a_reward_asked_of_few_at_once_is_planned_so(monkeypatch):
     def reward(x):
         return x.new_ones(len(x), 2**17).mean(1)  # half a MiB a sample
 
@@ -126,6 +126,11 @@ def test_a_reward_asked_of_few_at_once_is_planned_so():
         for n in (0, 8)
     )
     assert 0.1 <= few / whole <= 0.16
+    monkeypatch.setattr("orwcfm_fast.planning.probed.resident", lambda: 0)
+    limit = int((sum(make_plan(policy, make_reward(reward), s).held.values()) + 0.4 * whole) / 0.9)
+    assert make_plan(policy, make_reward(reward), s, limit=limit).reward_batch == 16, (
+        "as the run itself would"
+    )
 
 
 def test_a_ranks_plan_holds_the_buffers_of_the_exchange():

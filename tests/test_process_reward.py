@@ -52,6 +52,11 @@ def too_few(x):
 
 def raises(x):
     raise KeyError("weights")
+
+def narrow(x):
+    if len(x) > 20:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    return total(x)
 """
 
 
@@ -94,6 +99,13 @@ def test_scores_are_those_of_the_function_called_here(spec):
     assert make_reward(spec("total")).terms[0][2] is worker, "one worker a function"
     reward.close()
     assert not alive(pid) and worker._process is None
+    reward.close()
+
+
+def test_a_worker_that_runs_out_of_memory_is_asked_of_half(spec):
+    reward = make_reward(spec("narrow"))
+    x = torch.randn(48, 2)
+    assert torch.allclose(reward(x), x.sum(1), atol=1e-6) and reward.at_once == 12
     reward.close()
 
 

@@ -108,6 +108,17 @@ def test_ranks_do_what_one_does_on_digits(launch, run_cli):
         same(one, launch.loop(world, **TINY))
 
 
+DRAWS = "import torch\ndef f(x):\n    return torch.rand(len(x))\n"
+
+
+def test_a_reward_that_draws_random_numbers_draws_each_ranks_own(launch, run_cli):
+    base(run_cli)
+    Path("draws.py").write_text(DRAWS)
+    both, _ = launch.loop(2, **TINY | dict(rounds=1, reward=["draws.py:f"]))
+    first, second = both["reward"][0].chunk(2)
+    assert not torch.isin(first, second).any()
+
+
 TELLS = """
 import os
 def f(x):

@@ -39,9 +39,8 @@ def halving(work: Callable[[int], T], size: int, name: str, halved: Callable[[in
             if not out_of_memory(error):
                 raise
             if size == 1:
-                raise WorkError(
-                    f"out of memory even with a {name} of 1: {str(error).split(chr(10))[0]}"
-                ) from None
+                reason = str(error).split("\n")[0] or type(error).__name__
+                raise WorkError(f"out of memory even with a {name} of 1: {reason}") from None
         # outside of the handler: the error's frames no longer hold the tensors
         gc.collect()
         if torch.cuda.is_available():

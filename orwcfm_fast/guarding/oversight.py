@@ -132,7 +132,8 @@ class Oversight:
         self.note(f"out of memory: goes on with a micro-batch of {size}")
 
     def set_reward_batch(self, size: int) -> None:
-        self.control = replace(self.control, reward_batch=size)
+        least = min(size, self.control.reward_batch or size)  # of several rewards
+        self.control = replace(self.control, reward_batch=least)
         self.note(f"out of memory: goes on with {size} samples at once for a reward")
 
     def agree(self, ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU of channels_last maps, without round trips through float32."""
+"""GroupNorm, then SiLU, of channels_last maps, in the type of the map."""
 
 from typing import Any, cast
 

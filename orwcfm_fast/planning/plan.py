@@ -20,7 +20,8 @@ class Plan:
     """What a run with these settings will take; bytes and seconds.
 
     Attributes:
-        micro_batch, chunk: the largest halves of what was asked for that fit.
+        micro_batch, chunk, reward_batch: the largest halves of what was asked for that fit; a reward_batch of 0 is
+            the whole rollout.
         held: by part, what is there all the time; step, rollout, reward, probe, evaluation: by part, what each
             adds at its peak.
         process: Python, torch and its libraries themselves (CPU only).
@@ -41,6 +42,7 @@ class Plan:
     encoding: dict[str, int] = field(default_factory=dict)
     probe: dict[str, int] = field(default_factory=dict)
     evaluation: dict[str, int] = field(default_factory=dict)
+    reward_batch: int = 0
 
     @property
     def phases(self) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """The plan of a run by small probes of its own step and rollout, carried to full size."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,8 @@ from orwcfm_fast.planning.course import probe
 from orwcfm_fast.planning.looks import Looks
 from orwcfm_fast.planning.plan import HEADROOM, Plan, available, fitting, kept_draws, resident
 from orwcfm_fast.ranks import bucket_bytes
-from orwcfm_fast.rewards import make_reward
-from orwcfm_fast.rollout import Reward, draw, start_noise
+from orwcfm_fast.rewards import RewardSum, make_reward
+from orwcfm_fast.rollout import draw, start_noise
 from orwcfm_fast.runs.load import DEFAULT, FOREIGN_DATA, Loader
 from orwcfm_fast.samplers import times as solver_times
 from orwcfm_fast.settings import Finetune
@@ -45,7 +47,13 @@ def plan_run(s: Finetune, ranks: int = 1) -> Plan:
     return make_plan(policy, reward, s, ranks=ranks)
 
 
-def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = None, ranks: int = 1) -> Plan:
+def _no_room(size: int) -> None:
+    raise MemoryError
+
+
+def make_plan(
+    policy: Policy, reward: RewardSum, s: Finetune, limit: int | None = None, ranks: int = 1
+) -> Plan:
     """Plan a run of `policy`, whose weights are trained on noise on the way: give one that is not needed after.
 
     Args:
@@ -88,7 +96,8 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
     noised = probe(lambda size: start_noise(policy, size, s.seed), rollout, device)
     samples = policy.decode(start_noise(policy, max(2, rollout // 2), s.seed))
     asked = min(s.reward_batch or rollout, rollout)
-    scored = probe(lambda size: reward(samples[:size]), asked, device)
+    undivided = replace(reward, at_once=0, on_halved=_no_room)
+    scored = probe(lambda size: undivided(samples[:size]), asked, device)
 
     one_sample = 4 * start_noise(policy, 1, s.seed).numel()
     held = {
@@ -109,6 +118,9 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
         others = 2 * (rollout - chunk) * one_sample
         return {"sampling": max(drawn.peak(chunk) + others, noised.peak(rollout))}
 
+    def scoring_at(size: int) -> dict[str, int]:
+        return {"scoring": scored.peak(size) + rollout * one_sample}
+
     looks = Looks(
         s, ranks, one_sample, one_sample, one_sample, drawn.peak, lambda size: 0, False, device.type == "cpu"
     )
@@ -120,6 +132,7 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
         held["step's graph"] = sum(stepping.values())
         room, stepping = room - held["step's graph"], dict.fromkeys(stepping, 0)
     chunk = fitting(min(s.chunk, rollout), room, rollout_at)
+    reward_batch = fitting(asked, room, scoring_at)
     per_step = (
         one.time(batch) if micro_batch == batch else several.time(micro_batch) * batch / (2 * micro_batch)
     )
@@ -132,6 +145,7 @@ def make_plan(policy: Policy, reward: Reward, s: Finetune, limit: int | None = N
     }
     return Plan(
         str(device), micro_batch, chunk, held, stepping, rollout_at(chunk),
-        {"scoring": scored.peak(asked) + rollout * one_sample}, process, limit, seconds,
+        scoring_at(reward_batch), process, limit, seconds,
         probe=looks.probe(chunk), evaluation=looks.evaluation(chunk),
+        reward_batch=reward_batch if reward_batch < rollout else 0,
     )  # fmt: skip

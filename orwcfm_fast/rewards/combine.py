@@ -5,13 +5,12 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from orwcfm_fast.errors import UserError
+from orwcfm_fast.errors import RewardError, UserError, WorkError
 from orwcfm_fast.guarding.memory import halving
 from orwcfm_fast.prompts import Prompt
 from orwcfm_fast.registry import unknown
@@ -102,20 +101,44 @@ class RewardSum:
             prompts: of each sample, for the rewards that take them.
 
         Raises:
-            RewardError: one of them raised, or returned what is no reward; names it.
-            WorkError: memory runs out over a single sample.
+            RewardError: one of them raised, returned what is no reward, or lacks the memory for a single sample;
+                names it.
         """
         found = Scores({}, {}, {})
         if samples.is_cuda:
             torch.cuda.synchronize(samples.device)  # or the first reward would be charged for the rollout
         for name, weight, function in self.terms:
             began = time.perf_counter()
-            asked = partial(_in_parts, function, samples, name, where, seed, prompts)
-            size = self.at_once or max(1, len(samples))
-            found.values[name] = halving(asked, size, "reward batch", self._halved)
+            found.values[name] = self._ask(function, samples, name, where, seed, prompts)
             found.seconds[name] = time.perf_counter() - began
             found.weights[name] = weight
         return found
+
+    def _ask(
+        self,
+        function: Score,
+        samples: Tensor,
+        name: str,
+        where: str,
+        seed: int,
+        prompts: Sequence[Prompt] | None,
+    ) -> Tensor:
+        """`score`, in parts that fit, each with random numbers of its own; waits for the device."""
+
+        def asked(size: int) -> Tensor:
+            parts = []
+            for k, part in enumerate(samples.split(size)):
+                own = None if prompts is None else prompts[k * size : (k + 1) * size]
+                parts.append(score(function, part, name, where, seed + k * 0x9E3779B97F4A7C15, own))
+            return torch.cat(parts)
+
+        n = max(1, len(samples))
+        try:
+            return halving(asked, min(self.at_once or n, n), "reward batch", self._halved)
+        except RewardError:
+            raise
+        except WorkError as error:
+            raise RewardError(f"reward {name}{', ' + where if where else ''}: {error}") from None
 
     def _halved(self, size: int) -> None:
         self.at_once = size
@@ -129,23 +152,6 @@ class RewardSum:
         for _, _, function in self.terms:
             if callable(end := getattr(function, "close", None)):
                 end()
-
-
-def _in_parts(
-    function: Score,
-    samples: Tensor,
-    name: str,
-    where: str,
-    seed: int,
-    prompts: Sequence[Prompt] | None,
-    size: int,
-) -> Tensor:
-    """`score` of `size` samples at a time, each part with random numbers of its own; waits for the device."""
-    parts = []
-    for k, part in enumerate(samples.split(size)):
-        own = None if prompts is None else prompts[k * size : (k + 1) * size]
-        parts.append(score(function, part, name, where, seed + k * 0x9E3779B97F4A7C15, own))
-    return torch.cat(parts)
 
 
 def make_reward(

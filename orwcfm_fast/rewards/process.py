@@ -48,6 +48,7 @@ class ProcessReward:
         """Samples [B, …] → scores [B], float64 on the CPU; prompts and metadata go on to a function that takes them.
 
         Raises:
+            MemoryError: the function ran out of memory.
             RewardError: the function raised or answered another number of scores, the worker died over this batch
                 three times, or did not answer in time.
         """
@@ -109,6 +110,8 @@ class ProcessReward:
             answer = self._answer("answer")
             if "error" in answer:
                 raise RewardError(answer["error"])
+            if "full" in answer:
+                raise MemoryError(answer["full"])
             if "wrong_shape" in answer:
                 shape = tuple(answer["wrong_shape"])
                 raise RewardError(f"returned shape {shape}, should be ({n},): one a sample")

@@ -85,7 +85,8 @@ def main():
         try:
             answer = score(function, memory, told.pop("shape"), told)
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            full = isinstance(error, MemoryError) or "out of memory" in str(error)
+            answer = {"full" if full else "error": f"{type(error).__name__}: {error}"}
         line.send_bytes(json.dumps(answer).encode())
 
 

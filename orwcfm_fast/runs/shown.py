@@ -53,7 +53,8 @@ class Shown:
         probe = self.trainer.probe
         pictures = {"before": self._fitting(probe.of_reference), "after": self._fitting(probe.samples)}
         save_samples(self.run.samples / "before_after.png", pictures)
-        save_curves(self.run.path / "curves.png", result.records)
+        after = result.after
+        save_curves(self.run.path / "curves.png", result.records, after.reward.mean, after.diversity.mean)
         run_report(result, about)
         write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
 

@@ -37,8 +37,7 @@ def pack(
     state: dict[str, Any] = {"x1_stride": list(x1.stride()), "seconds": seconds}
     for kind, found in (("scores", scores), ("held_out", held_out)):
         if found:
-            # a reward may return a view of its samples; safetensors takes no two tensors in one memory
-            tensors |= {f"{kind}.{k}": v.clone() for k, v in enumerate(found.values.values())}
+            tensors |= {f"{kind}.{k}": v for k, v in enumerate(found.values.values())}
             state[f"seconds_{kind}"] = [*found.seconds.values()]
     return tensors, state
 

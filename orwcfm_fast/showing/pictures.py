@@ -68,18 +68,21 @@ def save_samples(path: Path, samples: dict[str, Tensor]) -> Path:
     return path
 
 
-def save_curves(path: Path, records: Sequence[dict[str, Any]]) -> Path:
-    """Reward, W2 to the reference and diversity by round."""
+def save_curves(path: Path, records: Sequence[dict[str, Any]], reward: float, diversity: float) -> Path:
+    """Reward, W2 to the reference and diversity by rounds trained; `reward` and `diversity` after the last.
+
+    A round's rollout shows the policy as it was before the round, its W2 as it is after.
+    """
     figure, axes = _figure(3)
-    rounds = [r["round"] for r in records]
-    for axis, key, label in zip(
-        axes,
-        ("reward_mean", "w2_coupled", "diversity"),
-        ("mean reward of the rollout", "coupled W2 to the reference", "diversity (mean pairwise distance)"),
-        strict=True,
-    ):
-        axis.plot(rounds, [r[key] for r in records], marker="o", markersize=3)
-        axis.set(xlabel="round", title=label)
+    titles = ("mean reward", "coupled W2 to the reference", "diversity (mean pairwise distance)")
+    curves = (
+        [*(r["reward_mean"] for r in records), reward],
+        [0.0, *(r["w2_coupled"] for r in records)],
+        [*(r["diversity"] for r in records), diversity],
+    )
+    for axis, title, values in zip(axes, titles, curves, strict=True):
+        axis.plot(values, marker="o", markersize=3)
+        axis.set(xlabel="rounds trained", title=title)
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
