@@ -165,6 +165,9 @@ BAD = [
     (("pretrain", "--data", "8gaussian"), "did you mean '8gaussians'"),
     (("pretrain", "--data", "moons", "--model", "unet-mnits"), "did you mean 'unet-mnist'"),
     (("pretrain", "--data", "moons", "--model", "unet-mnist"), "made for samples 1×28×28"),
+    (("finetune", "--data", "moons"), "--data moons: name weights of it with --checkpoint"),
+    (("finetune", "--model", "mlp"), "--model mlp: name weights of it"),
+    (("sweep", "--data", "moons"), "--data moons: name weights of it"),
     (("finetune", "--checkpoint", "nothere"), "no such run, checkpoint, file or preset"),
     (("sample", "nothere.pt"), "no such run"),
     (("sample", "unet-cifar10"), "no pretrained weights"),
@@ -200,6 +203,15 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(run_cli, tmp_path, args, me
     assert result.code == 2, result.out + result.err
     assert message in result.err and result.err.startswith("error: ") and result.err.count("\n") == 1
     assert sorted(p.name for p in tmp_path.rglob("*")) == before, "something was written"
+
+
+@pytest.mark.parametrize(
+    ("flag", "other", "own"), [("data", "moons", "two-gaussians"), ("model", "unet-mnist", "mlp")]
+)
+def test_weights_of_another_model_or_data_than_named_are_refused(run_cli, base, flag, other, own):
+    refused = run_cli("finetune", "--checkpoint", base, f"--{flag}", other, "--out", "o")
+    words = f"error: --{flag} {other}: checkpoint base is of {own}; leave --{flag} out\n"
+    assert refused.code == 2 and refused.err == words and not Path("o").exists()
 
 
 def test_a_gpu_that_is_named_is_the_one_that_is_worked_on(monkeypatch):

@@ -82,8 +82,28 @@ class Loader:
         raise UserError(f"checkpoint {spec}: no such run, checkpoint, file or preset (orwcfm list models)")
 
     def start(self, checkpoint: str) -> Loaded:
-        """What fine-tuning starts from: the checkpoint, the pipeline that is the model, else the digits model."""
-        return self.load(checkpoint) if checkpoint or is_pipeline(self.model) else self.default()
+        """What fine-tuning starts from: the checkpoint, the pipeline that is the model, else the digits model.
+
+        Raises:
+            UserError: as `load`; it is not of the model or data that the user named.
+        """
+        if is_pipeline(self.model):
+            return self.load(checkpoint)
+        if not checkpoint:
+            for name, asked, there in (("model", self.model, DEFAULT), ("data", self.data, Pretrain().data)):
+                if asked not in ("", there):
+                    raise UserError(
+                        f"--{name} {asked}: name weights of it with --checkpoint, or make some: orwcfm pretrain"
+                    )
+            return self.default()
+        loaded = self.load(checkpoint)
+        has = loaded.policy
+        for name, asked, there in (("model", self.model, has.model), ("data", self.data, has.data)):
+            if asked not in ("", there):
+                raise UserError(
+                    f"--{name} {asked}: checkpoint {checkpoint} is of {there}; leave --{name} out"
+                )
+        return loaded
 
     def _run(self, path: Path) -> Loaded:
         found = history.load_newest(path / "checkpoints", only=WEIGHTS)
