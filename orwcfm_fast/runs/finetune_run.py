@@ -103,7 +103,7 @@ class Finetuning:
             ranks.in_turn(lambda: make_reward(settings.reward, settings))
         ranks.in_turn(lambda: make_holdout(settings))
         loader = Loader(
-            device, settings.precision, settings.model, settings.data, watch_pretraining, settings
+            device, settings.precision, settings.model, settings.data, watch_pretraining, settings, given
         )
         if resume:
             begun = checkpoint.is_checkpoint(run.reference)  # else it was killed before its first round

@@ -1,6 +1,6 @@
 """MODEL on the command line: a run, a checkpoint, a foreign `.pt` or a preset, to a policy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class Loader:
 
     Args:
         how: what a diffusers pipeline is asked for.
+        given: settings that the user named, whose model and data must be those that are started from; a recipe's
+            need not.
     """
 
     device: torch.device
@@ -50,6 +52,7 @@ class Loader:
     data: str = ""
     watch: Watch | None = None
     how: Conditioned = field(default_factory=Conditioned)
+    given: Collection[str] = ()
 
     def load(self, spec: str = "") -> Loaded:
         """The policy that `spec` names; without one the newest run under ./runs, else the digits model.
@@ -89,21 +92,23 @@ class Loader:
         """
         if is_pipeline(self.model):
             return self.load(checkpoint)
-        if not checkpoint:
-            for name, asked, there in (("model", self.model, DEFAULT), ("data", self.data, Pretrain().data)):
-                if asked not in ("", there):
-                    raise UserError(
-                        f"--{name} {asked}: name weights of it with --checkpoint, or make some: orwcfm pretrain"
-                    )
-            return self.default()
-        loaded = self.load(checkpoint)
-        has = loaded.policy
-        for name, asked, there in (("model", self.model, has.model), ("data", self.data, has.data)):
-            if asked not in ("", there):
+        named = {
+            key: value for key in ("model", "data") if key in self.given and (value := getattr(self, key))
+        }
+        own = {"model": DEFAULT, "data": Pretrain().data}
+        if checkpoint:
+            loaded = self.load(checkpoint)
+            own = {"model": loaded.policy.model, "data": loaded.policy.data}
+        for key, value in named.items():
+            if value != own[key] and checkpoint:
                 raise UserError(
-                    f"--{name} {asked}: checkpoint {checkpoint} is of {there}; leave --{name} out"
+                    f"--{key} {value}: checkpoint {checkpoint} is of {own[key]}; leave --{key} out"
                 )
-        return loaded
+            if value != own[key]:
+                raise UserError(
+                    f"--{key} {value}: name weights of it with --checkpoint, or make some: orwcfm pretrain"
+                )
+        return loaded if checkpoint else self.default()
 
     def _run(self, path: Path) -> Loaded:
         found = history.load_newest(path / "checkpoints", only=WEIGHTS)

@@ -73,7 +73,7 @@ class Sweeping:
         if settings.reward:
             make_reward(settings.reward, settings)
         s = settings
-        loader = Loader(resolve_device(s.device), s.precision, s.model, s.data, watch_pretraining, s)
+        loader = Loader(resolve_device(s.device), s.precision, s.model, s.data, watch_pretraining, s, given)
         base = loader.start(s.checkpoint)
         runs = {name: resolved(one, base) for name, one in runs.items()}
         first = next(iter(runs.values()))
