@@ -75,9 +75,8 @@ def predict(
     else:
         loaded = load(loader, model, quiet or as_json)
         policy, name, shown = loaded.policy, loaded.policy.data, loaded.name
-        if (
-            loaded.run and loaded.run.reference.is_dir() and not exact
-        ):  # a run is forecast from where it started
+        # a run is forecast from where it started
+        if loaded.run and loaded.run.reference.is_dir() and not exact:
             policy, shown = loader.load(str(loaded.run.reference)).policy, f"the reference of {shown}"
         reward = reward_for(s, loaded)
     say(f"model: {shown}; reward {reward.name}", quiet or as_json)

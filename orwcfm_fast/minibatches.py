@@ -23,7 +23,7 @@ class Minibatches:
 
     Args:
         learner: that they are for: its policy, ranks and reference.
-        seed: of the run, [1] on the policy's device.
+        seed: of the run, 0-d, on the policy's device.
     """
 
     def __init__(self, learner: Learner, settings: Finetune, seed: Tensor) -> None:

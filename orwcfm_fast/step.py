@@ -93,13 +93,13 @@ class Learner:
 
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
         """One step on a batch, or on this rank's part of it; (mean fm, mean w2, gradient norm) [3], float32."""
-        graph = self.graph if self.ran else None  # the first compiles kernels and makes the optimiser's state
 
         def replayed(size: int) -> Tensor | None:
-            if not (graph and self.ran):
-                return None  # there is none, or it is of another size, whose kernels must be there first
+            # a first step, of a new size too, compiles kernels and makes the optimiser's state
+            if not (self.graph and self.ran):
+                return None
             with self.phases("policy"):
-                return graph(batch, seed, lambda b, s: self.update(self.gradient(b, s, size)), size)
+                return self.graph(batch, seed, lambda b, s: self.update(self.gradient(b, s, size)), size)
 
         found = halving(replayed, self.at_once(batch), "micro-batch", self.set_micro_batch)
         if found is None:

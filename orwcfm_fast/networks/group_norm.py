@@ -70,7 +70,7 @@ class GroupNorm(nn.GroupNorm):
         if x.is_cuda:
             with torch.autocast("cuda", enabled=False):  # which would return float32
                 h = F.group_norm(x, 32, self.weight.to(x.dtype), self.bias.to(x.dtype))
-            h = h.contiguous(memory_format=torch.channels_last)  # before torch 2.15 it comes as NCHW
+            h = h.contiguous(memory_format=torch.channels_last)  # in case it comes as NCHW
         else:
             h = F.group_norm(x, 32, self.weight, self.bias)
         return F.silu(h, inplace=not train) if silu else h

@@ -139,7 +139,7 @@ def make_plan(
     per_sample, probed = drawn.time(chunk) / chunk, probe_size(s)
     seconds = {
         "rollout": per_sample * rollout,
-        "reward": scored.time(asked) * rollout / asked,
+        "reward": scored.time(reward_batch) * rollout / reward_batch,
         "steps": per_step * s.steps_per_round,
         "probe": 2 * drawn.time(min(probed, chunk)) * max(1.0, probed / chunk),
     }

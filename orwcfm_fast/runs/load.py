@@ -92,23 +92,22 @@ class Loader:
         """
         if is_pipeline(self.model):
             return self.load(checkpoint)
-        named = {
-            key: value for key in ("model", "data") if key in self.given and (value := getattr(self, key))
-        }
-        own = {"model": DEFAULT, "data": Pretrain().data}
+        loaded, own = None, {"model": DEFAULT, "data": Pretrain().data}
         if checkpoint:
             loaded = self.load(checkpoint)
             own = {"model": loaded.policy.model, "data": loaded.policy.data}
-        for key, value in named.items():
-            if value != own[key] and checkpoint:
+        for key in (k for k in own if k in self.given):
+            value = getattr(self, key)
+            if value in ("", own[key]):
+                continue
+            if loaded:
                 raise UserError(
                     f"--{key} {value}: checkpoint {checkpoint} is of {own[key]}; leave --{key} out"
                 )
-            if value != own[key]:
-                raise UserError(
-                    f"--{key} {value}: name weights of it with --checkpoint, or make some: orwcfm pretrain"
-                )
-        return loaded if checkpoint else self.default()
+            raise UserError(
+                f"--{key} {value}: name weights of it with --checkpoint, or make some: orwcfm pretrain"
+            )
+        return loaded or self.default()
 
     def _run(self, path: Path) -> Loaded:
         found = history.load_newest(path / "checkpoints", only=WEIGHTS)
