@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from orwcfm_fast.data import load_data
+from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.data.datasets import load_data
 from orwcfm_fast.device import device_name
 from orwcfm_fast.evaluation.drift import coupled_w2
+from orwcfm_fast.method.pretrain import pretrain
+from orwcfm_fast.method.rollout import sample, start_noise
+from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import Policy, make_policy
-from orwcfm_fast.pretrain import pretrain
 from orwcfm_fast.rewards import make_reward
-from orwcfm_fast.rollout import sample, start_noise
 from orwcfm_fast.runs.load import Loader
-from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune, Predict, Pretrain, Weights
 from orwcfm_fast.theory.prediction import draw_reference, forecast_grid
-from orwcfm_fast.trainer import Trainer
 
 CPU = torch.device("cpu")
 SETTLED = {

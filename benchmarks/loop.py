@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orwcfm_fast import noise
 from orwcfm_fast.benchmarks.plain_loop import BATCH, EULER_STEPS, PlainLoop, torchcfm_network
 from orwcfm_fast.benchmarks.ways import (
     CPU,
@@ -22,13 +21,14 @@ from orwcfm_fast.benchmarks.ways import (
     matrix_rate,
     paired,
 )
-from orwcfm_fast.coupling import Batch, couple
+from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
+from orwcfm_fast.method import noise
+from orwcfm_fast.method.coupling import Batch, couple
+from orwcfm_fast.method.rollout import sample, start_noise
+from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.rollout import sample, start_noise
-from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.step import Learner
 
 PASSES = 4  # over each draw where the reference is cached
 DEFAULT = Finetune()
@@ -106,8 +106,8 @@ class Measured:
         self.x1 = torch.randn(batch, *first.shape, device=device).clamp(-1, 1)
         self.seed = torch.tensor(0, device=device)
 
-    def learner(self, policy: Policy, **change: bool) -> Learner:
-        return Learner(policy, policy.frozen_copy(), self.settings.model_copy(update=change))
+    def learner(self, policy: Policy, **change: bool) -> PolicyOptimizer:
+        return PolicyOptimizer(policy, policy.frozen_copy(), self.settings.model_copy(update=change))
 
     def coupled(self) -> Batch:
         device = self.x1.device

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orwcfm_fast import noise
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
 from orwcfm_fast.benchmarks.ways import CPU, LORA_RANK, bench_policy
-from orwcfm_fast.coupling import couple
 from orwcfm_fast.errors import WorkError
+from orwcfm_fast.method import noise
+from orwcfm_fast.method.coupling import couple
+from orwcfm_fast.method.rollout import sample, start_noise
+from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.networks.lora import add_lora
-from orwcfm_fast.rollout import sample, start_noise
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.step import Learner
 
 WAYS = ("plain", "fp32", "bf16", "lora")
 EVALUATIONS = 4  # a rollout's peak does not depend on how many there are
@@ -76,7 +76,7 @@ def ours(way: str, batch: int, device: torch.device) -> int:
         add_lora(policy.network, LORA_RANK)
     s = Finetune(batch=batch, rollout=batch, solver="euler", nfe=EVALUATIONS)
     reference = policy.frozen_copy()
-    learner = Learner(policy, reference, s)
+    learner = PolicyOptimizer(policy, reference, s)
     seed = torch.tensor(0, device=device)
     for step in range(2):
         x1 = sample(policy, start_noise(policy, batch, 0), s, batch).clone()

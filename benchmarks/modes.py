@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.benchmarks.calibration import CPU, POINTS, model_of
+from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
+from orwcfm_fast.method.rollout import sample, start_noise
+from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import make_reward
-from orwcfm_fast.rollout import sample, start_noise
-from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.theory import exact_recursion, refit
-from orwcfm_fast.trainer import Trainer
 
 ROUNDS, DRAWS, TAU = 6, 20, 0.5
 OF_MODE = 5000  # samples of both modes together

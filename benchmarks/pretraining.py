@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from orwcfm_fast.benchmarks.plain_loop import torchcfm_network
 from orwcfm_fast.benchmarks.ways import CPU, alternate, bench_policy, paired
-from orwcfm_fast.pretrain import Pretrainer
+from orwcfm_fast.method.pretrain import Pretrainer
 from orwcfm_fast.settings import Pretrain
 
 DECAY = 0.9999

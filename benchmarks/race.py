@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
+from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
 from orwcfm_fast.evaluation.drift import coupled_w2
+from orwcfm_fast.method.rollout import sample, start_noise
+from orwcfm_fast.method.trainer import Progress, Trainer
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.rewards.digits import digit_classifier
-from orwcfm_fast.rollout import sample, start_noise
 from orwcfm_fast.runs.load import Loader
-from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune, Sampling
-from orwcfm_fast.trainer import Progress, Trainer
 
 CPU = torch.device("cpu")
 ALPHA, TAU, GOAL, HELD_OUT, IN_A_ROW = 1.0, 2.0, 0.65, 256, 3

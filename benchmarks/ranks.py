@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from orwcfm_fast.benchmarks.ways import bench_policy
+from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.distributed import joined
+from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.lora import trained_parameters
-from orwcfm_fast.ranks import joined
-from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.trainer import Trainer
 
 LOOP = Finetune(rollout=256, batch=64, steps_per_round=8, rounds=4, probe=8, chunk=64)
 WORLDS = (1, 2, 4)

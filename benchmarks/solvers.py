@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from orwcfm_fast.data import load_data, source
+from orwcfm_fast.data.datasets import load_data, source
+from orwcfm_fast.method.noise import SAMPLE
+from orwcfm_fast.method.pretrain import pretrain
+from orwcfm_fast.method.rollout import start_noise
+from orwcfm_fast.method.samplers import SOLVERS, solve
 from orwcfm_fast.networks.policy import Policy, make_policy
-from orwcfm_fast.noise import SAMPLE
-from orwcfm_fast.pretrain import pretrain
-from orwcfm_fast.rollout import start_noise
 from orwcfm_fast.runs.load import Loader
-from orwcfm_fast.samplers import SOLVERS, solve
 from orwcfm_fast.settings import Pretrain
 
 EVALUATIONS = (8, 10, 12, 16, 20)

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from orwcfm_fast.showing.table import measure_rows
+from orwcfm_fast.reporting.table import measure_rows
 
 if TYPE_CHECKING:
+    from orwcfm_fast.distributed import ProcessGroup
     from orwcfm_fast.evaluation.evaluate import Measures
-    from orwcfm_fast.ranks import Ranks
     from orwcfm_fast.runs.result import Result
 
 out = Console(highlight=False, soft_wrap=True)
@@ -24,7 +24,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, quiet=os.environ.get
 
 
 @contextmanager
-def one_voice(ranks: "Ranks") -> Iterator[None]:
+def one_voice(ranks: "ProcessGroup") -> Iterator[None]:
     """Of several ranks the first speaks, and of an error whichever meets it first."""
     out.quiet = not ranks.first
     try:

@@ -48,11 +48,11 @@ def sample(
 ) -> None:
     """Draw samples: --out grid.png (default), a folder of PNGs, or samples.npz."""
     from orwcfm_fast.device import resolve_device
-    from orwcfm_fast.rollout import sample as draw
-    from orwcfm_fast.rollout import start_noise
+    from orwcfm_fast.method.rollout import sample as draw
+    from orwcfm_fast.method.rollout import start_noise
+    from orwcfm_fast.method.samplers import times
+    from orwcfm_fast.reporting.output import check_target, write_samples
     from orwcfm_fast.runs.load import Loader
-    from orwcfm_fast.samplers import times
-    from orwcfm_fast.showing.output import check_target, write_samples
 
     s = settings(Sample, config, given)
     times(s.nfe, s.solver, s.grid)
@@ -93,10 +93,10 @@ def evaluate(
     from orwcfm_fast.evaluation.evaluate import evaluate as measure
     from orwcfm_fast.evaluation.evaluate import target_for
     from orwcfm_fast.evaluation.held_out import judge_for
+    from orwcfm_fast.method.samplers import times
     from orwcfm_fast.networks.lora import adapters_of
     from orwcfm_fast.rewards import make_holdout, make_reward
     from orwcfm_fast.runs.load import Loader
-    from orwcfm_fast.samplers import times
 
     quiet = quiet or as_json
     s = settings(Evaluation, config, given)

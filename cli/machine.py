@@ -21,11 +21,11 @@ PANEL = "Machine"
 
 
 def _registries():
-    from orwcfm_fast.data import DATA
+    from orwcfm_fast.data.datasets import DATA
+    from orwcfm_fast.method.samplers import SOLVERS
     from orwcfm_fast.networks.models import MODELS
     from orwcfm_fast.rewards import REWARDS
     from orwcfm_fast.runs.recipe import RECIPES
-    from orwcfm_fast.samplers import SOLVERS
 
     return {r.plural: r for r in (REWARDS, MODELS, DATA, SOLVERS, RECIPES)}
 
@@ -78,7 +78,7 @@ def doctor(
         return
     if given or config or gpu_gib or ranks > 1:
         raise UserError("settings say what to plan: give --plan as well")
-    from orwcfm_fast.doctor import examine
+    from orwcfm_fast.planning.doctor import examine
 
     found = examine()
     if as_json:
@@ -106,7 +106,7 @@ def _plan(s: Finetune, gpu_gib: float | None, ranks: int, as_json: bool) -> None
                 "--gpu-gib: plans a diffusers pipeline; other models are probed on the device here"
             )
         else:
-            from orwcfm_fast.planning.probed import plan_run
+            from orwcfm_fast.planning.measured import plan_run
 
             plans = {"": plan_run(s, ranks)}
     if as_json:

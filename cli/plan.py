@@ -13,8 +13,8 @@ from orwcfm_fast.cli.console import plain_table, say
 from orwcfm_fast.cli.look import Data, Preset, load, reward_for
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.reporting.table import number
 from orwcfm_fast.settings import ASKING, Finetune, Predict
-from orwcfm_fast.showing.table import number
 
 if TYPE_CHECKING:
     from orwcfm_fast.theory import Recursion
@@ -45,11 +45,11 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """Forecast reward and W2 of settings before any training; --want-reward answers with an α."""
-    from orwcfm_fast.data import source
+    from orwcfm_fast.data.datasets import source
     from orwcfm_fast.device import resolve_device
+    from orwcfm_fast.method.samplers import times
     from orwcfm_fast.rewards import RewardSum, check_code_named, make_reward
     from orwcfm_fast.runs.load import Loader
-    from orwcfm_fast.samplers import times
     from orwcfm_fast.theory import prediction
 
     s = settings(Predict, config, given)

@@ -11,8 +11,8 @@ from orwcfm_fast.cli.common import Config, Debug, Out, Overwrite, Quiet, Recipe,
 from orwcfm_fast.cli.console import closing, one_voice, progress, round_line, say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.reporting.table import interval
 from orwcfm_fast.settings import Finetune, Pretrain, Sweep
-from orwcfm_fast.showing.table import interval
 
 PANEL = "Train"
 Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="go on with this run, with its settings")]
@@ -63,7 +63,7 @@ def finetune(
     debug: Debug = False,
 ) -> None:
     """Fine-tune a model online with a reward; with nothing given: even handwritten digits, on any machine."""
-    from orwcfm_fast.ranks import joined
+    from orwcfm_fast.distributed import joined
 
     with joined() as ranks, one_voice(ranks):
         _finetune(ranks, given, recipe, config, out, overwrite, resume, quiet or not ranks.first)

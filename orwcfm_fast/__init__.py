@@ -11,13 +11,13 @@ _WHERE = {
     "ORWCFMTrainer": "paper",
     "Policy": "networks.policy",
     "Pretrain": "settings",
-    "Trainer": "trainer",
-    "dataset": "data",
+    "Trainer": "method.trainer",
+    "dataset": "data.datasets",
     "evaluate": "evaluation.evaluate",
     "make_policy": "networks.policy",
     "make_reward": "rewards",
     "reward": "rewards",
-    "solve": "samplers",
+    "solve": "method.samplers",
 }
 __all__ = ["__version__", *_WHERE]
 

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.checkpoints.torch_files import foreign_weights, read_pt
 from orwcfm_fast.device import resolve_device, resolve_precision
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.models import build_network
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.registry import unknown
+from orwcfm_fast.reporting.tracking import check_loggers, loggers
 from orwcfm_fast.rewards import make_holdout, make_reward
 from orwcfm_fast.runs.load import FOREIGN_DATA
-from orwcfm_fast.saving import checkpoint
-from orwcfm_fast.saving.foreign import foreign_weights, read_pt
 from orwcfm_fast.settings import Finetune, build
-from orwcfm_fast.showing.tracking import check_loggers, loggers
-from orwcfm_fast.trainer import Trainer
 
 SAME = {
     "learning_rate": "lr",

@@ -8,8 +8,8 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.files import read_small
 from orwcfm_fast.registry import unknown
-from orwcfm_fast.saving.files import read_small
 
 MAX_TOML_BYTES = 24 << 10  # tomllib takes time quadratic in a dotted key: seconds, at most
 Weights = Literal["exp", "linear", "advantage"]

@@ -79,9 +79,9 @@ def clip_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def two_gaussians_weights():
     """State dict of an MLP pretrained on the two Gaussians: a few seconds, shared."""
-    from orwcfm_fast.data import load_data
+    from orwcfm_fast.data.datasets import load_data
+    from orwcfm_fast.method.pretrain import pretrain
     from orwcfm_fast.networks.policy import make_policy
-    from orwcfm_fast.pretrain import pretrain
     from orwcfm_fast.settings import Pretrain
 
     torch.set_num_threads(1)  # small networks are slower on two
@@ -94,9 +94,9 @@ def two_gaussians_weights():
 @pytest.fixture(scope="session")
 def digits_model(cache):
     """The default digits model in the cache, pretrained for a seventh of its steps."""
-    from orwcfm_fast.data import load_data
+    from orwcfm_fast.data.datasets import load_data
+    from orwcfm_fast.method.pretrain import pretrain
     from orwcfm_fast.networks.policy import make_policy
-    from orwcfm_fast.pretrain import pretrain
     from orwcfm_fast.settings import Pretrain
 
     torch.set_num_threads(1)
@@ -120,7 +120,7 @@ def two_gaussians(two_gaussians_weights):
 @pytest.fixture
 def base(two_gaussians_weights, tmp_path, monkeypatch) -> str:
     """The pretrained two Gaussians as the checkpoint "base" in an empty working directory."""
-    from orwcfm_fast.saving import checkpoint
+    from orwcfm_fast.checkpoints import checkpoint
 
     monkeypatch.chdir(tmp_path)
     state = {"kind": "reference", "model": "mlp", "data": "two-gaussians", "shape": [1]}

@@ -98,15 +98,16 @@ class Place:
 
     def watch(self) -> None:
         """Tell the place in every part of the loop; what they do is left alone."""
-        from orwcfm_fast import pretrain, rewards, step, trainer
+        from orwcfm_fast import rewards
+        from orwcfm_fast.checkpoints import checkpoint
+        from orwcfm_fast.method import pretrain, step, trainer
         from orwcfm_fast.runs import finetune_run, pretrain_run, run
-        from orwcfm_fast.saving import checkpoint
 
         self.within("start-up", finetune_run.Finetuning, "prepare")
         self.within("start-up", pretrain_run.PretrainRun, "new")
         self.within("rollout", trainer, "draw")
         self.within("reward", rewards.RewardSum, "scores")
-        self.within("step", step.Learner, "step")
+        self.within("step", step.PolicyOptimizer, "step")
         self.within("step", pretrain.Pretrainer, "step")
         self.within("measure", trainer.Trainer, "measure")
         self.within("record", run.Run, "append")
@@ -262,7 +263,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)  # threads do not survive a fork
-    from orwcfm_fast.saving.checkpoint import versions
+    from orwcfm_fast.checkpoints.checkpoint import versions
 
     base = Kind("base", 0, ())
     place, dice, tally, began = Place(), random.Random(options.seed), Tally(), time.perf_counter()

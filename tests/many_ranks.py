@@ -21,7 +21,8 @@ import torch
 import torch.distributed
 
 PRELOADED = (
-    "jinja2", "matplotlib.pyplot", "ot", "torch._dynamo", "orwcfm_fast.kernels.anchored_residual", "orwcfm_fast.ranks",
+    "jinja2", "matplotlib.pyplot", "ot", "torch._dynamo", "orwcfm_fast.kernels.anchored_residual",
+    "orwcfm_fast.distributed",
     "orwcfm_fast.rewards.all", "orwcfm_fast.runs.finetune_run", "orwcfm_fast.theory.forecast",
 )  # fmt: skip
 SMALL = ("--rollout", 50, "--chunk", 8, "--batch", 18, "--steps-per-round", 4, "--nfe", 6, "--eval-n", 16)
@@ -85,13 +86,13 @@ def rank() -> int:
 
 def loop() -> None:
     """Writes to trace_<rank>.pt what this rank drew, took and learned, by round or step, and where it ended."""
-    from orwcfm_fast import noise, rollout, trainer
-    from orwcfm_fast.guarding.oversight import Oversight
-    from orwcfm_fast.ranks import joined
+    from orwcfm_fast.control.controller import RunController
+    from orwcfm_fast.distributed import joined
+    from orwcfm_fast.method import noise, rollout, trainer
+    from orwcfm_fast.method.step import PolicyOptimizer
     from orwcfm_fast.rewards import make_reward
     from orwcfm_fast.runs.load import Loader
     from orwcfm_fast.settings import Finetune
-    from orwcfm_fast.step import Learner
 
     seen: dict[str, Any] = {
         key: [] for key in ("x0", "drawn", "reward", "row", "w", "index", "x_t", "gradient")
@@ -118,9 +119,13 @@ def loop() -> None:
         "draw_and_score",
         lambda found, *args: {"reward": found.reward, "row": found.condition},
     )
-    tell(Oversight, "begin_round", lambda found, *args, **more: {"w": found[0]})
-    tell(Learner, "step", lambda _, learner, batch, seed: {"index": batch.index, "x_t": batch.x_t})
-    tell(Learner, "add_up", lambda _, learner, losses: {"gradient": flat(p.grad for p in learner.parameters)})
+    tell(RunController, "begin_round", lambda found, *args, **more: {"w": found[0]})
+    tell(PolicyOptimizer, "step", lambda _, learner, batch, seed: {"index": batch.index, "x_t": batch.x_t})
+    tell(
+        PolicyOptimizer,
+        "add_up",
+        lambda _, learner, losses: {"gradient": flat(p.grad for p in learner.parameters)},
+    )
     s = Finetune(**json.loads(sys.argv[1]))
     with joined() as ranks:
         policy = Loader(torch.device("cpu"), "fp32", how=s).load(s.model or "base").policy
@@ -139,9 +144,9 @@ def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 def at_step(number: int, which: int, do: Callable[[], object]) -> None:
     """do() before the so-many-th step of one rank."""
-    from orwcfm_fast.step import Learner
+    from orwcfm_fast.method.step import PolicyOptimizer
 
-    step, calls = Learner.step, []
+    step, calls = PolicyOptimizer.step, []
 
     def counted(*args):
         calls.append(1)
@@ -149,45 +154,45 @@ def at_step(number: int, which: int, do: Callable[[], object]) -> None:
             do()
         return step(*args)
 
-    Learner.step = counted  # type: ignore[method-assign]
+    PolicyOptimizer.step = counted  # type: ignore[method-assign]
 
 
 def normalised_by_rank() -> None:
     """The mistake of dividing each rank's weights by their own mean."""
-    from orwcfm_fast import weighting
-    from orwcfm_fast.guarding import oversight
+    from orwcfm_fast.control import controller
+    from orwcfm_fast.method import weighting
 
     world = int(os.environ["WORLD_SIZE"])
 
     def wrong(reward, *how):
         return torch.cat([weighting.weigh(part, *how) for part in reward.chunk(world)])
 
-    oversight.weigh = wrong  # type: ignore[assignment]
+    controller.weigh = wrong  # type: ignore[assignment]
 
 
 def small_buckets() -> None:
     """Gradients go through buffers of 257 numbers, with room for 256 on 4 ranks."""
-    from orwcfm_fast import ranks
+    from orwcfm_fast import distributed
 
-    ranks.BUCKET = 4 * 257
+    distributed.BUCKET = 4 * 257
 
 
 def out_of_memory() -> None:
     """The last rank cannot take more than four samples at once through a step."""
-    from orwcfm_fast.step import Learner
+    from orwcfm_fast.method.step import PolicyOptimizer
 
-    gradient = Learner.gradient
+    gradient = PolicyOptimizer.gradient
 
     def limited(self, batch, seed, micro_batch):
         if rank() == int(os.environ["WORLD_SIZE"]) - 1 and micro_batch > 4:
             raise MemoryError
         return gradient(self, batch, seed, micro_batch)
 
-    Learner.gradient = limited  # type: ignore[method-assign]
+    PolicyOptimizer.gradient = limited  # type: ignore[method-assign]
 
 
 def other_packages() -> None:
-    from orwcfm_fast.saving import checkpoint
+    from orwcfm_fast.checkpoints import checkpoint
 
     own = checkpoint.versions()
     if rank() == 1:

@@ -18,11 +18,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orwcfm_fast.checkpoints import checkpoint, retention
+from orwcfm_fast.checkpoints.torch_files import foreign_weights, read_pt
 from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.runs.run import CONFIG, HEADER, Run, resumed_settings
-from orwcfm_fast.saving import checkpoint, history
-from orwcfm_fast.saving.foreign import foreign_weights, read_pt
 from orwcfm_fast.settings import Finetune, to_toml
 
 MOST_MEMORY = 32 << 20  # bytes; far below what a lie in a header asks for
@@ -209,15 +209,17 @@ def read_folder(folder: Path, tree: dict[str, str]) -> None:
             elif kind == "cut":
                 (folder / name / "a.safetensors").write_bytes(b"")
     with contextlib.suppress(UserError):
-        history.load_newest(folder)
-    whole = {p.name for p in history.steps(folder) if tree[p.name] == "whole"}
+        retention.load_newest(folder)
+    whole = {p.name for p in retention.steps(folder) if tree[p.name] == "whole"}
     found = None
     with contextlib.suppress(UserError, OSError):
-        found = history.load_newest(folder, set_aside=True)
+        found = retention.load_newest(folder, set_aside=True)
     assert (found is None) == (not whole) and (not found or found.path.name in whole)
-    history.sweep(folder)
+    retention.sweep(folder)
     with contextlib.suppress(OSError):  # `best` may be a folder of someone's: the run then ends in one line
-        history.prune(folder, 1, history.best_step(folder, [{"round": 1, "ess": 1.0}], "ess", lambda n: n))
+        retention.prune(
+            folder, 1, retention.best_step(folder, [{"round": 1, "ess": 1.0}], "ess", lambda n: n)
+        )
     assert not found or checkpoint.load(found.path), "what was taken is never pruned"
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from orwcfm_fast.cifar import read_batch
-from orwcfm_fast.data import load_data
+from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.checkpoints.torch_files import read_pt
+from orwcfm_fast.data.cifar import read_batch
+from orwcfm_fast.data.datasets import load_data
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.load import Loader
-from orwcfm_fast.saving import checkpoint
-from orwcfm_fast.saving.foreign import read_pt
 from orwcfm_fast.settings import RewardOptions
 
 CPU = torch.device("cpu")

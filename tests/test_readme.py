@@ -46,8 +46,8 @@ def test_make_targets_exist(command):
 
 def test_commands_in_the_order_of_the_readme(run_cli, cache):
     """Each as written, made cheap by flags behind it, in one directory with a model that is already there."""
+    from orwcfm_fast.method.pretrain import Pretrainer
     from orwcfm_fast.networks.policy import make_policy
-    from orwcfm_fast.pretrain import Pretrainer
     from orwcfm_fast.runs.load import Loader
     from orwcfm_fast.settings import Pretrain
 

@@ -5,9 +5,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from orwcfm_fast.method.rollout import in_parts
+from orwcfm_fast.method.samplers import solve
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.rollout import in_parts
-from orwcfm_fast.samplers import solve
 from orwcfm_fast.settings import Sampling
 
 

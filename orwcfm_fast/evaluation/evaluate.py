@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orwcfm_fast import noise
-from orwcfm_fast.data import SHIPPED, load_data
+from orwcfm_fast.control.memory import halving
+from orwcfm_fast.data.datasets import SHIPPED, load_data
+from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.features import decoded_features
 from orwcfm_fast.evaluation.fidelity import FIDELITY_MIN, fidelity, mode_coverage, vendi_score
-from orwcfm_fast.evaluation.held_out import GAP_MAX, Drawn, Judge, draw_held_out
+from orwcfm_fast.evaluation.held_out import GAP_MAX, Drawn, HeldOutMeasures, draw_held_out
 from orwcfm_fast.evaluation.intervals import Interval, half_sampled, mean_pairwise_distance
-from orwcfm_fast.guarding.memory import halving
+from orwcfm_fast.method import noise
+from orwcfm_fast.method.rollout import sample, start_conditions, start_noise
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.ranks import ALONE, Ranks
 from orwcfm_fast.rewards import Scores
-from orwcfm_fast.rollout import sample, start_conditions, start_noise
 from orwcfm_fast.settings import Sampling
 
 EXACT_W2_MAX = 2048
@@ -107,14 +107,14 @@ def target_for(against: str, data: str, n: int, data_dir: str = "") -> Target | 
 def evaluate(
     models: dict[str, Policy],
     reference: Policy | None,
-    judge: Judge,
+    judge: HeldOutMeasures,
     how: Sampling,
     n: int,
     chunk: int,
     *,
     target: Target | None = None,
     against_reference: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     on_halved: Callable[[int], None] = lambda size: None,
 ) -> list[Measures]:
     """Measure each model on the same n start noises (those of `orwcfm sample` with that seed).
@@ -178,7 +178,7 @@ def _drawn(policy: Policy, how: Sampling, which: slice, chunk: int) -> Tensor:
     return sample(policy, x0, how, chunk, condition=start_conditions(policy, n, how, which.start))
 
 
-def _features_like(samples: Tensor, drawn: Drawn, judge: Judge) -> Tensor:
+def _features_like(samples: Tensor, drawn: Drawn, judge: HeldOutMeasures) -> Tensor:
     """Features of real samples, which must be shaped as a model's decoded ones."""
     if samples.shape[1:] != drawn.decoded:
         shapes = ["×".join(map(str, shape)) for shape in (samples.shape[1:], drawn.decoded)]

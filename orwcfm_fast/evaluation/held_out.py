@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from orwcfm_fast import noise
+from orwcfm_fast.distributed import ProcessGroup
 from orwcfm_fast.evaluation.drift import sample_with_gap
 from orwcfm_fast.evaluation.features import Features, features_for
+from orwcfm_fast.method import noise
+from orwcfm_fast.method.rollout import Reward, sample, start_conditions, start_noise
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.ranks import Ranks
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
-from orwcfm_fast.rollout import Reward, sample, start_conditions, start_noise
 from orwcfm_fast.settings import RewardOptions, Sampling
 
 GAP_MAX = 512
@@ -20,7 +20,7 @@ AT_ONCE = 1 << 22  # values made float64 at once
 
 
 @dataclass(frozen=True)
-class Judge:
+class HeldOutMeasures:
     """What measures: reward, features for diversity; the classifier's confidence and accuracy where there is one."""
 
     reward: Reward
@@ -38,11 +38,11 @@ def judge_for(
     holdout: RewardSum | None = None,
     features: str = "auto",
     options: RewardOptions | None = None,
-) -> Judge:
+) -> HeldOutMeasures:
     """Features by choice and data; confidence by the classifier for digits."""
     found = features_for(features, data, options)
     if data.partition(":")[0] != "digits":
-        return Judge(reward, name, found, holdout=holdout)
+        return HeldOutMeasures(reward, name, found, holdout=holdout)
     from orwcfm_fast.rewards.digits import digit_classifier
 
     classifier = digit_classifier()
@@ -50,7 +50,7 @@ def judge_for(
     def confidence(x: Tensor) -> Tensor:
         return classifier.probabilities(x).max(1).values
 
-    return Judge(reward, name, found, confidence, classifier.accuracy, holdout)
+    return HeldOutMeasures(reward, name, found, confidence, classifier.accuracy, holdout)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Drawn:
         n, (total, squares) = len(self.x), self.moments.sum(0)
         return float(((squares - total**2 / n).clamp_min(0) / (n - 1)).sqrt().mean())
 
-    def gathered(self, ranks: Ranks, n: int) -> "Drawn":
+    def gathered(self, ranks: ProcessGroup, n: int) -> "Drawn":
         """All n, on every rank, each of which has its share."""
 
         def whole(part: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def draw_held_out(
     policy: Policy,
     reference: Policy | None,
     x_ref: Tensor | None,
-    judge: Judge,
+    judge: HeldOutMeasures,
     how: Sampling,
     mine: slice,
     chunk: int,

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from orwcfm_fast.control.memory import out_of_memory
 from orwcfm_fast.device import resolve_precision
 from orwcfm_fast.errors import UserError, WorkError
-from orwcfm_fast.guarding.memory import out_of_memory
+from orwcfm_fast.files import read_small
 from orwcfm_fast.networks.diffusers import FAMILIES, PREFIX, SCHEDULER, Family, Pipeline, library
 from orwcfm_fast.networks.embeddings import embed
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.prompts import Conditions, Prompt, read_prompts
-from orwcfm_fast.saving.files import read_small
+from orwcfm_fast.networks.prompts import Conditions, Prompt, read_prompts
 from orwcfm_fast.settings import Conditioned
 
 MAX_CONFIG_BYTES = 1 << 20

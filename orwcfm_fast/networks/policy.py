@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from orwcfm_fast import noise
 from orwcfm_fast.device import resolve_precision
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.method import noise
+from orwcfm_fast.method.samplers import OWN
 from orwcfm_fast.networks import lora
 from orwcfm_fast.networks.models import build_network
-from orwcfm_fast.prompts import Conditions, Prompt
-from orwcfm_fast.samplers import OWN
+from orwcfm_fast.networks.prompts import Conditions, Prompt
 
 if TYPE_CHECKING:
     from orwcfm_fast.networks.diffusers import Pipeline

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from orwcfm_fast.control.target_w2 import probe_size
 from orwcfm_fast.evaluation.evaluate import EXACT_W2_MAX, SPREAD_MAX
 from orwcfm_fast.evaluation.held_out import AT_ONCE
-from orwcfm_fast.guarding.steer import probe_size
 from orwcfm_fast.settings import Finetune
 
 SPREAD = 512  # of a rollout, whose diversity is measured

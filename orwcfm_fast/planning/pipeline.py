@@ -19,23 +19,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from orwcfm_fast.coupling import Batch
 from orwcfm_fast.device import resolve_device, resolve_precision
+from orwcfm_fast.distributed import bucket_bytes
 from orwcfm_fast.evaluation.features import SIDE
+from orwcfm_fast.method.coupling import Batch
+from orwcfm_fast.method.rollout import sample
+from orwcfm_fast.method.samplers import SOLVERS
+from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.networks.diffusers import Pipeline, embedding_widths
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.pipeline_files import Description, describe_pipeline, telling
 from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.networks.prompts import Conditions, Prompt, read_prompts
 from orwcfm_fast.planning.as_cuda import AutocastAsOnCuda, recompute
 from orwcfm_fast.planning.course import Course
 from orwcfm_fast.planning.looks import Looks
 from orwcfm_fast.planning.plan import HEADROOM, Plan, available, fitting, kept_draws
-from orwcfm_fast.prompts import Conditions, Prompt, read_prompts
-from orwcfm_fast.ranks import bucket_bytes
-from orwcfm_fast.rollout import sample
-from orwcfm_fast.samplers import SOLVERS
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.step import Learner
 
 RANK = 16  # of the plan with adapters, where --lora names none
 EVALUATIONS = 6  # of a rollout: enough for every solver's history to fill
@@ -149,7 +149,9 @@ def _plan(
     with fake, as_there():
         for part in (policy.network, policy.pipeline.vae):
             part.to_empty(device=CPU)
-        learner = Learner(policy, policy.frozen_copy() if s.lora else policy, s)  # a copy would do the same
+        learner = PolicyOptimizer(
+            policy, policy.frozen_copy() if s.lora else policy, s
+        )  # a copy would do the same
         adapters = _size(policy.network) - weights
         trained = sum(p.nbytes for p in learner.parameters)
 

@@ -5,10 +5,10 @@ import re
 import torch
 from torch import Tensor
 
+from orwcfm_fast.checkpoints.torch_files import read_weights
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.rewards.clip import clip_of
 from orwcfm_fast.rewards.registry import Score, reward_factory
-from orwcfm_fast.saving.foreign import read_weights
 from orwcfm_fast.settings import RewardOptions
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.checkpoints.torch_files import read_weights
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.pixels import Transform
 from orwcfm_fast.rewards.registry import Score, reward_factory
-from orwcfm_fast.saving import checkpoint
-from orwcfm_fast.saving.foreign import read_weights
 from orwcfm_fast.settings import RewardOptions
 
 FORM = "write classifier:ARCHITECTURE:FILE:CLASSES, e.g. classifier:resnet18:weights.safetensors:0,2,4"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from orwcfm_fast.checkpoints.headers import check_pt, check_safetensors
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.pixels import Transform
 from orwcfm_fast.rewards.registry import Score, reward_factory
-from orwcfm_fast.saving.headers import check_pt, check_safetensors
 from orwcfm_fast.settings import RewardOptions
 
 CHUNK = 256

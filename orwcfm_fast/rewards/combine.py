@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from orwcfm_fast.control.memory import halving
 from orwcfm_fast.errors import RewardError, UserError, WorkError
-from orwcfm_fast.guarding.memory import halving
-from orwcfm_fast.prompts import Prompt
+from orwcfm_fast.method.rollout import score
+from orwcfm_fast.networks.prompts import Prompt
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.registry import REWARDS, Score
 from orwcfm_fast.rewards.user import is_user_reward, load_user_reward
-from orwcfm_fast.rollout import score
 from orwcfm_fast.settings import RewardOptions
 
 

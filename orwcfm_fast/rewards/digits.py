@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orwcfm_fast.data import load_data
+from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.data.datasets import load_data
 from orwcfm_fast.device import cache_dir
 from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.rewards.registry import Score, reward_factory
-from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import RewardOptions
 
 BATCH = 64

@@ -6,26 +6,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from orwcfm_fast.checkpoints import checkpoint, retention
+from orwcfm_fast.control.guard import Fault
 from orwcfm_fast.device import resolve_device
+from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
 from orwcfm_fast.evaluation.evaluate import evaluate
-from orwcfm_fast.evaluation.held_out import Judge, judge_for
-from orwcfm_fast.guarding.guard import Fault
-from orwcfm_fast.ranks import ALONE, Ranks
+from orwcfm_fast.evaluation.held_out import HeldOutMeasures, judge_for
+from orwcfm_fast.method.samplers import times as solver_times
+from orwcfm_fast.method.trainer import Progress, Trainer
+from orwcfm_fast.reporting.tracking import Log, check_loggers, loggers
 from orwcfm_fast.rewards import RewardSum, check_code_named, make_holdout, make_reward
+from orwcfm_fast.runs.artifacts import RunArtifacts
+from orwcfm_fast.runs.checkpointing import CheckpointManager
 from orwcfm_fast.runs.interrupt import Interruption, Stop
-from orwcfm_fast.runs.kept import Kept
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
-from orwcfm_fast.runs.relaunch import MAY_CHANGE, begun_before, resume_line
 from orwcfm_fast.runs.resolve import anchored, resolved, run_name
 from orwcfm_fast.runs.result import Result
-from orwcfm_fast.runs.run import Onlooker, Run, next_run_path, resumed_settings
-from orwcfm_fast.runs.shown import Shown
-from orwcfm_fast.samplers import times as solver_times
-from orwcfm_fast.saving import checkpoint, history
+from orwcfm_fast.runs.resume import MAY_CHANGE, begun_before, resume_line
+from orwcfm_fast.runs.run import ReadOnlyRun, Run, next_run_path, resumed_settings
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.showing.tracking import Log, check_loggers, loggers
-from orwcfm_fast.trainer import Progress, Trainer
 
 
 class Finetuning:
@@ -38,12 +38,14 @@ class Finetuning:
         ranks: those that work on it; the first writes its files.
     """
 
-    def __init__(self, settings: Finetune, loaded: Loaded, run: Run, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, settings: Finetune, loaded: Loaded, run: Run, ranks: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
         self.settings, self.loaded, self.resumed = settings, loaded, False
         self.ranks = ranks
         ranks.spread([*loaded.policy.network.state_dict().values()])
 
-        def judge() -> tuple[RewardSum, RewardSum | None, Judge]:
+        def judge() -> tuple[RewardSum, RewardSum | None, HeldOutMeasures]:
             reward, holdout = make_reward(settings.reward, settings), make_holdout(settings)
             return reward, holdout, judge_for(loaded.policy.data, reward, reward.name, holdout)
 
@@ -61,8 +63,8 @@ class Finetuning:
         self.work_in(run)
 
     def work_in(self, run: Run) -> None:
-        self.run, self.kept = run, Kept(run, self.trainer, self.ranks)
-        self.shown = Shown(run, self.trainer, self.judge)
+        self.run, self.kept = run, CheckpointManager(run, self.trainer, self.ranks)
+        self.shown = RunArtifacts(run, self.trainer, self.judge)
 
     @classmethod
     def prepare(
@@ -74,7 +76,7 @@ class Finetuning:
         out: Path | None = None,
         overwrite: bool = False,
         watch_pretraining: Watch | None = None,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> "Finetuning":
         """Check everything that can be checked, load the model, make the directory.
 
@@ -120,7 +122,7 @@ class Finetuning:
         loaded: Loaded,
         out: Path | None = None,
         overwrite: bool = False,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> "Finetuning":
         """A new run of a model that is loaded."""
         settings = resolved(settings, loaded)
@@ -128,7 +130,7 @@ class Finetuning:
         path = ranks.from_first(lambda: out or next_run_path(run_name(settings)))
         task = cls(settings, loaded, Run(path), ranks)
         with ranks.together():
-            task.work_in(Run.create(path, overwrite) if ranks.first else Onlooker(path))
+            task.work_in(Run.create(path, overwrite) if ranks.first else ReadOnlyRun(path))
         try:
             with ranks.together():
                 task._begin()
@@ -138,9 +140,11 @@ class Finetuning:
         return task
 
     @classmethod
-    def go_on(cls, settings: Finetune, loaded: Loaded, run: Run, ranks: Ranks = ALONE) -> "Finetuning":
+    def go_on(
+        cls, settings: Finetune, loaded: Loaded, run: Run, ranks: ProcessGroup = SINGLE_PROCESS
+    ) -> "Finetuning":
         """A run that was begun, from its newest checkpoint; `loaded` is its reference."""
-        run = run if ranks.first else Onlooker(run.path)
+        run = run if ranks.first else ReadOnlyRun(run.path)
         with ranks.together():
             run.lock()
         try:
@@ -281,7 +285,7 @@ class Finetuning:
                     self.run.append(fault.record)
                     self.run.settle()
                     with self.ranks.together():  # its files are written before anyone leaves
-                        good = history.steps(self.run.checkpoints)
+                        good = retention.steps(self.run.checkpoints)
                     where = f"the last good checkpoint is {good[0]}" if good else "no round was good yet"
                     raise WorkError(f"{fault}; stopped, {where}") from None
 

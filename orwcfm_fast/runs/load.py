@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from orwcfm_fast.data import load_data, source
+from orwcfm_fast.checkpoints import checkpoint, retention
+from orwcfm_fast.checkpoints.torch_files import KEYS as PT_KEYS
+from orwcfm_fast.checkpoints.torch_files import foreign_weights, read_pt
+from orwcfm_fast.data.datasets import load_data, source
 from orwcfm_fast.device import cache_dir
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.method.pretrain import pretrain
 from orwcfm_fast.networks.diffusers import is_pipeline
 from orwcfm_fast.networks.lora import KEYS, add_lora, load_lora
 from orwcfm_fast.networks.models import MODELS
 from orwcfm_fast.networks.policy import Policy, make_policy
-from orwcfm_fast.pretrain import pretrain
 from orwcfm_fast.runs.run import Run, is_run, newest_run
-from orwcfm_fast.saving import checkpoint, history
-from orwcfm_fast.saving.foreign import KEYS as PT_KEYS
-from orwcfm_fast.saving.foreign import foreign_weights, read_pt
 from orwcfm_fast.settings import Conditioned, Finetune, Pretrain
 
 DEFAULT = "unet-digits"
@@ -110,7 +110,7 @@ class Loader:
         return loaded or self.default()
 
     def _run(self, path: Path) -> Loaded:
-        found = history.load_newest(path / "checkpoints", only=WEIGHTS)
+        found = retention.load_newest(path / "checkpoints", only=WEIGHTS)
         if found is None:
             raise UserError(f"run {path}: no checkpoint in it yet")
         return Loaded(self._policy(found), str(path), Run(path))

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orwcfm_fast.data import load_data, source
+from orwcfm_fast.checkpoints import checkpoint, retention
+from orwcfm_fast.data.datasets import load_data, source
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, UserError, WorkError
+from orwcfm_fast.method.pretrain import Pretrainer
+from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.networks.policy import make_policy
-from orwcfm_fast.pretrain import Pretrainer
-from orwcfm_fast.rollout import sample, start_noise
+from orwcfm_fast.reporting.pictures import save_samples
 from orwcfm_fast.runs.interrupt import Interruption, Stop
 from orwcfm_fast.runs.run import Run, next_run_path, resume_command, resumed_settings
-from orwcfm_fast.saving import checkpoint, history
 from orwcfm_fast.settings import Pretrain, Sampling
-from orwcfm_fast.showing.pictures import save_samples
 
 RESUME_MAY_CHANGE = ("save_every", "device")
 KEEP = 2
@@ -70,11 +70,11 @@ class PretrainRun:
         run.lock()
         try:
             task = cls(settings, data, run)
-            history.sweep(run.checkpoints)
-            newest = history.load_newest(run.checkpoints, set_aside=True)
+            retention.sweep(run.checkpoints)
+            newest = retention.load_newest(run.checkpoints, set_aside=True)
             if newest is not None:
                 task.trainer.restore(newest)
-                history.prune(run.checkpoints, KEEP)  # a kill may have come between the last save and this
+                retention.prune(run.checkpoints, KEEP)  # a kill may have come between the last save and this
             if task.trainer.steps >= settings.steps:
                 raise UserError(f"--resume {run.path}: already finished, at step {task.trainer.steps}")
             run.truncate_metrics(task.trainer.steps, "step")
@@ -126,7 +126,7 @@ class PretrainRun:
         if not checkpoint.is_checkpoint(path):
             self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
             self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
-            history.prune(self.run.checkpoints, KEEP)
+            retention.prune(self.run.checkpoints, KEEP)
         return path
 
     def images_per_s(self) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from orwcfm_fast.data import source
+from orwcfm_fast.data.datasets import source
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.networks.diffusers import PREFIX, is_pipeline
 from orwcfm_fast.networks.policy import Policy

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.evaluation.evaluate import Measures
+from orwcfm_fast.method.trainer import PHASES
 from orwcfm_fast.runs.run import Run
-from orwcfm_fast.saving import checkpoint
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.theory.prediction import lower, reached_line
-from orwcfm_fast.trainer import PHASES
 
 
 @dataclass

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from orwcfm_fast.checkpoints import retention
 from orwcfm_fast.errors import UserError, WorkError, warn
-from orwcfm_fast.saving import history
-from orwcfm_fast.saving.files import open_regular, read_small, write_text
-from orwcfm_fast.saving.lock import LOCK, Lock
+from orwcfm_fast.files import open_regular, read_small, write_text
+from orwcfm_fast.runs.lock import LOCK, Lock
 from orwcfm_fast.settings import S, build, read_toml, to_toml
 
 CONFIG, METRICS, SUMMARY, FORECAST = "config.toml", "metrics.jsonl", "summary.json", "forecast.json"
@@ -108,7 +108,7 @@ class Run:
 
     def write_failed(self, error: OSError, resume: str) -> WorkError:
         """One line: which write failed, what is saved, how to go on."""
-        newest = next(iter(history.steps(self.checkpoints)), None)
+        newest = next(iter(retention.steps(self.checkpoints)), None)
         saved = f"saved at {newest}; once that is mended: {resume}" if newest else "no checkpoint is left"
         return WorkError(f"{error.filename or self.path}: {error.strerror or error}; {saved}")
 
@@ -139,7 +139,7 @@ class Run:
         write_text(self.metrics, "".join(json.dumps(r) + "\n" for _, r in sorted(kept.items())))
 
 
-class Onlooker(Run):
+class ReadOnlyRun(Run):
     """A run as it is for a rank that leaves its files to the first."""
 
     def lock(self) -> None:

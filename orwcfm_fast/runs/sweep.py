@@ -12,21 +12,21 @@ from typing import Any
 
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, UserError, WorkError
+from orwcfm_fast.files import write_text
+from orwcfm_fast.method.samplers import times as solver_times
+from orwcfm_fast.method.trainer import Progress
 from orwcfm_fast.registry import unknown
+from orwcfm_fast.reporting.fronts import Outcome, plain_forecast, write_fronts
+from orwcfm_fast.reporting.tracking import check_loggers
 from orwcfm_fast.rewards import check_code_named, make_reward, user_code
 from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
 from orwcfm_fast.runs.resolve import FILLED, agrees, resolved
 from orwcfm_fast.runs.run import Run, is_run, next_run_path, read_command, resume_command
 from orwcfm_fast.runs.sweep_grid import grid
-from orwcfm_fast.samplers import times as solver_times
-from orwcfm_fast.saving.files import write_text
 from orwcfm_fast.settings import Finetune, Predict, RewardOptions, Settings, Sweep, build, read_toml
-from orwcfm_fast.showing.fronts import Outcome, plain_forecast, write_fronts
-from orwcfm_fast.showing.tracking import check_loggers
 from orwcfm_fast.theory.forecast import forecast_many
 from orwcfm_fast.theory.prediction import FORECAST_ROUNDS, MANY_PROMPTS, Reference, draw_reference
-from orwcfm_fast.trainer import Progress
 
 PLACE = ("device", "log", "graph")  # where it runs
 MAY_CHANGE = ("alpha", "tau", *PLACE)

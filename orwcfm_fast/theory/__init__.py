@@ -1,7 +1,7 @@
 """The method's exact recursion in one and two dimensions, by quadrature."""
 
+from orwcfm_fast.theory.bounds import BoundChain, bound_chain, paper_drift
 from orwcfm_fast.theory.density import Density, GaussianMixture, Grid, GridDensity
-from orwcfm_fast.theory.drift import BoundChain, bound_chain, paper_drift
 from orwcfm_fast.theory.recursion import Recursion, Round, exact_recursion, mass_weights
 from orwcfm_fast.theory.refit import refit
 from orwcfm_fast.theory.velocity import ExactVelocity

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.held_out import judge_for
+from orwcfm_fast.method.rollout import Rollout, sample, start_conditions, start_noise
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum
-from orwcfm_fast.rollout import Rollout, sample, start_conditions, start_noise
 from orwcfm_fast.runs.run import Run
 from orwcfm_fast.settings import Finetune, Predict, build, read_toml
 from orwcfm_fast.theory import Density, GaussianMixture, GridDensity, Recursion, exact_recursion, refit

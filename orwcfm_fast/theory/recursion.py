@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.theory.bounds import paper_drift
 from orwcfm_fast.theory.density import FLOOR, Density, Grid, as_double, check_edges, on_grid
-from orwcfm_fast.theory.drift import paper_drift
 from orwcfm_fast.theory.parallel import single_threaded
 from orwcfm_fast.theory.transport import w2_line, w2_plane
 from orwcfm_fast.theory.velocity import ExactVelocity, push

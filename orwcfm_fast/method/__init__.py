@@ -1,0 +1,1 @@
+"""The method, a stage a file: noise, coupling, weighting, samplers, rollout, minibatches, step, trainer."""

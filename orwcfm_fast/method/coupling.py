@@ -1,0 +1,89 @@
+"""Couplings: which noise goes with which sample of a minibatch, and with what loss weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast.kernels.interpolate import interpolate
+from orwcfm_fast.method import noise
+from orwcfm_fast.method.weighting import check_positive
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One minibatch, coupled.
+
+    Attributes:
+        x1: samples [B, *shape]; t: times [B]; x_t: points [B, *shape] of the probability path.
+        index: global numbers [B] of the draws; they name x0.
+        w, a: loss weights [B] of the flow-matching term and of the anchor.
+        v_ref: the anchor's velocity at (t, x_t) where it is known from an earlier pass.
+        condition: rows [B] of the policy's prompts, where it has some.
+        whole: samples of the minibatch that this is a part of; 0 where it is no part.
+    """
+
+    x1: Tensor
+    t: Tensor
+    x_t: Tensor
+    index: Tensor
+    w: Tensor
+    a: Tensor
+    v_ref: Tensor | None = None
+    condition: Tensor | None = None
+    whole: int = 0
+
+    @property
+    def size(self) -> int:
+        """Samples of the whole minibatch, over which its loss is a mean."""
+        return self.whole or len(self.w)
+
+    def part(self, rows: slice) -> "Batch":
+        """Some of its samples, which stay a part of the same minibatch."""
+        tensors: dict[str, Any] = {k: x[rows] for k, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, whole=self.size, **tensors)
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Parts of at most `size` samples, in order."""
+        for i in range(0, len(self.w), size):
+            yield self.part(slice(i, i + size))
+
+
+def couple(
+    x1: Tensor, w: Tensor, alpha: float, seed: Tensor, index: Tensor, coupling: str = "independent"
+) -> Batch:
+    """Couple samples x1 [B, *shape] of weights w [B] with the noise x0 of draws `index` [B].
+
+    independent: p_t(x | x1) of the paper; loss weights w and α.
+    ot: exact plan between x0 (uniform) and x1 (∝ w) for the squared distance; each x0 draws its x1 from the
+    plan, loss weight w̄ = mean w, anchor weight α·w̄/w: both terms are unbiased (Tong et al., TMLR 2024,
+    reweighted).
+
+    Raises:
+        UserError: ot with a weight that is not positive.
+    """
+    if coupling == "ot":
+        pick = _weighted_plan_draw(x1, w, seed, index)
+        mean = w.mean()
+        x1, a, w = x1[pick], alpha * mean / w[pick], mean.expand(len(w)).contiguous()
+    else:
+        a = torch.full_like(w, alpha)
+    t = noise.uniform((1,), seed, index, noise.T)[:, 0]
+    return Batch(x1, t, interpolate(x1, t, seed, index), index, w, a)
+
+
+def _weighted_plan_draw(x1: Tensor, w: Tensor, seed: Tensor, index: Tensor) -> Tensor:
+    """For each x0 one x1 drawn from the optimal plan with target marginal ∝ w, int64 [B]."""
+    check_positive(w)
+    import ot
+
+    x0 = noise.normal(tuple(x1.shape[1:]), seed, index, noise.X0)
+    cost = torch.cdist(x0.flatten(1).double(), x1.flatten(1).double()).square().cpu().numpy()
+    target = w.double().cpu()
+    source = torch.full_like(target, 1 / len(target))
+    plan = torch.as_tensor(ot.emd(source.numpy(), (target / target.sum()).numpy(), cost)).to(x1.device)
+    mass = plan.cumsum(1)
+    u = noise.uniform((1,), seed, index, noise.PAIRING).double() * mass[:, -1:]
+    return torch.searchsorted(mass, u, right=True).clamp_(max=len(w) - 1)[:, 0]

@@ -1,0 +1,57 @@
+"""A gradient step as one CUDA graph: launched by one call, on buffers that stay where they are."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast.method.coupling import Batch
+
+SEED = "seed"
+
+
+def record(body: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """The body's kernels, kept and not run: what runs them, and the tensor they leave its result in."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = body()
+    return graph.replay, found
+
+
+class StepGraph:
+    """Replays a step; recorded anew where the shapes of its batch change.
+
+    What changes from step to step must be in tensors: the batch's and the seed are copied into the graph's own,
+    weights and optimiser state are changed in place, and so must the learning rate be.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Give the recording's memory back; to be called where weights or optimiser state become other tensors."""
+        self.key: Any = None
+        self.tensors: dict[str, Tensor] = {}
+        self.replay: Callable[[], None] | None = None
+        self.found: Tensor | None = None
+
+    def __call__(
+        self, batch: Batch, seed: Tensor, body: Callable[[Batch, Tensor], Tensor], micro_batch: int
+    ) -> Tensor:
+        """body(batch, seed); what it returns is a copy."""
+        tensors = {name: x for name, x in vars(batch).items() if isinstance(x, Tensor)} | {SEED: seed}
+        key = (micro_batch, batch.whole, {name: (x.shape, x.dtype) for name, x in tensors.items()})
+        if key != self.key:
+            self.forget()
+            self.tensors = {name: x.clone() for name, x in tensors.items()}
+            fields: dict[str, Any] = {name: x for name, x in self.tensors.items() if name != SEED}
+            own = replace(batch, **fields), self.tensors[SEED]
+            self.replay, self.found = record(lambda: body(*own))
+            self.key = key
+        for name, x in tensors.items():
+            self.tensors[name].copy_(x)
+        assert self.replay and self.found is not None
+        self.replay()
+        return self.found.clone()

@@ -1,0 +1,151 @@
+"""The plan of a run by small probes of its own step and rollout, carried to full size."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast.control.target_w2 import probe_size
+from orwcfm_fast.data.datasets import source
+from orwcfm_fast.device import resolve_device
+from orwcfm_fast.distributed import bucket_bytes
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.method import noise
+from orwcfm_fast.method.coupling import couple
+from orwcfm_fast.method.rollout import draw, start_noise
+from orwcfm_fast.method.samplers import times as solver_times
+from orwcfm_fast.method.step import PolicyOptimizer
+from orwcfm_fast.networks.lora import add_lora
+from orwcfm_fast.networks.policy import Policy, make_policy
+from orwcfm_fast.planning.course import probe
+from orwcfm_fast.planning.looks import Looks
+from orwcfm_fast.planning.plan import HEADROOM, Plan, available, fitting, kept_draws, resident
+from orwcfm_fast.rewards import RewardSum, make_reward
+from orwcfm_fast.runs.load import DEFAULT, FOREIGN_DATA, Loader
+from orwcfm_fast.settings import Finetune
+
+
+def plan_run(s: Finetune, ranks: int = 1) -> Plan:
+    """Plan `orwcfm finetune` with these settings; a network preset stands in for its weights.
+
+    Raises:
+        UserError: no such model, data or reward.
+    """
+    device = resolve_device(s.device)
+    solver_times(s.nfe, s.solver, s.grid)
+    if s.checkpoint:
+        policy = Loader(device, s.precision, s.model, s.data).load(s.checkpoint).policy
+        if policy.pipeline:
+            raise UserError(f"--plan: of a pipeline, name it alone: --model {policy.model}")
+    else:
+        model = s.model or DEFAULT
+        data = s.data or FOREIGN_DATA.get(model, "")
+        if not data:
+            raise UserError(f"model '{model}': say for which data with --data (orwcfm list data)")
+        policy = make_policy(model, data, source(data)[0].shape or (3, 32, 32), device, s.precision)
+    reward = make_reward(s.reward or [source(policy.data)[0].reward], s)
+    return make_plan(policy, reward, s, ranks=ranks)
+
+
+def _no_room(size: int) -> None:
+    raise MemoryError
+
+
+def make_plan(
+    policy: Policy, reward: RewardSum, s: Finetune, limit: int | None = None, ranks: int = 1
+) -> Plan:
+    """Plan a run of `policy`, whose weights are trained on noise on the way: give one that is not needed after.
+
+    Args:
+        limit: bytes of memory there are; what the device says where None.
+        ranks: of which this is one.
+    """
+    batch, rollout = (-(-n // ranks) for n in (s.batch, s.rollout))
+    device = policy.device
+    limit = available(device) if limit is None else limit
+    if s.lora:
+        add_lora(policy.network, s.lora, seed=s.seed)
+    reference = policy.frozen_copy()
+    learner = PolicyOptimizer(policy, reference, s)
+    learner.graph = None  # a replay allocates nothing: what it holds shows in the step that it records
+    seed = noise.seed_on(s.seed, device)
+
+    def step(size: int, parts: int = 1) -> None:
+        index = noise.indices(0, size * parts, device)
+        x1 = start_noise(policy, size * parts, s.seed)
+        batch = couple(x1, torch.ones(len(x1), device=device), s.alpha, seed, index, s.coupling)
+        learner.micro_batch = size
+        learner.step(batch, seed)
+
+    least = 2 if s.coupling == "ot" else 1
+    step(least)  # the optimiser's state comes into being
+    reward(policy.decode(draw(policy, 2, 0, s.seed, s, 2).x1))
+    weights = sum(x.numel() * x.element_size() for x in policy.network.state_dict().values())
+    anchor = 0 if reference.network is policy.network else weights  # under adapters they share one base
+    moments = sum(
+        x.numel() * x.element_size()
+        for v in learner.optimizer.state.values()
+        for x in v.values()
+        if isinstance(x, Tensor)
+    )
+    # before the probes: recording takes memory of its own
+    process = 0 if device.type == "cuda" else max(0, resident() - weights - anchor - moments)
+    one = probe(lambda size: step(max(size, least)), batch, device)
+    several = probe(lambda size: step(size, 2), batch // 2, device) if batch > 1 else one
+    drawn = probe(lambda size: draw(policy, size, 0, s.seed, s, size), min(s.chunk, rollout), device)
+    noised = probe(lambda size: start_noise(policy, size, s.seed), rollout, device)
+    samples = policy.decode(start_noise(policy, max(2, rollout // 2), s.seed))
+    asked = min(s.reward_batch or rollout, rollout)
+    undivided = replace(reward, at_once=0, on_halved=_no_room)
+    scored = probe(lambda size: undivided(samples[:size]), asked, device)
+
+    one_sample = 4 * start_noise(policy, 1, s.seed).numel()
+    held = {
+        "weights": weights,
+        "reference": anchor,
+        "optimizer": moments,
+        "rollout kept": s.rollout * one_sample,
+    }
+    gradients = sum(p.numel() * p.element_size() for p in learner.parameters)
+    exchange = bucket_bytes(gradients) if ranks > 1 else 0  # when the activations are gone
+
+    def step_at(size: int) -> dict[str, int]:
+        top = one.peak(size) if size >= batch else several.peak(size)
+        own = {"gradients": min(gradients, top), "activations": max(top - gradients, exchange)}
+        return own | kept_draws(s, batch, one_sample)
+
+    def rollout_at(chunk: int) -> dict[str, int]:
+        others = 2 * (rollout - chunk) * one_sample
+        return {"sampling": max(drawn.peak(chunk) + others, noised.peak(rollout))}
+
+    def scoring_at(size: int) -> dict[str, int]:
+        return {"scoring": scored.peak(size) + rollout * one_sample}
+
+    looks = Looks(
+        s, ranks, one_sample, one_sample, one_sample, drawn.peak, lambda size: 0, False, device.type == "cpu"
+    )
+    held["probe kept"] = looks.probe_kept
+    room = int(HEADROOM * limit) - process - sum(held.values())
+    micro_batch = fitting(min(s.micro_batch or batch, batch), room, step_at)
+    stepping = step_at(micro_batch)
+    if s.graph:  # never given back
+        held["step's graph"] = sum(stepping.values())
+        room, stepping = room - held["step's graph"], dict.fromkeys(stepping, 0)
+    chunk = fitting(min(s.chunk, rollout), room, rollout_at)
+    reward_batch = fitting(asked, room, scoring_at)
+    per_step = (
+        one.time(batch) if micro_batch == batch else several.time(micro_batch) * batch / (2 * micro_batch)
+    )
+    per_sample, probed = drawn.time(chunk) / chunk, probe_size(s)
+    seconds = {
+        "rollout": per_sample * rollout,
+        "reward": scored.time(reward_batch) * rollout / reward_batch,
+        "steps": per_step * s.steps_per_round,
+        "probe": 2 * drawn.time(min(probed, chunk)) * max(1.0, probed / chunk),
+    }
+    return Plan(
+        str(device), micro_batch, chunk, held, stepping, rollout_at(chunk),
+        scoring_at(reward_batch), process, limit, seconds,
+        probe=looks.probe(chunk), evaluation=looks.evaluation(chunk),
+        reward_batch=reward_batch if reward_batch < rollout else 0,
+    )  # fmt: skip

@@ -1,0 +1,185 @@
+"""One self-contained page about a finished run: what was run, curves beside the forecast, samples, figures."""
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orwcfm_fast.files import write_text
+from orwcfm_fast.reporting.charts import Series, chart
+from orwcfm_fast.reporting.table import interval, measure_rows
+
+if TYPE_CHECKING:
+    from orwcfm_fast.runs.result import Result
+
+MOST_PICTURES = 25
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG as a data URI, and what it shows."""
+
+    label: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts in columns; `folded` behind a click; `text`: its cells are long and wrap."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    folded: bool = False
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the template shows; texts are escaped there."""
+
+    title: str
+    lines: Sequence[str]
+    tiles: Sequence[tuple[str, str]]
+    charts_title: str
+    charts: Sequence[str]
+    tables: Sequence[Table]
+    guard: Sequence[str] = field(default=())
+    slider: str = "round"
+    before: str = ""
+    pictures: Sequence[Picture] = field(default=())
+
+
+def write_page(path: Path, page: Page) -> Path:
+    """Render the page to one file that needs no network and no other file."""
+    import jinja2
+
+    loader = jinja2.PackageLoader("orwcfm_fast.reporting")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    write_text(path, environment.get_template("report.html").render(page=page))
+    return path
+
+
+def data_uri(png: Path) -> str:
+    """A PNG file as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
+
+
+def run_report(result: "Result", lines: Sequence[str]) -> Path:
+    """report.html in the run's directory.
+
+    Args:
+        lines: what was run, in words, under the title.
+    """
+    run, s, records = result.run, result.settings, result.records
+    forecast = json.loads(run.forecast.read_text()) if run.forecast.is_file() else None
+    shown = _thin([p for p in sorted(run.samples.glob("round_*.png")) if _round_of(p) <= len(records)])
+    guard = [f"round {r['round']}: {text}" for r in records for text in r.get("guard", [])]
+    page = Page(
+        title=run.path.name,
+        lines=[*lines, f"again: orwcfm finetune --config {run.config}"],
+        tiles=_tiles(result),
+        guard=guard,
+        charts_title="Round by round",
+        charts=_charts(result, forecast),
+        before=data_uri(shown[0]) if shown else "",
+        pictures=[Picture(f"round {_round_of(p)} of {len(records)}", data_uri(p)) for p in shown],
+        tables=[
+            Table(
+                "Before and after on held-out noise",
+                ["", result.before.name, result.after.name],
+                measure_rows([result.before, result.after], "+".join(s.reward)),
+            ),
+            _rounds_table(records),
+            settings_table(s.model_dump()),
+        ],
+    )
+    return write_page(run.path / "report.html", page)
+
+
+def settings_table(values: dict[str, Any]) -> Table:
+    """Every setting that says something."""
+    rows = [[k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)] for k, v in values.items()]
+    return Table("Settings", ["setting", "value"], [r for r in rows if r[1]], folded=True, text=True)
+
+
+def _round_of(path: Path) -> int:
+    return int(path.stem.partition("_")[2])
+
+
+def _thin(paths: list[Path]) -> list[Path]:
+    """At most MOST_PICTURES of them, evenly spaced, the first and the last among them."""
+    if len(paths) <= MOST_PICTURES:
+        return paths
+    step = (len(paths) - 1) / (MOST_PICTURES - 1)
+    return [paths[round(k * step)] for k in range(MOST_PICTURES)]
+
+
+def _tiles(result: "Result") -> list[tuple[str, str]]:
+    before, after, summary = result.before, result.after, result.summary()
+    tiles = [
+        ("reward", f"{before.reward.mean:.3f} → {after.reward.mean:.3f}"),
+        ("diversity", f"{before.diversity.mean:.3g} → {after.diversity.mean:.3g}"),
+        ("effective sample size", f"{summary['ess']:.0f} of {result.settings.rollout}"),
+        ("rollout", f"{summary['images_per_s_rollout']:.0f} samples/s"),
+        ("training", f"{summary['images_per_s_train']:.0f} samples/s"),
+        ("time", f"{result.seconds:.0f} s"),
+    ]
+    if after.w2_coupled is not None:
+        tiles.insert(1, ("coupled W2 to the reference", interval(after.w2_coupled)))
+    if line := result.forecast():
+        tiles.append(("forecast from round 1", line.split(",")[0].removeprefix("forecast ")))
+    return tiles
+
+
+def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
+    """A round's rollout shows the policy as it was before the round; the held-out samples, the last."""
+    records, after, n = result.records, result.after, len(result.records)
+    begun, done = [r["round"] - 1 for r in records], [r["round"] for r in records]
+    expected = forecast["own"].get("by_round", []) if forecast else []
+
+    def get(key: str) -> list[float]:
+        return [r.get(key, math.nan) for r in records]
+
+    half = [1.96 * r["reward_std"] / math.sqrt(result.settings.rollout) for r in records]
+    reward = [*get("reward_mean"), after.reward.mean]
+    low = [*(m - h for m, h in zip(reward, half, strict=False)), after.reward.low]
+    high = [*(m + h for m, h in zip(reward, half, strict=False)), after.reward.high]
+    w2 = Series("measured", [0, *done], [0.0, *get("w2_coupled")])
+    return [
+        chart("Mean reward, 95 %", [Series("measured", [*begun, n], reward, y_low=low, y_high=high),
+                                    _expected(expected, "reward", "reward_error")], "rounds trained", whole_x=True),
+        chart("Coupled W2 to the reference", [w2, _expected(expected, "w2_coupled", "w2_error")],
+              "rounds trained", whole_x=True),
+        chart("Diversity, mean pairwise distance",
+              [Series("measured", [*begun, n], [*get("diversity"), after.diversity.mean]),
+               _expected(expected, "diversity")], "rounds trained", whole_x=True),
+        chart(f"Effective sample size of {result.settings.rollout}",
+              [Series("", done, get("ess"))], "round", whole_x=True),
+        chart("Throughput, samples a second", [Series("rollout", done, get("images_per_s_rollout"), "a"),
+                                               Series("training", done, get("images_per_s_train"), "b")],
+              "round", whole_x=True),
+        chart("Loss", [Series("flow matching", done, get("loss_fm"), "a"),
+                       Series("W2", done, get("loss_w2"), "b")], "round", whole_x=True),
+    ]  # fmt: skip
+
+
+def _expected(rounds: list[dict[str, float]], key: str, error: str = "") -> Series:
+    """The forecast of one figure, its bars two standard errors."""
+    x, y = [r["round"] for r in rounds], [r[key] for r in rounds]
+    bars: dict[str, Any] = {}
+    if error:
+        bars["y_low"] = [r[key] - 2 * r[error] for r in rounds]
+        bars["y_high"] = [r[key] + 2 * r[error] for r in rounds]
+    return Series("forecast", x, y, "forecast", **bars)
+
+
+def _rounds_table(records: list[Record]) -> Table:
+    """metrics.jsonl, rounded; only what is a number in every round."""
+    keys = [k for k in records[0] if all(isinstance(r.get(k), int | float) for r in records)]
+    rows = [[f"{r[k]:.4g}" for k in keys] for r in records]
+    return Table("Every round", keys, rows, folded=True)

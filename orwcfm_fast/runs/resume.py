@@ -1,0 +1,45 @@
+"""A launcher starts its command again by itself, after a rank died or when a job is back from the queue."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from orwcfm_fast.distributed import launched
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.rewards import user_code
+from orwcfm_fast.runs.resolve import agrees, left_open
+from orwcfm_fast.runs.run import CONFIG, Run, read_command, resume_command
+from orwcfm_fast.settings import Finetune, build, read_toml
+
+MAY_CHANGE = ("rounds", "device", "log", "graph")
+
+
+def resume_line(run: Run, settings: Finetune) -> str:
+    """The command that goes on with the run; rewards that are code must be named again."""
+    named = {key: getattr(settings, key) for key in ("reward", "holdout_reward")}
+    return resume_command(run, "finetune", {k: v for k, v in named.items() if user_code(v)})
+
+
+def begun_before(settings: Finetune, out: Path | None, overwrite: bool) -> dict[str, Any] | None:
+    """What this command gives where torchrun started it and its run is in `out` already, to be gone on with.
+
+    Raises:
+        UserError: `out` holds another run, or a restart would not find its run or would replace it.
+    """
+    if not launched():
+        return None
+    if overwrite:
+        raise UserError("--overwrite: a restart by torchrun would replace what was trained; leave it out")
+    if out is None:
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            raise UserError("--max-restarts: name the run with --out DIR, so that a restart goes on with it")
+        return None
+    if read_command(out) != "finetune":
+        return None
+    own = build(Finetune, read_toml(out / CONFIG), where=f"{out / CONFIG}: ")
+    given = {key: value for key, value in settings.model_dump().items() if not left_open(key, value)}
+    for key, value in given.items():
+        if key not in MAY_CHANGE and not agrees(key, value, getattr(own, key)):
+            has = f"--{key.replace('_', '-')} {getattr(own, key)}"
+            raise UserError(f"--out {out}: holds a run with {has}, not {value}; choose another")
+    return given

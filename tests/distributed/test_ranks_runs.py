@@ -1,0 +1,128 @@
+"""Ranks save, resume, fail and stop as one."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))
+from kill_resume import difference
+from many_ranks import LOOP, base
+
+
+def records(run: str) -> list[dict]:
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_saved_on_four_ranks_resumed_on_one_two_and_four(launch, run_cli):
+    base(run_cli)
+    assert not any(launch(4, *LOOP, "whole").codes)
+    cut = launch(4, *LOOP, "cut", act="signal")  # on one rank, in the middle of round 2
+    assert cut.codes == [130, 143, 130, 130]
+    assert "".join(cut.err) == (
+        "error: interrupted in round 2, saved at cut/checkpoints/step_6; orwcfm finetune --resume cut\n"
+    )
+    for world in (1, 2, 4):
+        shutil.copytree("cut", f"on{world}")
+        ended = launch(world, "finetune", "--resume", f"on{world}", "--quiet")
+        assert not any(ended.codes), ended.err
+        assert "".join(ended.out) == f"run on{world}\n"
+        for mine, theirs in zip(records("whole"), records(f"on{world}"), strict=True):
+            assert mine.keys() == theirs.keys()
+            for key in (
+                "reward_mean",
+                "loss_fm",
+                "loss_w2",
+                "ess",
+                "w2_coupled",
+                "velocity_gap",
+                "diversity",
+            ):
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-3)
+    assert difference(Path("whole"), Path("on4")) == ""
+    assert "begun.safetensors" in {p.name for p in Path("cut/checkpoints/step_6").iterdir()}
+
+
+def test_memory_that_runs_out_on_one_rank_is_known_to_all(launch, run_cli):
+    base(run_cli)
+    assert not any(launch(3, *LOOP, "run", act="out of memory").codes)
+    found = records("run")
+    assert any("micro-batch of 3" in text for text in found[0]["guard"])
+    assert [r["micro_batch"] for r in found] == [3, 3, 3]
+
+
+FAILS = """
+import os
+calls = []
+def f(x):
+    calls.append(1)
+    if os.environ["RANK"] == "2" and len(calls) == {call}:
+        raise ValueError("boom")
+    return x[:, 0]
+"""
+ON_2 = "error: rank 2: reward bad.py:f, round {round}: ValueError: boom (bad.py:7)"
+
+
+def test_what_fails_on_one_rank_ends_all_with_one_line(launch, run_cli):
+    base(run_cli)
+    Path("bad.py").write_text(FAILS.format(call=1))
+    failed = launch(4, *LOOP, "bad", "--reward", "bad.py:f")
+    assert failed.codes == [1] * 4 and "".join(failed.err) == ON_2.format(round=1) + "\n"
+    assert not Path("bad").exists(), "a run that came to nothing leaves nothing"
+    Path("bad.py").write_text(FAILS.format(call=2))
+    failed = launch(4, *LOOP, "bad", "--reward", "bad.py:f")
+    saved = "; the run is saved at bad/checkpoints/step_4\n"
+    assert failed.codes == [1] * 4 and "".join(failed.err) == ON_2.format(round=2) + saved
+    failed = launch(2, *LOOP, "bug", act="bug")
+    assert (
+        failed.codes == [1, 1] and "".join(failed.err) == "error: RuntimeError: lost (--debug shows where)\n"
+    )
+
+
+def test_ranks_that_disagree_say_so_once(launch, run_cli):
+    base(run_cli)
+    for act, words in (
+        ("other packages", "torch is "),
+        ("other settings", "alpha is 1.0 on rank 0 and 3.0 on rank 1"),
+    ):
+        refused = launch(3, *LOOP, "run", act=act)
+        error = "".join(refused.err)
+        assert refused.codes == [2, 2, 2] and error.count("\n") == 1
+        assert error.startswith(f"error: the ranks disagree: {words}")
+        assert not Path("run").exists()
+
+
+def test_a_killed_rank_is_lost_to_the_others_and_the_same_command_goes_on(launch, run_cli):
+    base(run_cli)
+    assert not any(launch(2, *LOOP, "whole").codes)
+    killed = launch(2, *LOOP, "cut", act="kill")  # in the middle of round 2
+    assert killed.codes == [1, -9]
+    assert (
+        killed.err[0] == "error: lost another rank, which ended or cannot be reached; torchrun says which\n"
+    )
+    assert not any(launch(2, *LOOP, "cut").codes)
+    assert difference(Path("whole"), Path("cut")) == ""
+    other = launch(2, *LOOP, "cut", "--alpha", 3)
+    assert other.codes == [2, 2]
+    assert "".join(other.err) == "error: --out cut: holds a run with --alpha 1.0, not 3.0; choose another\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((*LOOP, "run", "--overwrite"), "--overwrite: a restart by torchrun would replace what was trained"),
+        (LOOP[:-1], "--max-restarts: name the run with --out DIR"),
+        ((*LOOP, "run", "--probe", 2), "--probe 2: is less than a sample for each of 3 ranks"),
+        (("sweep", "--rounds", 1), "sweep: works in one process; torchrun is for finetune"),
+        ((*LOOP, "run", "--alhpa", 3), "No such option"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_in_one_line(launch, run_cli, args, words):
+    if "--probe" in args:
+        base(run_cli, steps=2)
+    refused = launch(3, *args, TORCHELASTIC_MAX_RESTARTS="2")
+    error = "".join(refused.err)
+    assert refused.codes == [2, 2, 2] and words in error and error.count("\n") == 1, error
+    assert not Path("run").exists()

@@ -1,0 +1,86 @@
+"""Evaluation measures what its names say."""
+
+import pytest
+import torch
+from torch import nn
+
+from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_gap
+from orwcfm_fast.evaluation.evaluate import evaluate, exact_w2, lipschitz
+from orwcfm_fast.evaluation.held_out import judge_for
+from orwcfm_fast.evaluation.intervals import Interval
+from orwcfm_fast.method.rollout import start_noise
+from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.settings import Sampling
+
+
+class Affine(nn.Module):
+    """v(t, x) = slope·x + shift: its flow is known."""
+
+    def __init__(self, slope: float, shift: float) -> None:
+        super().__init__()
+        self.slope, self.shift = nn.Parameter(torch.tensor(slope)), nn.Parameter(torch.tensor(shift))
+
+    def forward(self, t, x):
+        return self.slope * x + self.shift
+
+
+def policy(slope=0.0, shift=0.0, dim=2):
+    return Policy(Affine(slope, shift), (dim,), "custom", "moons")
+
+
+HOW = Sampling(solver="rk4", nfe=40, grid="uniform")
+
+
+def test_w2_of_a_shift_is_the_shift_in_all_three_ways():
+    judge = judge_for("moons", make_reward("right"), "right")
+    reference = policy(0.3)
+    moved = policy(0.3, 0.5)
+    found = {
+        m.name: m for m in evaluate({"reference": reference, "moved": moved}, reference, judge, HOW, 256, 100)
+    }
+    shift = 0.5 * (2.718281828**0.3 - 1) / 0.3 * 2**0.5
+    assert found["moved"].w2_coupled.mean == pytest.approx(shift, rel=1e-4)
+    assert found["moved"].w2_exact == pytest.approx(shift, rel=1e-3)
+    assert found["moved"].velocity_gap == pytest.approx(0.5, rel=1e-3)
+    assert found["moved"].lipschitz == pytest.approx(0.3, rel=0.02)
+    still = found["reference"]
+    assert still.w2_coupled.mean == still.w2_exact == still.velocity_gap == 0
+    assert found["reference"].w2_floor > 0.05
+
+
+def test_exact_w2_never_exceeds_the_coupled_one():
+    x, y = torch.randn(64, 3), torch.randn(64, 3) + 1
+    assert exact_w2(x, y) <= coupled_w2(x, y) + 1e-9
+    assert exact_w2(x, x[torch.randperm(64)]) == pytest.approx(0, abs=1e-6)
+
+
+def test_lipschitz_finds_the_largest_slope():
+    anisotropic = policy()
+    anisotropic.network.slope = nn.Parameter(torch.tensor([-5.0, 1.0]))
+    assert lipschitz(anisotropic, torch.randn(8, 2), HOW) == pytest.approx(5, rel=0.02)
+
+
+def test_chunks_do_not_change_what_is_measured():
+    a, b = policy(0.3, 0.5), policy(0.1)
+    x0 = start_noise(a, 100, 0)
+    whole, gap = sample_with_gap(a, b, x0, HOW, 100)
+    parts, gap_of_parts = sample_with_gap(a, b, x0, HOW, 7)
+    assert torch.allclose(whole, parts, atol=1e-6) and gap == pytest.approx(gap_of_parts, rel=1e-5)
+
+
+def test_interval_covers_the_mean_95_times_in_100():
+    g = torch.Generator().manual_seed(0)
+    intervals = [Interval.of(torch.rand(200, generator=g)) for _ in range(1000)]
+    assert 0.93 < sum(i.low <= 0.5 <= i.high for i in intervals) / 1000 < 0.97
+
+
+def test_pairwise_distance_is_over_different_pairs():
+    assert pairwise_distance(torch.tensor([[0.0], [1.0], [3.0]])) == pytest.approx(2.0)
+
+
+def test_without_a_reference_there_is_no_w2():
+    judge = judge_for("moons", make_reward("right"), "right")
+    (found,) = evaluate({"a": policy()}, None, judge, HOW, 64, 64)
+    assert found.w2_coupled is None and found.w2_exact is None and found.velocity_gap is None
+    assert found.reward.mean == pytest.approx(0.5, abs=0.2)

@@ -1,0 +1,107 @@
+"""A step replayed from a CUDA graph does what a step does: the buffers on a CPU, all of it on a GPU."""
+
+import pytest
+import torch
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.method import graph, noise
+from orwcfm_fast.method.coupling import couple
+from orwcfm_fast.method.step import PolicyOptimizer
+from orwcfm_fast.networks.policy import make_policy
+from orwcfm_fast.settings import Finetune
+
+SETTINGS = Finetune(batch=8, warmup=4, steps_per_round=6)
+
+
+def batch_of(step, n=8, device="cpu", alpha=1.0):
+    index = noise.indices(8 * step, n, device)
+    x1 = noise.normal((1, 8, 8), 7, index, noise.ROLLOUT)
+    w = noise.uniform((1,), 7, index, noise.T)[:, 0] + 0.5
+    return couple(x1, w, alpha, noise.seed_on(0, device), index)
+
+
+def results(learner, batches):
+    found = torch.stack([learner.step(b, noise.seed_on(0, b.x1.device)) for b in batches])
+    return found, [p.detach().clone() for p in learner.parameters]
+
+
+def learner_of(device, **change):
+    policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device(device), "fp32")
+    return PolicyOptimizer(policy, policy.frozen_copy(), SETTINGS.model_copy(update=change))
+
+
+def recorded_late(body):
+    """As `graph.record`, where there is no GPU: kernels run at replay alone, on what the buffers then hold."""
+    found = torch.zeros(3)
+    return lambda: found.copy_(body()), found
+
+
+def test_replayed_steps_read_their_batch_and_seed_anew(monkeypatch):
+    recordings = []
+    monkeypatch.setattr(graph, "record", lambda body: recordings.append(1) or recorded_late(body))
+    batches = [batch_of(k, alpha=0.5 + k) for k in range(6)] + [batch_of(6, 5), batch_of(7, 5), batch_of(8)]
+    plain, learner = learner_of("cpu"), learner_of("cpu")
+    learner.graph = graph.StepGraph()
+    for one in (plain, learner):
+        group = one.optimizer.param_groups[0]
+        group["lr"] = torch.tensor(group["lr"])
+    torch.testing.assert_close(results(learner, batches), results(plain, batches), rtol=0, atol=0)
+    assert len(recordings) == 3, "once, and once more for each change of size"
+
+
+def test_a_step_is_recorded_anew_where_the_optimisers_state_becomes_another(monkeypatch):
+    """A rollback, or a new start: the old recording would go on with moments that nobody reads."""
+    recordings = []
+
+    def record(body):
+        recordings.append(bool(learner.optimizer.state))
+        return recorded_late(body)
+
+    monkeypatch.setattr(graph, "record", record)
+    learner = learner_of("cpu")
+    learner.graph = graph.StepGraph()
+    state = learner.optimizer.state_dict()
+    for again in (
+        learner.start_over,
+        lambda: learner.optimizer.load_state_dict(state) or learner.go_on_from(2),
+    ):
+        results(learner, [batch_of(0), batch_of(1), batch_of(2)])
+        assert recordings == [True], "once, when the state was there"
+        recordings.clear()
+        again()
+
+
+def test_where_memory_runs_out_for_a_recording_half_is_run_once_and_then_recorded(monkeypatch):
+    """Recording a size whose kernels are not loaded yet would load them in the middle of it."""
+    sizes = []
+
+    def record(body):
+        sizes.append(learner.micro_batch)
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return recorded_late(body)
+
+    monkeypatch.setattr(graph, "record", record)
+    learner = learner_of("cpu")
+    learner.graph = graph.StepGraph()
+    results(learner, [batch_of(0), batch_of(1)])
+    assert sizes == [8] and learner.micro_batch == 4, "the second step was run as it is, in halves"
+    results(learner, [batch_of(2)])
+    assert sizes == [8, 4]
+
+
+def test_a_graph_is_refused_without_a_gpu():
+    with pytest.raises(UserError, match="--graph: needs an NVIDIA GPU"):
+        learner_of("cpu", graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_a_graph_takes_the_steps_that_are_taken_without(micro_batch):
+    batches = [batch_of(k, device="cuda", alpha=0.5 + k) for k in range(8)]
+    same_order = torch.backends.cudnn.flags(enabled=True, deterministic=True)
+    with same_order, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = results(learner_of("cuda", micro_batch=micro_batch), batches)
+        found = results(learner_of("cuda", micro_batch=micro_batch, graph=True), batches)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

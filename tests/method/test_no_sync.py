@@ -1,0 +1,115 @@
+"""Nothing in a rollout or a step makes the host wait for the GPU: held on fake CUDA tensors, and on a real one."""
+
+import types
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from orwcfm_fast.method import noise, step
+from orwcfm_fast.method.minibatches import Minibatches
+from orwcfm_fast.method.rollout import draw
+from orwcfm_fast.networks.lora import add_lora
+from orwcfm_fast.networks.policy import make_policy
+from orwcfm_fast.settings import Finetune
+from orwcfm_fast.timing import Phases
+
+CPU = torch.device("cpu")
+LOOKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
+SETTINGS = {"batch": 4, "rollout": 8, "chunk": 4, "steps_per_round": 3, "nfe": 5}
+
+
+class Waited(AssertionError):
+    """The host looked into the GPU's memory, or copied pageable memory of its own there."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses the ops that CUDA's sync debug mode would."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op._schema.name
+        before = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        if "cuda" in before and name in LOOKS:
+            raise Waited(name)
+        found = op(*args, **(kwargs or {}))
+        after = {x.device.type for x in tree_leaves(found) if isinstance(x, torch.Tensor)}
+        if name in ("aten::_to_copy", "aten::copy_") and {"cpu", "cuda"} <= before | after:
+            raise Waited(f"{name} between host and GPU")
+        return found
+
+
+def parts_of_a_round(policy, settings):
+    """Everything between a round's first draw and its last step but the rewards, ready to be run."""
+    learner = step.PolicyOptimizer(policy, policy.frozen_copy(), settings)
+    seed = noise.seed_on(settings.seed, policy.device)
+    minibatches = Minibatches(learner, settings, seed)
+
+    def run():
+        rollout = draw(policy, settings.rollout, 0, settings.seed, settings, settings.chunk)
+        w = torch.ones(settings.rollout, device=policy.device)
+        losses = [learner.step(b, seed) for b in minibatches(rollout, w, settings.alpha, 0)]
+        return torch.stack(losses)
+
+    return run
+
+
+def give_gradients(v, dv, policy):
+    """Not those of v, but as autograd's engine would leave them."""
+    assert v.shape == dv.shape and v.requires_grad
+    for p in policy.network.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.add_(0)
+
+
+def permutation(n, seed, *rest, real=noise.permutation):
+    """Fake tensors of the host have no values either."""
+    return real(n, seed, *rest) if seed.is_cuda else types.SimpleNamespace(tolist=lambda: [*range(n)])
+
+
+@pytest.mark.parametrize("change", [{}, {"lora": 4}, {"reference_passes": 3}, {"micro_batch": 3}], ids=str)
+def test_a_round_never_waits_for_the_device(monkeypatch, change):
+    monkeypatch.setattr(
+        step, "Phases", lambda device: Phases(CPU)
+    )  # no events without a GPU, and no autograd
+    monkeypatch.setattr(torch.Tensor, "backward", lambda v, dv: give_gradients(v, dv, policy))
+    monkeypatch.setattr(noise, "permutation", permutation)
+    settings = Finetune(**SETTINGS | change)
+    policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("meta"), "fp32")
+    if settings.lora:
+        add_lora(policy.network, settings.lora)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        policy.network.to_empty(device="cuda")
+        run = parts_of_a_round(policy, settings)
+        with NoWaiting():
+            losses = run()
+    assert losses.shape == (settings.steps_per_round, 3) and losses.device.type == "cuda"
+
+
+def test_what_waits_is_seen():
+    with FakeTensorMode(), NoWaiting():
+        x, there = torch.zeros(3, device="cuda"), {"device": "cuda"}
+        for wait in (
+            lambda: x.sum().item(),
+            lambda: x[x > 0],
+            lambda: x.cpu(),
+            lambda: torch.zeros(3).to(**there),
+        ):
+            with pytest.raises((Waited, DynamicOutputShapeException)):
+                wait()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_round_runs_with_synchronising_forbidden():
+    device = torch.device("cuda")
+    policy = make_policy("unet-digits", "digits", (1, 8, 8), device, "bf16")
+    run = parts_of_a_round(policy, Finetune(**SETTINGS))
+    run()  # kernels compile, the optimiser makes its state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(losses.isfinite().all())

@@ -1,0 +1,46 @@
+"""Weights: their formulas, their scale, and what is refused."""
+
+import pytest
+import torch
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.method.weighting import check_bounded, effective_sample_size, weigh
+
+R = torch.tensor([0.1, 0.5, 0.9, 0.2])
+
+
+def test_exp_is_the_formula_over_its_mean():
+    raw = (2 * R.double()).exp()
+    assert torch.allclose(weigh(R, 2.0).double(), raw / raw.mean(), rtol=1e-6)
+    assert torch.allclose(weigh(R, 2.0, normalize=False).double(), raw, rtol=1e-6)
+
+
+def test_a_constant_added_to_the_reward_changes_nothing():
+    assert torch.allclose(weigh(R, 2.0), weigh(R + 5000, 2.0), rtol=1e-3)
+
+
+def test_advantage_ignores_scale_and_shift_of_the_reward():
+    assert torch.allclose(weigh(R, 1.0, "advantage"), weigh(40 * R - 3, 1.0, "advantage"), rtol=1e-5)
+
+
+def test_linear_is_reward_over_mean_and_refuses_what_has_none():
+    assert torch.allclose(weigh(R, 0.5, "linear"), R / R.mean())
+    for bad in (torch.tensor([1.0, -0.1]), torch.zeros(3)):
+        with pytest.raises(UserError, match="use exp"):
+            weigh(bad, 0.5, "linear")
+
+
+def test_overflow_of_raw_weights_is_named():
+    with pytest.raises(UserError, match="overflow"):
+        weigh(torch.tensor([500.0, 1.0]), 1.0, normalize=False)
+
+
+def test_effective_sample_size_counts_equal_weights_fully_and_one_weight_once():
+    assert effective_sample_size(torch.full((7,), 0.3)) == pytest.approx(7)
+    assert effective_sample_size(torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(1)
+
+
+def test_unbounded_loss_is_refused_with_the_alpha_needed():
+    check_bounded(torch.tensor([-0.4, 1.0]), 0.5)
+    with pytest.raises(UserError, match=r"α > 0\.6"):
+        check_bounded(torch.tensor([-0.6, 1.0]), 0.5)

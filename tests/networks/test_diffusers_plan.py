@@ -1,0 +1,164 @@
+"""`doctor --plan` of a pipeline: from its configurations alone, and what a run of it then takes."""
+
+import copy
+import json
+import re
+import shlex
+import shutil
+from contextlib import nullcontext
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from orwcfm_fast.cli.machine import _show_plan
+from orwcfm_fast.evaluation.evaluate import evaluate
+from orwcfm_fast.evaluation.held_out import judge_for
+from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.planning.as_cuda import AutocastAsOnCuda
+from orwcfm_fast.planning.course import allocations
+from orwcfm_fast.planning.pipeline import Meter, plan_pipeline
+from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.settings import Finetune
+
+CPU = torch.device("cpu")
+SHORT = dict(device="cpu", precision="fp32", prompt_tokens=6, probe=4, steps_per_round=2, nfe=4, chunk=4)
+
+
+def measured(s: Finetune) -> int:
+    """Peak of torch's own accounting of CPU memory over two whole rounds, and what was there before."""
+    policy = Loader(CPU, "fp32", how=s).load(s.model).policy
+    parts = [x for m in (policy.network, policy.pipeline.vae) for x in (*m.parameters(), *m.buffers())]
+    before = sum(x.nbytes for x in parts) + policy.conditions.nbytes
+
+    def rounds():
+        loop = Trainer(policy, make_reward("brightness"), s)
+        for _ in range(2):
+            loop.one_round()
+
+    return before + max(accumulate(allocations(rounds, CPU)))
+
+
+CASES = [
+    ("flux", dict(batch=8, rollout=4, image_size=32, gradient_checkpointing=True)),
+    pytest.param("flux", dict(batch=2, rollout=16, image_size=32), marks=pytest.mark.soak),
+    pytest.param("sd3", dict(batch=8, rollout=8, image_size=16), marks=pytest.mark.soak),
+    pytest.param(
+        "sd3", dict(batch=8, rollout=8, micro_batch=4, image_size=16, guidance=2.0), marks=pytest.mark.soak
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), CASES, ids=str)
+def test_predicted_memory_is_what_torch_then_allocates(kind, sizes, pipeline_folder, prompts_file, capsys):
+    s = Finetune(
+        model=f"diffusers:{pipeline_folder(kind)}", prompts=str(prompts_file), lora=8, **SHORT | sizes
+    )
+    plans = plan_pipeline(s)
+    assert [*plans] == ["all weights", "adapters of rank 8"]
+    for plan, rank in zip(plans.values(), (0, 8), strict=True):
+        ours = max(bytes for phase, bytes in plan.phases.items() if phase not in ("encoding", "evaluation"))
+        theirs = measured(s.model_copy(update={"lora": rank}))
+        print(
+            f"{kind} {sizes} rank {rank}: predicted {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB"
+        )
+        assert abs(ours / theirs - 1) <= 0.15
+        _show_plan(plan, s)
+        table = capsys.readouterr().out
+        for word in (
+            "VAE",
+            "step: activations, micro-batch",
+            "encoding: text_encoder_2",
+            "probe: sampling or decoding",
+            "evaluation: sampling, decoding or figures",
+            "peak, in the",
+            "fits with",
+        ):
+            assert word in table, word
+
+
+def test_the_closing_evaluation_and_a_ranks_share_are_in_the_plan(pipeline_folder, prompts_file):
+    sizes = dict(batch=8, rollout=8, image_size=32, eval_n=48, lora=8)
+    s = Finetune(model=f"diffusers:{pipeline_folder('sd3')}", prompts=str(prompts_file), **SHORT | sizes)
+    plan = plan_pipeline(s)["adapters of rank 8"]
+    policy = Loader(CPU, "fp32", how=s).load(s.model).policy
+    loop = Trainer(policy, make_reward("brightness"), s)
+    judge = judge_for(policy.data, make_reward("brightness"), "brightness")
+    models = {"before": loop.reference, "after": policy}
+
+    def closing():
+        evaluate(models, loop.reference, judge, s, s.eval_n, s.chunk)
+
+    closing()  # what torch builds on first use
+    theirs = max(accumulate(allocations(closing, CPU)))
+    ours = sum(plan.evaluation.values())
+    print(f"closing evaluation: predicted {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB")
+    assert 0.95 <= ours / theirs <= 2
+    assert (
+        sum(plan_pipeline(s.model_copy(update={"eval_n": 480}))["all weights"].evaluation.values()) > 4 * ours
+    )
+    many = plan_pipeline(s, ranks=8)["all weights"]
+    alone = plan_pipeline(s.model_copy(update={"batch": 1}))["all weights"]
+    assert many.step == alone.step and many.micro_batch == 1, (
+        "an eighth of the batch; the exchange needs less"
+    )
+
+
+def test_the_readmes_plan_needs_configurations_alone(run_cli, pipeline_folder, tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    command = shlex.split(
+        re.search(r"\norwcfm (doctor --plan --model diffusers:.*FLUX.*)\n", readme).group(1)
+    )
+    folder = tmp_path / "bare"
+    weights = shutil.ignore_patterns("*.safetensors", "tokenizer.json")
+    shutil.copytree(pipeline_folder("flux"), folder, ignore=weights)
+    named = [f"diffusers:{folder}" if part.startswith("diffusers:") else part for part in command]
+    planned = run_cli(*named, "--image-size", 32, "--prompt-tokens", 6, "--lora", 4, "--json")
+    assert planned.code == 0, planned.err
+    found = json.loads(planned.out)
+    whole, adapted = found["all weights"], found["adapters of rank 4"]
+    assert (
+        whole["fits"] and whole["limit"] == 80 << 30 and whole["micro_batch"] == adapted["micro_batch"] == 8
+    )
+    assert whole["held"]["transformer"] == whole["held"]["reference"] == 2 * adapted["held"]["transformer"]
+    assert adapted["held"]["reference"] == 0 < whole["encoding"]["text_encoder_2"]
+    refused = run_cli("doctor", "--plan", "--model", "mlp", "--gpu-gib", 24)
+    assert refused.code == 2 and "--gpu-gib" in refused.err and refused.err.count("\n") == 1
+
+
+def flash(query, key, value, *args, **more):
+    """Keeps for the way back what flash attention does; of fakes, CUDA's would be another kernel."""
+    with torch.autocast(query.device.type, enabled=False):
+        q, k, v = (x.to(torch.bfloat16) for x in (query, key, value))
+        return q + k + v
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # a CPU's own norm is the slower for it
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_planned_for_a_gpu_a_step_keeps_what_autocast_there_keeps(
+    kind, pipeline_folder, prompts_file, monkeypatch
+):
+    common = torch.cuda.amp.common
+    if not hasattr(common, "amp_definitely_not_available"):
+        pytest.skip("this torch has another way to see that there is no GPU")
+    monkeypatch.setattr(common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **more: True)
+    s = Finetune(model=f"diffusers:{pipeline_folder(kind)}", prompts=str(prompts_file), **SHORT)
+    policy = Loader(CPU, "fp32", how=s).load(s.model).policy
+    embeddings = policy.conditions.look_up(torch.tensor([0]))
+    shapes = [policy.shape, *(x.shape[1:] for x in embeddings)]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
+    kept = {}
+    for device, mode in (("cuda", nullcontext), ("cpu", AutocastAsOnCuda), ("cpu", nullcontext)):
+        network = copy.deepcopy(policy.network).to("meta")
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            network.to_empty(device=device)
+            like = [torch.empty(2, *shape, device=device) for shape in shapes]
+            with mode(), Meter() as meter, torch.autocast(device, torch.bfloat16):
+                found = network(torch.empty(2, device=device), *like)
+            kept[device, mode] = sum(meter.changes)
+            del found
+    assert kept["cpu", AutocastAsOnCuda] == kept["cuda", nullcontext] > kept["cpu", nullcontext]

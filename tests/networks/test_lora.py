@@ -1,0 +1,145 @@
+"""Low-rank adapters: one base for policy and reference, the same gradients, checkpoints that stand alone."""
+
+import copy
+
+import pytest
+import torch
+
+from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.method.rollout import sample, start_noise
+from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.networks import lora
+from orwcfm_fast.networks.models import build_network
+from orwcfm_fast.networks.policy import make_policy
+from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.settings import Finetune
+
+CPU = torch.device("cpu")
+SMALL = Finetune(
+    lora=4, rollout=32, batch=16, steps_per_round=3, probe=8, rounds=2, lr=1e-2, warmup=0, nfe=6, tau=2.0
+)
+SHAPES = {"mlp": (2,), "unet-digits": (1, 8, 8)}
+
+
+def policy_of(model):
+    """Fresh weights, the zero layers too, so that every adapter has something to add to."""
+    policy = make_policy(model, "digits" if len(SHAPES[model]) == 3 else "moons", SHAPES[model], CPU)
+    with torch.no_grad():
+        for p in policy.network.parameters():
+            if not p.any():
+                p.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    return policy
+
+
+def brighter(x):
+    return x.flatten(1).mean(1)
+
+
+def disturb(network):
+    """As training does: B away from zero."""
+    with torch.no_grad():
+        for key, p in network.named_parameters():
+            if key.endswith("lora_B.weight"):
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_policy_starts_as_its_reference_and_reference_stays_what_it_was(model):
+    policy = policy_of(model)
+    x = start_noise(policy, 4, 0)
+    before = policy.velocity(0.5, x)
+    lora.add_lora(policy.network, 4)
+    reference = policy.frozen_copy()
+    assert torch.allclose(policy.velocity(0.5, x), before, atol=1e-5)
+    disturb(policy.network)
+    assert torch.allclose(reference.velocity(0.5, x), before, atol=1e-5)
+    assert not torch.allclose(policy.velocity(0.5, x), before, atol=1e-3)
+    shared = {p.data_ptr() for p in reference.network.parameters()}
+    assert {p.data_ptr() for p in policy.network.parameters()} == shared
+
+
+@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("t", [0.3, "each"], ids=["one-time", "each-its-time"])
+def test_merged_weights_have_the_same_velocity(model, t):
+    policy = policy_of(model)
+    lora.add_lora(policy.network, 4, scale=0.5)
+    disturb(policy.network)
+    plain = build_network(model, SHAPES[model]).eval()
+    plain.load_state_dict(policy.weights())
+    x = start_noise(policy, 4, 0)
+    times = torch.tensor([0.1, 0.4, 0.6, 0.9]) if t == "each" else torch.full((4,), t)
+    with torch.no_grad():
+        assert torch.allclose(policy.velocity(times if t == "each" else t, x), plain(times, x), atol=2e-5)
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_only_adapters_learn_and_their_gradients_are_those_of_the_sum(model):
+    """∂L/∂A = Bᵀ·∂L/∂W, for every layer, against a plain network with the merged weights."""
+    policy = policy_of(model)
+    plain = copy.deepcopy(policy.network)
+    lora.add_lora(policy.network, 4)
+    disturb(policy.network)
+    plain.load_state_dict(policy.weights())
+    x, t = start_noise(policy, 8, 0), torch.linspace(0.1, 0.9, 8)
+    policy.velocity(t, x).square().sum().backward()
+    plain(t, x).square().sum().backward()
+    adapters = lora.adapters_of(policy.network)
+    for name in adapters.names:
+        layer, weight = policy.network.get_submodule(name), plain.get_submodule(name).weight
+        expected = layer.lora_B.weight.flatten(1).T @ weight.grad.flatten(1)
+        got = layer.lora_A.weight.grad.flatten(1)
+        assert torch.allclose(got, expected, atol=1e-3 * expected.detach().abs().max().item() + 1e-6), name
+    assert all(p.grad is None for k, p in policy.network.named_parameters() if not k.endswith(lora.KEYS))
+
+
+def test_a_run_leaves_the_base_alone_and_its_checkpoint_is_a_plain_model(tmp_path):
+    policy = policy_of("unet-digits")
+    base = {k: v.clone() for k, v in policy.network.state_dict().items()}
+    trainer = Trainer(policy, brighter, SMALL)
+    records = [*trainer.train(2)]
+    assert records[-1]["w2_coupled"] > 0
+    assert all(torch.equal(v, base[k]) for k, v in trainer.reference.weights().items())
+    trainer.save(tmp_path / "step_6", {})
+    loaded = Loader(CPU, "fp32").load(str(tmp_path / "step_6")).policy
+    x0 = start_noise(policy, 8, 3)
+    assert torch.allclose(sample(loaded, x0, SMALL, 8), sample(policy, x0, SMALL, 8), atol=1e-4)
+    found = checkpoint.load(tmp_path / "step_6")
+    assert set(found.tensors["lora"]) == {f"{n}.{w}" for n in lora.adapters_of(policy.network).names
+                                          for w in ("lora_A.weight", "lora_B.weight")}  # fmt: skip
+
+
+def test_resume_is_exact(tmp_path):
+    whole = Trainer(policy_of("unet-digits"), brighter, SMALL)
+    [*whole.train(2)]
+    half = Trainer(policy_of("unet-digits"), brighter, SMALL)
+    [*half.train(1)]
+    half.save(tmp_path / "step_3", {})
+    again = Trainer(policy_of("unet-digits"), brighter, SMALL)
+    again.restore(checkpoint.load(tmp_path / "step_3"))
+    [*again.train(2)]
+    one, two = (lora.lora_state(t.policy.network) for t in (whole, again))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_copies_have_adapters_of_their_own():
+    policy = policy_of("mlp")
+    lora.add_lora(policy.network, 4)
+    disturb(policy.network)
+    twin, x, t = copy.deepcopy(policy.network), torch.randn(3, 2), torch.full((3,), 0.5)
+    with lora.base_only(twin):
+        assert not torch.allclose(twin(t, x), policy.network(t, x))
+    assert torch.equal(twin(t, x), policy.network(t, x))
+
+
+def test_bad_input_is_refused():
+    policy = policy_of("mlp")
+    with pytest.raises(UserError, match="lower rank"):
+        lora.add_lora(policy.network, 1000)
+    lora.add_lora(policy.network, 4)
+    with pytest.raises(UserError, match="already"):
+        lora.add_lora(policy.network, 4)
+    other = policy_of("mlp")
+    lora.add_lora(other.network, 2)
+    with pytest.raises(UserError, match="rank"):
+        lora.load_lora(policy.network, lora.lora_state(other.network), "file")

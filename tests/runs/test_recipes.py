@@ -1,0 +1,190 @@
+"""Every recipe from pretraining to the closing table, at reduced size, on files of the true format."""
+
+import hashlib
+import json
+import pickle
+import struct
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from orwcfm_fast.runs.recipe import FOLDER, RECIPES
+from orwcfm_fast.settings import Finetune, Pretrain, build
+
+FEW = ("--steps", 2, "--batch", 2, "--quiet")
+SMALL = (
+    "--rounds",
+    1,
+    "--rollout",
+    4,
+    "--batch",
+    2,
+    "--steps-per-round",
+    2,
+    "--nfe",
+    4,
+    "--eval-n",
+    4,
+    "--probe",
+    2,
+)
+SMALL += ("--quiet",)
+
+
+@pytest.fixture
+def small_cifar_network():
+    """A preset of CIFAR's shape that costs nothing; the full one has its own test on the main path."""
+    from orwcfm_fast.networks.models import MODELS, _unet
+
+    MODELS.register("unet-cifar10-tiny")(
+        lambda shape: _unet(
+            "unet-cifar10-tiny", (3, 32, 32), shape,
+            num_channels=32, num_res_blocks=1, channel_mult=(1, 1, 1), attention_resolutions="4",
+        )
+    )  # fmt: skip
+    yield "unet-cifar10-tiny"
+    MODELS._entries.pop("unet-cifar10-tiny")
+
+
+@pytest.fixture
+def mnist(tmp_path) -> Path:
+    """idx files of scikit-learn's digits enlarged to 28×28, so that a classifier can learn them."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    x = torch.as_tensor(found.data, dtype=torch.float32).view(-1, 1, 8, 8) * 255 / 16
+    pixels = F.interpolate(x, (28, 28), mode="bilinear").byte().numpy().tobytes() * 2
+    labels = found.target.astype(np.uint8).tobytes() * 2
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 2051, len(labels), 28, 28) + pixels
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, len(labels)) + labels)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch) -> Path:
+    """CIFAR-10's pickled batches, with torchvision told the md5 of these."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+
+    def write(name: str, content: dict) -> list[str]:
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return [name, hashlib.md5(data).hexdigest()]
+
+    batches = [
+        write(name, {"data": random.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [3, 5, 0, 9]})
+        for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+    ]
+    meta = write("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(CIFAR10, "train_list", batches[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", batches[5:])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    return tmp_path / "data"
+
+
+def finished(run: str) -> dict:
+    metrics = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 1
+    return tomllib.loads(Path(run, "config.toml").read_text()) | json.loads(
+        Path(run, "summary.json").read_text()
+    )
+
+
+def test_every_recipe_is_tested_listed_and_made_of_known_settings(run_cli):
+    assert set(RECIPES.names()) == {"mnist-even", "cifar10-compress", "cifar10-clip"}
+    listed = run_cli("list", "recipes").out
+    for name in RECIPES.names():
+        recipe = RECIPES.get(name)
+        assert not build(Finetune, recipe.finetune).normalize_weights, "raw weights, as in the paper"
+        assert build(Pretrain, recipe.pretrain).data == recipe.finetune["data"]
+        assert name in listed and recipe.title in listed and recipe.sweep["alpha"][0] == 0
+        assert "paper's figure shows" in (FOLDER / f"{name}.toml").read_text()
+    clip = RECIPES.get("cifar10-clip")
+    assert clip.pretrain == RECIPES.get("cifar10-compress").pretrain
+    torchcfm = {"steps": 400001, "batch": 128, "lr": 2e-4, "warmup": 5000, "ema": 0.9999, "grad_clip": 1.0}
+    assert torchcfm.items() <= clip.pretrain.items() and clip.pretrain["flip"]
+
+
+@pytest.mark.slow
+def test_mnist_even(run_cli, mnist, cache):
+    made = run_cli("pretrain", "--recipe", "mnist-even", "--data-dir", mnist, *FEW)
+    assert made.code == 0, made.err
+    made = run_cli("finetune", "--recipe", "mnist-even", "--alpha", 0.2, "--data-dir", mnist, *SMALL)
+    assert made.code == 0, made.err
+    found = finished("runs/mnist-even-digits-a0.2-t0.5-001")
+    assert found["model"] == "unet-mnist" and found["lr"] == 2e-4 and found["normalize_weights"] is False
+    assert found["checkpoint"] == "runs/pretrain-mnist-001" and found["alpha"] == 0.2
+    assert 0 <= found["after"]["reward"]["mean"] <= 1
+    assert (cache / "mnist-classifier" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_cifar10_compress_and_clip(run_cli, cifar, clip_folder, small_cifar_network):
+    pretrain = (
+        "pretrain",
+        "--recipe",
+        "cifar10-compress",
+        "--data-dir",
+        cifar,
+        "--model",
+        small_cifar_network,
+    )
+    made = run_cli(*pretrain, *FEW)
+    assert made.code == 0, made.err
+    assert "flip = true" in Path("runs/pretrain-cifar10-001/config.toml").read_text()
+    made = run_cli("finetune", "--recipe", "cifar10-compress", *SMALL)
+    assert made.code == 0, made.err
+    assert finished("runs/cifar10-jpeg-compressibility-a1-t0.5-001")["after"]["reward"]["mean"] < -0.6
+    Path("mine.toml").write_text("tau = 2.0\nalpha = 0.3\n")
+    clip = ("--clip-model", f"local-dir:{clip_folder()}", "--config", "mine.toml", "--alpha", 0.1)
+    made = run_cli("finetune", "--recipe", "cifar10-clip", *clip, *SMALL)
+    assert made.code == 0, made.err
+    found = finished("runs/cifar10-clip-a0.1-t2-001")
+    assert found["prompt"] == ["An image of dog"] and found["negative"] == ["Not an image of dog"]
+    assert (found["tau"], found["alpha"], found["warmup"]) == (2.0, 0.1, 500), (
+        "flags > config > recipe > defaults"
+    )
+
+
+def test_recipes_that_cannot_run_are_one_line_and_nothing_is_written(run_cli):
+    for args, message in (
+        (("finetune", "--recipe", "cifar-clip"), "did you mean 'cifar10-clip'? (orwcfm list recipes)"),
+        (("pretrain", "--recipe", "mnist"), "did you mean 'mnist-even'"),
+        (("finetune", "--recipe", "mnist-even"), "first orwcfm pretrain --recipe mnist-even"),
+        (
+            ("finetune", "--recipe", "mnist-even", "--resume", "x"),
+            "leave out --config, --out, --overwrite, --recipe",
+        ),
+        (("pretrain", "--data", "moons", "--flip"), "mirrors images; 'moons' has vectors"),
+    ):
+        result = run_cli(*args)
+        assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result.err
+        assert not any(Path().iterdir())
+
+
+def test_half_of_the_images_are_mirrored_the_same_ones_again(monkeypatch):
+    from orwcfm_fast.method import pretrain as module
+    from orwcfm_fast.networks.policy import make_policy
+
+    seen = []
+    real = module.interpolate
+    monkeypatch.setattr(module, "interpolate", lambda x1, *rest: seen.append(x1.clone()) or real(x1, *rest))
+    image = torch.linspace(-1, 1, 8).expand(1, 1, 8, 8)
+    policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("cpu"))
+    for _ in range(2):
+        module.Pretrainer(policy, image, Pretrain(flip=True, batch=256, steps=1)).step()
+    rising = seen[0][:, 0, 0, 7] > 0
+    assert 96 <= int(rising.sum()) <= 160 and torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0][~rising][0], image[0].flip(-1))
