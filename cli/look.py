@@ -12,7 +12,7 @@ from orwcfm_fast.cli.common import Config, Debug, Json, Model, Out, Overwrite, Q
 from orwcfm_fast.cli.console import progress, say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.settings import ASKING, Evaluation, RewardOptions, Sample, Settings
+from orwcfm_fast.settings import REWARD_CALL, Evaluation, RewardOptions, Sample, Settings
 
 if TYPE_CHECKING:
     from orwcfm_fast.rewards import RewardSum
@@ -103,8 +103,8 @@ def evaluate(
     times(s.nfe, s.solver, s.grid)
     loader = Loader(resolve_device(s.device), s.precision, preset, data, how=s)
     if s.reward:  # the model may bring prompts
-        make_reward(s.reward, s.of_prompts())
-    make_holdout(s.of_prompts())
+        make_reward(s.reward, s.with_prompts())
+    make_holdout(s.with_prompts())
     found = [load(loader, spec, quiet) for spec in models or [""]]
     for item in found:
         say(f"model: {item.name}", quiet)
@@ -145,13 +145,13 @@ def reward_options(s: RewardOptions, found: "Loaded") -> RewardOptions:
     if not s.reward and found.run:
         config = found.run.config
         names = RewardOptions.model_fields.keys() - Settings.model_fields.keys()
-        keep = ASKING & s.model_fields_set | ({"holdout_reward"} if s.holdout_reward else set())
+        keep = REWARD_CALL & s.model_fields_set | ({"holdout_reward"} if s.holdout_reward else set())
         written = {k: v for k, v in read_toml(config).items() if k in names - keep}
         written = {k: v for k, v in build(RewardOptions, written, where=f"{config}: ") if k in written}
         for key in ("reward", "holdout_reward"):
             check_code_named(written.get(key, []), (), config, key)
         s = s.model_copy(update=written)
-    s = s.of_prompts() if found.policy.conditions else s
+    s = s.with_prompts() if found.policy.conditions else s
     return s if s.reward else s.model_copy(update={"reward": [own_reward(found.policy)]})
 
 

@@ -14,7 +14,7 @@ from orwcfm_fast.cli.look import Data, Preset, load, reward_for
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.reporting.table import number
-from orwcfm_fast.settings import ASKING, Finetune, Predict
+from orwcfm_fast.settings import REWARD_CALL, Finetune, Predict
 
 if TYPE_CHECKING:
     from orwcfm_fast.theory import Recursion
@@ -63,7 +63,7 @@ def predict(
 
         def reward_of(run: Finetune) -> RewardSum:
             check_code_named(run.reward, s.reward, versus)
-            own = {key: getattr(s, key) for key in ASKING & s.model_fields_set}
+            own = {key: getattr(s, key) for key in REWARD_CALL & s.model_fields_set}
             return make_reward(run.reward, run.model_copy(update=own))
 
         found = prediction.versus(versus, lambda spec: loader.load(spec).policy, reward_of, s)

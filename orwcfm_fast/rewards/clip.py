@@ -118,7 +118,7 @@ def clip(argument: str, options: RewardOptions) -> Score:
     given = [text.strip() for text in argument.split("|")] if argument else []
     positive, negative = given[:1] or options.prompt, given[1:] or options.negative
     texts = (*positive, *negative)
-    if not texts and options.prompted:
+    if not texts and options.has_prompts:
         return _own_prompt(clip_of(options))
     if not positive or not all(text.strip() for text in texts):
         raise UserError(

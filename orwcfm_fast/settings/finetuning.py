@@ -1,0 +1,153 @@
+"""Settings of `orwcfm finetune` and `orwcfm sweep`; the defaults are those of the digits run."""
+
+from typing import Literal
+
+from orwcfm_fast.settings.declare import setting
+from orwcfm_fast.settings.method import MethodGrid, OnlineMethod
+from orwcfm_fast.settings.rewards import RewardOptions
+from orwcfm_fast.settings.sampling import Sampling
+from orwcfm_fast.settings.training import Training
+
+Best = Literal["reward_mean", "reward_max", "ess", "diversity", "w2_coupled", "none"]
+
+
+class Finetune(Training, Sampling, RewardOptions, OnlineMethod):
+    """Settings of `orwcfm finetune`."""
+
+    checkpoint: str = setting(
+        "",
+        panel="Model and data",
+        help="pretrained model: a run, a checkpoint, a .pt file of torchcfm or a preset",
+        default_text="the digits model",
+        metavar="MODEL",
+    )
+    model: str = setting(
+        "",
+        panel="Model and data",
+        help="preset of a .pt file (orwcfm list models), or diffusers:FOLDER_OR_ID for a pipeline",
+        default_text="the one of the checkpoint",
+        metavar="NAME",
+        complete="models",
+    )
+    data: str = setting(
+        "",
+        panel="Model and data",
+        help="dataset on which a .pt file was trained",
+        default_text="the one of the checkpoint",
+        metavar="NAME",
+        complete="data",
+    )
+    coupling: Literal["independent", "ot"] = setting(
+        "independent",
+        panel="Method",
+        help="how noise and samples are paired: independent, or ot, minibatch optimal transport",
+    )
+    target_w2: float | None = setting(
+        None,
+        panel="Method",
+        help="choose α anew every round so that the coupled W2 reaches this value and stays there",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    standardize_rewards: bool = setting(
+        False,
+        panel="Reward",
+        help="several rewards: standardise each over the round before they are added up",
+    )
+    rollout: int = setting(1536, panel="Sampling", help="number of samples drawn in a round", ge=2)
+    steps_per_round: int = setting(112, panel="Training", help="number of gradient steps in a round", ge=1)
+    cooldown: float = setting(
+        0.5,
+        panel="Training",
+        help="share of the steps, at the end of each round, over which the learning rate falls to zero",
+        ge=0,
+        le=1,
+    )
+    reference_passes: int = setting(
+        1,
+        panel="Training",
+        help="passes over the draws of a round; the reference is evaluated in the first alone",
+        ge=1,
+    )
+    pair: bool = setting(
+        False,
+        panel="Training",
+        help="evaluate policy and reference in one batched call; slower on every CPU measured",
+    )
+    graph: bool = setting(
+        False,
+        panel="Training",
+        help='one GPU: replay each gradient step as one CUDA graph (its time is reported under "policy")',
+    )
+    micro_batch: int = setting(
+        0,
+        panel="Training",
+        help="number of samples that a gradient step holds in memory at once; halved when memory runs out",
+        default_text="the whole batch",
+        ge=0,
+    )
+    lora: int = setting(
+        0,
+        panel="Large models",
+        help="rank of low-rank adapters",
+        default_text="train all weights",
+        ge=0,
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        panel="Large models",
+        help="recompute activations in the backward pass, which saves memory and costs time",
+    )
+    guard: Literal["warn", "stop", "rollback", "off"] = setting(
+        "warn",
+        panel="Safety",
+        help="when a limit below is passed: warn, stop, or rollback to the last good checkpoint with a milder τ "
+        "or α; a value that is not finite always stops the run or rolls it back",
+    )
+    guard_ess: float = setting(
+        0.2, panel="Safety", help="least effective sample size, as a share of the rollout", ge=0, le=1
+    )
+    guard_w2: float | None = setting(
+        None,
+        panel="Safety",
+        help="greatest coupled W2",
+        default_text="0.7 of the mean distance of two reference samples",
+        gt=0,
+    )
+    guard_diversity: float = setting(
+        0.85, panel="Safety", help="least diversity, as a share of the diversity of the reference", ge=0
+    )
+    probe: int = setting(
+        128,
+        panel="Output",
+        help="number of samples, from the same noise every round, on which W2 and the pictures are made",
+        ge=2,
+    )
+    eval_n: int = setting(2048, panel="Output", help="number of held-out samples of the closing table", ge=4)
+    save_every: int = setting(1, panel="Output", help="number of rounds between checkpoints", ge=1)
+    keep: int = setting(2, panel="Output", help="number of newest checkpoints to keep", ge=1)
+    best: Best = setting(
+        "reward_mean", panel="Output", help="keep the checkpoint with the best value of this metric as well"
+    )
+    log: list[str] = setting(
+        [],
+        panel="Output",
+        help="log to tensorboard, wandb or wandb:PROJECT as well; may be repeated",
+        metavar="LOGGER",
+    )
+
+    @property
+    def draws(self) -> int:
+        """Minibatches drawn in a round; its other gradient steps take them again."""
+        return -(-self.steps_per_round // self.reference_passes)
+
+
+class Sweep(MethodGrid, Finetune):  # type: ignore[misc]
+    """Settings of `orwcfm sweep`: those of each run, with lists where the grid has several values."""
+
+    set: list[str] = setting(
+        [],
+        panel="Method",
+        help="values of any other setting, as in --set lr=1e-3,3e-4; may be repeated",
+        metavar="KEY=V1,V2",
+    )

@@ -1,0 +1,99 @@
+"""Settings of the reward, and of the rewards that need more than a name."""
+
+from typing import Literal, Self
+
+from pydantic import PrivateAttr
+
+from orwcfm_fast.settings.declare import DataFolder, setting
+
+REWARD_CALL = {"reward_batch", "reward_timeout"}
+"""Settings of how a reward is called; they do not change its values."""
+
+
+class RewardOptions(DataFolder):
+    """Which reward, and what some rewards need besides their name."""
+
+    _with_prompts: bool = PrivateAttr(False)
+
+    reward: list[str] = setting(
+        [],
+        panel="Reward",
+        help="reward to raise: NAME[:ARGUMENT][=WEIGHT], file.py:function or package.module:function; "
+        "repeat the option to add several up",
+        default_text="the one of the data",
+        metavar="NAME",
+        complete="rewards",
+    )
+    holdout_reward: list[str] = setting(
+        [],
+        panel="Reward",
+        help="reward that is measured every round and never trained on, to show reward hacking; may be repeated",
+        metavar="NAME",
+        complete="rewards",
+    )
+    reward_batch: int = setting(
+        0,
+        panel="Reward",
+        help="maximum batch size of a reward call; halved when memory runs out",
+        default_text="all samples at once",
+        ge=0,
+    )
+    reward_timeout: float = setting(
+        600.0,
+        panel="Reward",
+        help="process rewards: seconds to wait for an answer of the worker process",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    prompt: list[str] = setting(
+        [], panel="Reward", help="clip reward: text that the image should match; may be repeated"
+    )
+    negative: list[str] = setting(
+        [], panel="Reward", help="clip reward: text that the image should not match; may be repeated"
+    )
+    clip_score: Literal["probability", "cosine"] = setting(
+        "probability",
+        panel="Reward",
+        help="clip reward: probability of the prompts minus that of the negatives, or the mean cosine similarity",
+    )
+    clip_model: str = setting(
+        "ViT-B-32",
+        panel="Reward",
+        help="clip reward: architecture of open_clip, or local-dir:FOLDER",
+        metavar="NAME",
+    )
+    clip_weights: str = setting(
+        "openai",
+        panel="Reward",
+        help="clip reward: pretrained weights of open_clip by name, or a file",
+        metavar="NAME",
+    )
+    clip_precision: Literal["fp32", "bf16"] = setting(
+        "fp32",
+        panel="Reward",
+        help="clip reward: number format; bf16 is faster on a GPU and changes features by about 0.5 %",
+    )
+    classifier_size: int = setting(
+        0,
+        panel="Reward",
+        help="classifier reward: side in pixels to which images are resized",
+        default_text="the architecture's own",
+        ge=0,
+    )
+    classifier_pixels: Literal["own", "half", "unit"] = setting(
+        "own",
+        panel="Reward",
+        help="classifier reward: range of the pixels: own is the architecture's own mean and deviation, "
+        "half is [-1, 1], unit is [0, 1]",
+    )
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the samples have prompts of their own, which rewards may read."""
+        return self._with_prompts or bool(getattr(self, "prompts", ""))
+
+    def with_prompts(self) -> Self:
+        """The same settings for a model that brings its prompts with it."""
+        changed = self.model_copy()
+        changed._with_prompts = True
+        return changed
