@@ -123,10 +123,10 @@ def closing(result: "Result") -> None:
         say("of it, rewards: " + ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in each.items()))
     if forecast := result.forecast():
         say(forecast)
-    if fell := result.fell():
-        say(fell)
+    if drop := result.reward_drop():
+        say(drop)
     lower = result.lower_alpha()
-    more = "" if lower is None or fell else f" · orwcfm finetune --alpha {lower:g} (more reward, more drift)"
+    more = "" if lower is None or drop else f" · orwcfm finetune --alpha {lower:g} (more reward, more drift)"
     say(
         f"look at {result.run.path / 'report.html'} and {result.run.samples / 'before_after.png'}\n"
         f"next: orwcfm sample · orwcfm evaluate{more}"

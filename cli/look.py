@@ -92,7 +92,7 @@ def evaluate(
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.evaluation.evaluate import evaluate as measure
     from orwcfm_fast.evaluation.evaluate import target_for
-    from orwcfm_fast.evaluation.held_out import judge_for
+    from orwcfm_fast.evaluation.held_out import evaluator_for
     from orwcfm_fast.method.samplers import times
     from orwcfm_fast.networks.lora import adapters_of
     from orwcfm_fast.rewards import make_holdout, make_reward
@@ -125,10 +125,17 @@ def evaluate(
     if anchor and not reference:
         policies = {"reference": anchor, **policies}
     known = first.policy.data
-    judge = judge_for(known, reward, reward.name, holdout, s.features, s)
+    evaluator = evaluator_for(known, reward, reward.name, holdout, s.features, s)
     target = target_for(s.against, known, s.n, s.data_dir)
     measures = measure(
-        policies, anchor, judge, s, s.n, s.chunk, target=target, against_reference=s.against == "reference"
+        policies,
+        anchor,
+        evaluator,
+        s,
+        s.n,
+        s.chunk,
+        target=target,
+        against_reference=s.against == "reference",
     )
     if as_json:
         print(json.dumps({"reward": reward.name, "models": [m.to_dict() for m in measures]}, indent=1))

@@ -106,7 +106,7 @@ def _plan(s: Finetune, gpu_gib: float | None, ranks: int, as_json: bool) -> None
                 "--gpu-gib: plans a diffusers pipeline; other models are probed on the device here"
             )
         else:
-            from orwcfm_fast.planning.measured import plan_run
+            from orwcfm_fast.planning.network import plan_run
 
             plans = {"": plan_run(s, ranks)}
     if as_json:

@@ -13,7 +13,7 @@ from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.features import decoded_features
 from orwcfm_fast.evaluation.fidelity import FIDELITY_MIN, fidelity, mode_coverage, vendi_score
-from orwcfm_fast.evaluation.held_out import GAP_MAX, Drawn, HeldOutMeasures, draw_held_out
+from orwcfm_fast.evaluation.held_out import VELOCITY_GAP_SAMPLES, Evaluator, HeldOutSamples, draw_held_out
 from orwcfm_fast.evaluation.intervals import Interval, half_sampled, mean_pairwise_distance
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.rollout import sample, start_conditions, start_noise
@@ -21,8 +21,8 @@ from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import Scores
 from orwcfm_fast.settings import Sampling
 
-EXACT_W2_MAX = 2048
-SPREAD_MAX = 2048
+EXACT_W2_SAMPLES = 2048
+DIVERSITY_SAMPLES = 2048
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class Target:
+class FidelityTarget:
     """What fidelity is measured against: real samples, with labels where there are some, or the reference's.
 
     `strict`: asked for by the user, so that too few samples are an error.
@@ -91,7 +91,7 @@ class Target:
     strict: bool = False
 
 
-def target_for(against: str, data: str, n: int, data_dir: str = "") -> Target | None:
+def target_for(against: str, data: str, n: int, data_dir: str = "") -> FidelityTarget | None:
     """At most n real samples of the data; None where fidelity is not measured against data.
 
     Raises:
@@ -101,18 +101,18 @@ def target_for(against: str, data: str, n: int, data_dir: str = "") -> Target | 
         return None
     samples, labels = load_data(data, data_dir)
     pick = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))[:n]
-    return Target("data", samples[pick], None if labels is None else labels[pick], against == "data")
+    return FidelityTarget("data", samples[pick], None if labels is None else labels[pick], against == "data")
 
 
 def evaluate(
     models: dict[str, Policy],
     reference: Policy | None,
-    judge: HeldOutMeasures,
+    evaluator: Evaluator,
     how: Sampling,
     n: int,
     chunk: int,
     *,
-    target: Target | None = None,
+    target: FidelityTarget | None = None,
     against_reference: bool = False,
     ranks: ProcessGroup = SINGLE_PROCESS,
     on_halved: Callable[[int], None] = lambda size: None,
@@ -131,18 +131,18 @@ def evaluate(
     if against_reference and reference is None:
         raise UserError("--against reference: these models have none; name one with --reference")
     first = next(iter(models.values()))
-    others = n if against_reference else min(n, EXACT_W2_MAX)
+    others = n if against_reference else min(n, EXACT_W2_SAMPLES)
 
-    def draw(chunk: int) -> tuple[Tensor | None, Tensor | None, Tensor | None, dict[str, Drawn]]:
+    def draw(chunk: int) -> tuple[Tensor | None, Tensor | None, Tensor | None, dict[str, HeldOutSamples]]:
         mine, x_ref, other, other_features = ranks.share(n), None, None, None
         if reference:
-            x_ref = _drawn(reference, how, mine, chunk)
+            x_ref = _draw_samples(reference, how, mine, chunk)
             there = ranks.share(others)
-            other = _drawn(reference, how, slice(n + there.start, n + there.stop), chunk)
+            other = _draw_samples(reference, how, slice(n + there.start, n + there.stop), chunk)
             if against_reference:
-                other_features = decoded_features(reference, judge.features, other, chunk)
+                other_features = decoded_features(reference, evaluator.features, other, chunk)
         found = {
-            name: draw_held_out(name, policy, reference, x_ref, judge, how, mine, chunk)
+            name: draw_held_out(name, policy, reference, x_ref, evaluator, how, mine, chunk)
             for name, policy in models.items()
         }
         return x_ref, other, other_features, found
@@ -158,35 +158,36 @@ def evaluate(
             return []
         floor = slope = None
         if reference and x_ref is not None and other is not None:
-            floor = exact_w2(x_ref[:EXACT_W2_MAX], other[:EXACT_W2_MAX])
+            floor = exact_w2(x_ref[:EXACT_W2_SAMPLES], other[:EXACT_W2_SAMPLES])
             # 70 evaluations of 64 samples in float32 are too many of a network that takes prompts
             if not reference.conditions:
                 slope = lipschitz(reference, start_noise(first, min(n, 64), how.seed), how)
         if real is not None:
-            target = Target("reference", strict=True)
+            target = FidelityTarget("reference", strict=True)
         elif target is not None and target.samples is not None:
-            real = _features_like(target.samples, next(iter(drawn.values())), judge)
+            real = _features_like(target.samples, next(iter(drawn.values())), evaluator)
         return [
-            _measure(name, found, judge, x_ref, floor, slope, target, real) for name, found in drawn.items()
+            _measure(name, found, evaluator, x_ref, floor, slope, target, real)
+            for name, found in drawn.items()
         ]
 
 
-def _drawn(policy: Policy, how: Sampling, which: slice, chunk: int) -> Tensor:
+def _draw_samples(policy: Policy, how: Sampling, which: slice, chunk: int) -> Tensor:
     """Samples of a policy by their numbers."""
     n = which.stop - which.start
     x0 = start_noise(policy, n, how.seed, noise.SAMPLE, which.start)
     return sample(policy, x0, how, chunk, condition=start_conditions(policy, n, how, which.start))
 
 
-def _features_like(samples: Tensor, drawn: Drawn, judge: HeldOutMeasures) -> Tensor:
+def _features_like(samples: Tensor, drawn: HeldOutSamples, evaluator: Evaluator) -> Tensor:
     """Features of real samples, which must be shaped as a model's decoded ones."""
     if samples.shape[1:] != drawn.decoded:
         shapes = ["×".join(map(str, shape)) for shape in (samples.shape[1:], drawn.decoded)]
         raise UserError(f"--against data: its samples are {shapes[0]}, the model's {shapes[1]}")
-    return judge.features(samples.to(drawn.x.device))
+    return evaluator.features(samples.to(drawn.x.device))
 
 
-def _measure(name, drawn, judge, x_ref, floor, slope, target, real) -> Measures:
+def _measure(name, drawn, evaluator, x_ref, floor, slope, target, real) -> Measures:
     x, features = drawn.x, drawn.features
     near = x if x_ref is None else x - x_ref
     found = Measures(
@@ -194,26 +195,26 @@ def _measure(name, drawn, judge, x_ref, floor, slope, target, real) -> Measures:
         n=len(x),
         reward=Interval.of(drawn.scores.total),
         w2_coupled=None if x_ref is None else Interval.of(near.square().flatten(1).sum(1)).root(),
-        w2_exact=None if x_ref is None else exact_w2(x[:EXACT_W2_MAX], x_ref[:EXACT_W2_MAX]),
+        w2_exact=None if x_ref is None else exact_w2(x[:EXACT_W2_SAMPLES], x_ref[:EXACT_W2_SAMPLES]),
         w2_floor=floor,
-        velocity_gap=None if drawn.gap is None else drawn.gap / min(len(x), GAP_MAX),
+        velocity_gap=None if drawn.gap is None else drawn.gap / min(len(x), VELOCITY_GAP_SAMPLES),
         lipschitz=slope,
-        diversity=mean_pairwise_distance(features[:SPREAD_MAX]),
+        diversity=mean_pairwise_distance(features[:DIVERSITY_SAMPLES]),
         pixel_std=drawn.std,
         confidence=None if drawn.confidence is None else float(drawn.confidence.mean()),
         rewards=_intervals(drawn.scores) if len(drawn.scores.values) > 1 else {},
         holdout=_intervals(drawn.held_out) if drawn.held_out else {},
-        features=judge.features.name,
+        features=evaluator.features.name,
         vendi=_vendi(features) if len(drawn.decoded) == 3 else None,
     )
     return found if target is None else replace(found, **_against(drawn, real, target))
 
 
 def _vendi(features: Tensor) -> Interval:
-    return half_sampled(lambda x: [vendi_score(x)], features[:SPREAD_MAX], repeats=32)[0]
+    return half_sampled(lambda x: [vendi_score(x)], features[:DIVERSITY_SAMPLES], repeats=32)[0]
 
 
-def _against(drawn: Drawn, real: Tensor, target: Target) -> dict[str, Any]:
+def _against(drawn: HeldOutSamples, real: Tensor, target: FidelityTarget) -> dict[str, Any]:
     """The figures that compare with other samples, of features real [M, F]."""
     found: dict[str, Any] = {"against": f"{len(real)} of the {target.name}"}
     if len(drawn.decoded) == 1 and drawn.decoded[0] <= 2 and target.labels is not None:

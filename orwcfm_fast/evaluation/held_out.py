@@ -15,12 +15,12 @@ from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum, Scores, make_reward
 from orwcfm_fast.settings import RewardOptions, Sampling
 
-GAP_MAX = 512
-AT_ONCE = 1 << 22  # values made float64 at once
+VELOCITY_GAP_SAMPLES = 512
+FLOAT64_CHUNK = 1 << 22  # values made float64 at once
 
 
 @dataclass(frozen=True)
-class HeldOutMeasures:
+class Evaluator:
     """What measures: reward, features for diversity; the classifier's confidence and accuracy where there is one."""
 
     reward: Reward
@@ -31,18 +31,18 @@ class HeldOutMeasures:
     holdout: RewardSum | None = None
 
 
-def judge_for(
+def evaluator_for(
     data: str,
     reward: Reward,
     name: str,
     holdout: RewardSum | None = None,
     features: str = "auto",
     options: RewardOptions | None = None,
-) -> HeldOutMeasures:
+) -> Evaluator:
     """Features by choice and data; confidence by the classifier for digits."""
     found = features_for(features, data, options)
     if data.partition(":")[0] != "digits":
-        return HeldOutMeasures(reward, name, found, holdout=holdout)
+        return Evaluator(reward, name, found, holdout=holdout)
     from orwcfm_fast.rewards.digits import digit_classifier
 
     classifier = digit_classifier()
@@ -50,17 +50,17 @@ def judge_for(
     def confidence(x: Tensor) -> Tensor:
         return classifier.probabilities(x).max(1).values
 
-    return HeldOutMeasures(reward, name, found, confidence, classifier.accuracy, holdout)
+    return Evaluator(reward, name, found, confidence, classifier.accuracy, holdout)
 
 
 @dataclass(frozen=True)
-class Drawn:
+class HeldOutSamples:
     """A model's N samples.
 
     Attributes:
         x: [N, *shape]; features: [N, F] of them decoded; decoded: shape of one decoded.
         moments: [1, 2, D] sums over the decoded samples of their values and of their squares, float64.
-        gap: sum over the first GAP_MAX of ∫‖v − v_ref‖² dt; None without a reference.
+        gap: sum over the first VELOCITY_GAP_SAMPLES of ∫‖v − v_ref‖² dt; None without a reference.
     """
 
     x: Tensor
@@ -78,7 +78,7 @@ class Drawn:
         n, (total, squares) = len(self.x), self.moments.sum(0)
         return float(((squares - total**2 / n).clamp_min(0) / (n - 1)).sqrt().mean())
 
-    def gathered(self, ranks: ProcessGroup, n: int) -> "Drawn":
+    def gathered(self, ranks: ProcessGroup, n: int) -> "HeldOutSamples":
         """All n, on every rank, each of which has its share."""
 
         def whole(part: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ def draw_held_out(
     policy: Policy,
     reference: Policy | None,
     x_ref: Tensor | None,
-    judge: HeldOutMeasures,
+    evaluator: Evaluator,
     how: Sampling,
     mine: slice,
     chunk: int,
-) -> Drawn:
+) -> HeldOutSamples:
     """Draws `mine` of a model's held-out samples, scored and featured.
 
     Args:
@@ -119,7 +119,7 @@ def draw_held_out(
         assert x_ref is not None
         x = x_ref
     else:
-        parts, k = [], max(min(GAP_MAX - mine.start, len(x0)), 0) if reference else 0
+        parts, k = [], max(min(VELOCITY_GAP_SAMPLES - mine.start, len(x0)), 0) if reference else 0
         if reference and k:
             rows = condition if condition is None else condition[:k]
             x, mean = sample_with_gap(policy, reference, x0[:k], how, chunk, rows)
@@ -128,27 +128,27 @@ def draw_held_out(
             rows = condition if condition is None else condition[k:]
             parts.append(sample(policy, x0[k:], how, chunk, condition=rows))
         x = torch.cat(parts)
-    return _looked_at(name, policy, x, condition, judge, gap, mine.start, chunk)
+    return _score(name, policy, x, condition, evaluator, gap, mine.start, chunk)
 
 
-def _looked_at(name, policy, x, condition, judge, gap, start, chunk) -> Drawn:
+def _score(name, policy, x, condition, evaluator, gap, start, chunk) -> HeldOutSamples:
     """Decodes the images of a pipeline `chunk` at a time; a reward sees those of a chunk together."""
     size = chunk if policy.pipeline else len(x)
     conditions = [None] if condition is None else condition.split(size)
-    reward = make_reward(judge.reward, name=judge.reward_name)
+    reward = make_reward(evaluator.reward, name=evaluator.reward_name)
     features, confidence, scores, held_out = [], [], [], []
     moments: Tensor | float = 0.0
     for part, rows in zip(x.split(size), conditions, strict=True):
         seen, prompts = policy.decode(part), policy.prompts_of(rows)
-        features.append(judge.features(seen))
+        features.append(evaluator.features(seen))
         with torch.inference_mode():
-            confidence += [judge.confidence(seen)] if judge.confidence else []
+            confidence += [evaluator.confidence(seen)] if evaluator.confidence else []
         scores.append(reward.scores(seen, name, start, prompts))
-        held_out += [judge.holdout.scores(seen, name, start, prompts)] if judge.holdout else []
+        held_out += [evaluator.holdout.scores(seen, name, start, prompts)] if evaluator.holdout else []
         moments = _moments(seen.flatten(1)) + moments
         start += len(part)
     assert isinstance(moments, Tensor)
-    return Drawn(
+    return HeldOutSamples(
         x, torch.cat(features), tuple(seen.shape[1:]), moments[None], Scores.joined(scores),
         Scores.joined(held_out) if held_out else None, torch.cat(confidence) if confidence else None, gap,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def _looked_at(name, policy, x, condition, judge, gap, start, chunk) -> Drawn:
 def _moments(flat: Tensor) -> Tensor:
     """Σ over samples [N, D] of their values and of their squares, float64 [2, D]."""
     total = flat.new_zeros(2, flat.shape[1], dtype=torch.float64)
-    for part in flat.split(max(1, AT_ONCE // flat.shape[1])):
+    for part in flat.split(max(1, FLOAT64_CHUNK // flat.shape[1])):
         exact = part.double()
         total[0] += exact.sum(0)
         total[1] += exact.square_().sum(0)

@@ -1,7 +1,7 @@
 """Memory of fine-tuning a diffusers pipeline, by part, from its configurations alone: nothing is loaded or computed.
 
 Its own step, rollout and decoding run on fake tensors, which have shapes but no memory; every storage that comes and
-goes is noted, for two batch sizes. From these `Course` has the course at any size, as of the probes.
+goes is noted, for two batch sizes. From these `AllocationProfile` has the course at any size, as of the probes.
 """
 
 import copy
@@ -31,10 +31,10 @@ from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.pipeline_files import Description, describe_pipeline, telling
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.networks.prompts import Conditions, Prompt, read_prompts
-from orwcfm_fast.planning.as_cuda import AutocastAsOnCuda, recompute
-from orwcfm_fast.planning.course import Course
-from orwcfm_fast.planning.looks import Looks
-from orwcfm_fast.planning.plan import HEADROOM, Plan, available, fitting, kept_draws
+from orwcfm_fast.planning.allocations import AllocationProfile
+from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules, recompute
+from orwcfm_fast.planning.evaluation_memory import EvaluationMemory
+from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, largest_fitting, stored_minibatches
 from orwcfm_fast.settings import Finetune
 
 RANK = 16  # of the plan with adapters, where --lora names none
@@ -88,7 +88,7 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None, ranks: int = 1) -> 
     where, limit = ("cuda", int(gpu_gib * 2**30)) if gpu_gib else (None, 0)
     if where is None:
         device = resolve_device(s.device)
-        where, limit = device.type, available(device)
+        where, limit = device.type, available_bytes(device)
         parameters = sum(p.numel() for p in found.transformer.parameters())
         precision = resolve_precision(s.precision, device, parameters)
     else:
@@ -145,7 +145,7 @@ def _plan(
     if s.lora:
         add_lora(policy.network, s.lora)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    as_there = nullcontext if label == "cpu" else AutocastAsOnCuda
+    as_there = nullcontext if label == "cpu" else CudaAutocastRules
     with fake, as_there():
         for part in (policy.network, policy.pipeline.vae):
             part.to_empty(device=CPU)
@@ -178,14 +178,14 @@ def _plan(
         one, drawn, decoded = _course(step), _course(rollout), _course(decode)
 
     @functools.cache
-    def several() -> Course:
+    def several() -> AllocationProfile:
         with fake, as_there():
             return _course(lambda size: step(size, 2))
 
     one_latent = 4 * shape[0] * shape[1] * shape[2]
     one_image = 4 * 3 * (shape[1] * found.scale) * (shape[2] * found.scale)
     one_feature = 4 * 3 * min(SIDE, shape[1] * found.scale) * min(SIDE, shape[2] * found.scale)
-    looks = Looks(
+    memory = EvaluationMemory(
         s, ranks, one_latent, one_image, one_feature, drawn.peak, decoded.peak, True, label == "cpu"
     )
     exchange = bucket_bytes(trained) if ranks > 1 else 0  # when the activations are gone
@@ -197,13 +197,13 @@ def _plan(
         "VAE": _size(policy.pipeline.vae),
         "prompt embeddings": policy.conditions.nbytes,
         "rollout kept": s.rollout * one_latent,
-        "probe kept": looks.probe_kept,
+        "probe kept": memory.probe_kept,
     }
 
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several().peak(size)
         own = {"gradients": min(trained, top), "activations": max(top - trained, exchange)}
-        return own | kept_draws(s, batch, one_latent)
+        return own | stored_minibatches(s, batch, one_latent)
 
     def rollout_at(chunk: int) -> dict[str, int]:
         return {"sampling": drawn.peak(chunk) + 2 * (rolled - chunk) * one_latent}
@@ -213,8 +213,8 @@ def _plan(
     images = max((rolled - chunked) * one_image, 2 * rolled * one_image - decoding)
     reward = {"decoding": decoding, "images": images}
     room = int(HEADROOM * limit) - sum(held.values())
-    micro_batch = fitting(min(s.micro_batch or batch, batch), room, step_at)
-    chunk = fitting(min(s.chunk, rolled), room, rollout_at)
+    micro_batch = largest_fitting(min(s.micro_batch or batch, batch), room, step_at)
+    chunk = largest_fitting(min(s.chunk, rolled), room, rollout_at)
     return Plan(
         label,
         micro_batch,
@@ -227,14 +227,14 @@ def _plan(
         limit,
         {},
         encoding,
-        looks.probe(chunk),
-        looks.evaluation(chunk),
+        memory.probe(chunk),
+        memory.evaluation(chunk),
     )
 
 
-def _course(work: Callable[[int], object]) -> Course:
+def _course(work: Callable[[int], object]) -> AllocationProfile:
     """From sizes 2 and 3: at 1 some shapes fall together."""
-    return Course((2, 3), (changes(lambda: work(2)), changes(lambda: work(3))), (0.0, 0.0))
+    return AllocationProfile((2, 3), (changes(lambda: work(2)), changes(lambda: work(3))), (0.0, 0.0))
 
 
 def _policy(

@@ -61,14 +61,14 @@ class Plan:
         return self.peak <= HEADROOM * self.limit
 
 
-def fitting(size: int, room: int, at: Callable[[int], dict[str, int]]) -> int:
+def largest_fitting(size: int, room: int, at: Callable[[int], dict[str, int]]) -> int:
     """The largest of size, size/2, … 1 that fits; 1 where none does."""
     while size > 1 and sum(at(size).values()) > room:
         size = max(1, size // 2)
     return size
 
 
-def kept_draws(s: Finetune, batch: int, one_sample: int) -> dict[str, int]:
+def stored_minibatches(s: Finetune, batch: int, one_sample: int) -> dict[str, int]:
     """Bytes of the minibatches that later passes take again; `batch`: a rank's part, views of the whole's tensors."""
     if s.reference_passes == 1:
         return {}
@@ -76,20 +76,20 @@ def kept_draws(s: Finetune, batch: int, one_sample: int) -> dict[str, int]:
     return {"draws kept": s.draws * (s.batch * (2 * one_sample + numbers) + batch * one_sample)}
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Bytes of memory that this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
     return pages * os.sysconf("SC_PAGE_SIZE") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def available(device: torch.device) -> int:
+def available_bytes(device: torch.device) -> int:
     """Bytes that a run can have there: the GPU's free ones, or the machine's (or container's) with ours."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024 + resident()
+        free = int(lines["MemAvailable"].split()[0]) * 1024 + resident_bytes()
     with suppress(OSError, ValueError):  # no limit is the word "max"
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return free

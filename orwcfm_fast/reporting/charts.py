@@ -23,7 +23,7 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    look: str = "a"
+    style: str = "a"
     y_low: Sequence[float] = field(default=())
     y_high: Sequence[float] = field(default=())
     x_low: Sequence[float] = field(default=())
@@ -95,7 +95,7 @@ def _legend(series: Sequence[Series]) -> Markup:
     named = [s for s in series if s.name and len(s.x)]
     if len(named) < 2:
         return Markup("")
-    items = Markup("").join(Markup('<li class="{}"><i></i>{}</li>').format(s.look, s.name) for s in named)
+    items = Markup("").join(Markup('<li class="{}"><i></i>{}</li>').format(s.style, s.name) for s in named)
     return Markup('<ul class="legend">{}</ul>').format(items)
 
 
@@ -148,4 +148,4 @@ def _draw(s: Series, frame: _Frame) -> Markup:
                 f'<text class="label" x="{x + (-6 if end else 6)}" y="{y - 5}"'
                 f"{' text-anchor=' + chr(34) + 'end' + chr(34) if end else ''}>{escape(label)}</text>"
             )
-    return Markup(f'<g class="{escape(s.look)}">{"".join(parts)}</g>')
+    return Markup(f'<g class="{escape(s.style)}">{"".join(parts)}</g>')

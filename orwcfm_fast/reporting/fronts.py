@@ -19,7 +19,7 @@ from orwcfm_fast.runs.run import Run
 from orwcfm_fast.settings import Finetune, Sweep, build
 from orwcfm_fast.theory.forecast import Forecast
 
-LOOKS = "abcde"
+STYLES = "abcde"
 MEASURED = ("reward", "w2_coupled", "diversity")
 FORECAST = ("reward", "reward_error", "w2_coupled", "w2_error", "diversity", "within_reach")
 
@@ -67,7 +67,7 @@ def write_fronts(run: Run, settings: Sweep, outcomes: Sequence[Outcome]) -> None
     _page(run, settings, outcomes, groups)
 
 
-def best(outcomes: Sequence[Outcome], cost: str, sign: int) -> set[Path]:
+def pareto_front(outcomes: Sequence[Outcome], cost: str, sign: int) -> set[Path]:
     """Runs that no other run beats in reward and in `cost`; sign 1: less of it is better, −1: more is."""
     kept, highest = set(), -math.inf
     for o in sorted(outcomes, key=lambda o: (sign * o.figure(cost).mean, -o.after.reward.mean)):
@@ -92,7 +92,7 @@ def _text(value: Any) -> str:
 
 def _csv(outcomes: Sequence[Outcome], varied: Sequence[str]) -> str:
     """A row a run; the model before training first."""
-    by_w2, by_diversity = best(outcomes, "w2_coupled", 1), best(outcomes, "diversity", -1)
+    by_w2, by_diversity = pareto_front(outcomes, "w2_coupled", 1), pareto_front(outcomes, "diversity", -1)
     figures = [name for key in MEASURED for name in (key, f"{key}_low", f"{key}_high")]
     names = ["run", "alpha", "tau", *varied, "n", *figures, *(f"forecast_{key}" for key in FORECAST)]
     file = io.StringIO()
@@ -202,16 +202,16 @@ def _set(values) -> str:
 def _series(groups: dict[str, list[Outcome]], key: str) -> list[Series]:
     """Reward against one figure, measured and forecast, a pair of series a group."""
     found = []
-    for look, (name, runs) in zip(LOOKS * len(groups), groups.items(), strict=False):
+    for style, (name, runs) in zip(STYLES * len(groups), groups.items(), strict=False):
         x, y = [o.figure(key) for o in runs], [o.after.reward for o in runs]
         found.append(Series(
-            name, [v.mean for v in x], [v.mean for v in y], look, [v.low for v in y], [v.high for v in y],
+            name, [v.mean for v in x], [v.mean for v in y], style, [v.low for v in y], [v.high for v in y],
             [v.low for v in x], [v.high for v in x], [f"α={o.settings.alpha:g}" for o in runs],
         ))  # fmt: skip
         if any(o.forecast for o in runs):
             expected = [o.expected("reward") for o in runs]
             found.append(
-                Series(f"{name}, forecast", [o.expected(key) for o in runs], expected, f"{look} forecast")
+                Series(f"{name}, forecast", [o.expected(key) for o in runs], expected, f"{style} forecast")
             )
     return found
 
@@ -221,10 +221,10 @@ def _by_alpha(groups: dict[str, list[Outcome]], key: str, title: str) -> str:
     alphas = sorted({o.settings.alpha for runs in groups.values() for o in runs})
     place = {alpha: float(i) for i, alpha in enumerate(alphas)}
     found = []
-    for look, (name, runs) in zip(LOOKS * len(groups), groups.items(), strict=False):
+    for style, (name, runs) in zip(STYLES * len(groups), groups.items(), strict=False):
         x, y = [place[o.settings.alpha] for o in runs], [o.figure(key) for o in runs]
         bars = [v.low for v in y], [v.high for v in y]
-        found.append(Series(name, x, [v.mean for v in y], look, *bars))
+        found.append(Series(name, x, [v.mean for v in y], style, *bars))
         if any(o.forecast for o in runs):
-            found.append(Series(f"{name}, forecast", x, [o.expected(key) for o in runs], f"{look} forecast"))
+            found.append(Series(f"{name}, forecast", x, [o.expected(key) for o in runs], f"{style} forecast"))
     return chart(title, found, "α", x_names=[f"{a:g}" for a in alphas])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.features import decoded_features
-from orwcfm_fast.evaluation.held_out import HeldOutMeasures
+from orwcfm_fast.evaluation.held_out import Evaluator
 from orwcfm_fast.files import read_small, write_text
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.reporting.pictures import save_curves, save_samples
@@ -25,33 +25,36 @@ MAX_FORECAST_BYTES = 1 << 20
 class RunArtifacts:
     """The files of a run that people look at; for the first rank."""
 
-    def __init__(self, run: Run, trainer: Trainer, judge: HeldOutMeasures) -> None:
-        self.run, self.trainer, self.judge, self.settings = run, trainer, judge, trainer.settings
+    def __init__(self, run: Run, trainer: Trainer, evaluator: Evaluator) -> None:
+        self.run, self.trainer, self.evaluator, self.settings = run, trainer, evaluator, trainer.settings
 
-    def picture(self) -> None:
+    def save_round_samples(self) -> None:
         """The probe as it is after the trainer's rounds so far."""
         number = self.trainer.round
-        probe = self._fitting(self.trainer.probe.samples)
+        probe = self._picture_samples(self.trainer.probe.samples)
         save_samples(self.run.samples / f"round_{number:03d}.png", {f"round {number}": probe})
 
-    def lines(self, record: dict[str, Any]) -> list[str]:
+    def first_round_messages(self, record: dict[str, Any]) -> list[str]:
         """What there is to say after the first round."""
         lines = [self._flat(record)]
         if self.settings.target_w2 is None:
             lines.append(self._forecast())
         return [line for line in lines if line]
 
-    def check_forecast(self) -> None:
+    def discard_unreadable_forecast(self) -> None:
         """A forecast that cannot be read is none; the report would stumble over it after all the training."""
         try:
             reached_line(json.loads(read_small(self.run.forecast, MAX_FORECAST_BYTES)), 0.0, 1)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             self.run.forecast.unlink(missing_ok=True)
 
-    def leave(self, result: Result, about: list[str]) -> None:
+    def save_results(self, result: Result, about: list[str]) -> None:
         """Pictures, curves, report and summary of the whole run; `about`: what it was, in words."""
         probe = self.trainer.probe
-        pictures = {"before": self._fitting(probe.of_reference), "after": self._fitting(probe.samples)}
+        pictures = {
+            "before": self._picture_samples(probe.of_reference),
+            "after": self._picture_samples(probe.samples),
+        }
         save_samples(self.run.samples / "before_after.png", pictures)
         after = result.after
         save_curves(self.run.path / "curves.png", result.records, after.reward.mean, after.diversity.mean)
@@ -84,13 +87,13 @@ class RunArtifacts:
                 found = forecast_run(
                     trainer.rollout,
                     own,
-                    lambda x: decoded_features(reference, self.judge.features, x, control.chunk),
+                    lambda x: decoded_features(reference, self.evaluator.features, x, control.chunk),
                 )
         except UserError as error:  # a forecast is a comment on the run, never its end
             return f"no forecast: {error}"
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
         return forecast_line(found)
 
-    def _fitting(self, x: Tensor) -> Tensor:
+    def _picture_samples(self, x: Tensor) -> Tensor:
         """What of the probe fits a picture: the first images, all vectors."""
         return self.trainer.reference.decode(x[:PICTURE_SAMPLES] if x.dim() == 4 else x)

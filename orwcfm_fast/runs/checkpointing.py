@@ -5,7 +5,7 @@ from pathlib import Path
 from orwcfm_fast.checkpoints import checkpoint, retention
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.method.trainer import Trainer
-from orwcfm_fast.runs.resume import resume_line
+from orwcfm_fast.runs.resume import finetune_resume_command
 from orwcfm_fast.runs.run import Run
 
 
@@ -51,14 +51,16 @@ class CheckpointManager:
                 self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
                 self.prune()
             except OSError as error:
-                raise self.run.write_failed(error, resume_line(self.run, self.settings)) from error
+                raise self.run.write_failed(
+                    error, finetune_resume_command(self.run, self.settings)
+                ) from error
         return path
 
     def save_together(self) -> Path:
         """`save`, for which all ranks wait: a launcher ends the others as soon as one leaves."""
         with self.ranks.together():
             path = self.save()
-            self.run.settle()
+            self.run.delete_replaced()
         return path
 
     def prune(self) -> None:

@@ -12,18 +12,18 @@ from orwcfm_fast.device import resolve_device
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
 from orwcfm_fast.evaluation.evaluate import evaluate
-from orwcfm_fast.evaluation.held_out import HeldOutMeasures, judge_for
+from orwcfm_fast.evaluation.held_out import Evaluator, evaluator_for
 from orwcfm_fast.method.samplers import times as solver_times
 from orwcfm_fast.method.trainer import Progress, Trainer
 from orwcfm_fast.reporting.tracking import Log, check_loggers, loggers
 from orwcfm_fast.rewards import RewardSum, check_code_named, make_holdout, make_reward
 from orwcfm_fast.runs.artifacts import RunArtifacts
 from orwcfm_fast.runs.checkpointing import CheckpointManager
-from orwcfm_fast.runs.interrupt import Interruption, Stop
+from orwcfm_fast.runs.interrupt import SignalHandler, StopRequested
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
 from orwcfm_fast.runs.resolve import anchored, resolved, run_name
 from orwcfm_fast.runs.result import Result
-from orwcfm_fast.runs.resume import MAY_CHANGE, begun_before, resume_line
+from orwcfm_fast.runs.resume import MAY_CHANGE, finetune_resume_command, restarted_settings
 from orwcfm_fast.runs.run import ReadOnlyRun, Run, next_run_path, resumed_settings
 from orwcfm_fast.settings import Finetune
 
@@ -45,18 +45,18 @@ class Finetuning:
         self.ranks = ranks
         ranks.spread([*loaded.policy.network.state_dict().values()])
 
-        def judge() -> tuple[RewardSum, RewardSum | None, HeldOutMeasures]:
+        def make_evaluator() -> tuple[RewardSum, RewardSum | None, Evaluator]:
             reward, holdout = make_reward(settings.reward, settings), make_holdout(settings)
-            return reward, holdout, judge_for(loaded.policy.data, reward, reward.name, holdout)
+            return reward, holdout, evaluator_for(loaded.policy.data, reward, reward.name, holdout)
 
         # what it trains, the others find in the cache
-        reward, holdout, self.judge = ranks.in_turn(judge)
+        reward, holdout, self.evaluator = ranks.in_turn(make_evaluator)
         self.trainer = Trainer(
             loaded.policy,
             reward,
             settings,
             holdout=holdout,
-            features=self.judge.features,
+            features=self.evaluator.features,
             ranks=ranks,
         )
         self.reference = self.trainer.reference
@@ -64,7 +64,7 @@ class Finetuning:
 
     def work_in(self, run: Run) -> None:
         self.run, self.kept = run, CheckpointManager(run, self.trainer, self.ranks)
-        self.shown = RunArtifacts(run, self.trainer, self.judge)
+        self.artifacts = RunArtifacts(run, self.trainer, self.evaluator)
 
     @classmethod
     def prepare(
@@ -89,7 +89,7 @@ class Finetuning:
         Raises:
             UserError: anything wrong with what the user gave; nothing is left behind.
         """
-        if settings and (before := begun_before(settings, out, overwrite)):
+        if settings and (before := restarted_settings(settings, out, overwrite)):
             resume, given = out, before
         if resume:
             run = Run(resume)
@@ -135,7 +135,7 @@ class Finetuning:
             with ranks.together():
                 task._begin()
         except BaseException:
-            task.run.undo()
+            task.run.discard()
             raise
         return task
 
@@ -171,8 +171,8 @@ class Finetuning:
             f"samples ({s.solver}, {s.nfe} evaluations) and {s.steps_per_round} steps of {s.batch}; "
             f"{self.loaded.policy.device}, {s.precision}"
         ]
-        if self.judge.accuracy is not None:
-            lines.append(f"digits classifier: {self.judge.accuracy:.1%} on 360 held-out real digits")
+        if self.evaluator.accuracy is not None:
+            lines.append(f"digits classifier: {self.evaluator.accuracy:.1%} on 360 held-out real digits")
         return lines
 
     def _begin(self) -> None:
@@ -184,7 +184,7 @@ class Finetuning:
         policy = self.reference
         tensors = {} if policy.pipeline else {"model": policy.weights()}  # a pipeline's lie in its own folder
         checkpoint.save(self.run.reference, {"kind": "reference", **policy.describe()}, **tensors)
-        self.shown.picture()
+        self.artifacts.save_round_samples()
 
     def _go_on(self) -> None:
         """Go on from the newest whole checkpoint; rounds after it are forgotten."""
@@ -198,7 +198,7 @@ class Finetuning:
                 self._begin()
             elif self.ranks.first:
                 self.run.write_config("finetune", self.settings)
-                self.shown.check_forecast()
+                self.artifacts.discard_unreadable_forecast()
                 self.kept.prune()  # a kill may have come between the last save and this
 
     def train(
@@ -218,23 +218,23 @@ class Finetuning:
             self.trainer.watch = watch
         on_line = on_line or (lambda text: None)
         self.trainer.oversight.tell(on_line)
-        s, resume = self.settings, resume_line(self.run, self.settings)
+        s, resume = self.settings, finetune_resume_command(self.run, self.settings)
         try:
-            with Interruption(f"left at once; {resume}" if self.ranks.first else "") as interruption:
+            with SignalHandler(f"left at once; {resume}" if self.ranks.first else "") as signals:
                 try:
-                    self.trainer.pause = interruption.pause
+                    self.trainer.pause = signals.raise_if_stopped
                     logs = s.log if self.ranks.first else []
                     with loggers(logs, self.run.path, self.run.path.name, s.model_dump()) as log:
                         self._train(log, on_round, on_line)
-                except Stop:
+                except StopRequested:
                     where = f"interrupted {self.trainer.where()}, saved at {self.kept.save_together()}"
-                    raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
+                    raise Interrupted(f"{where}; {resume}", signals.exit_code) from None
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
             if self.trainer.round == 0:
                 if not self.resumed:
                     with self.ranks.together():
-                        self.run.undo()
+                        self.run.discard()
                 raise
             raise type(error)(f"{error}; the run is saved at {self.kept.save_together()}") from error
         except OSError as error:
@@ -258,11 +258,11 @@ class Finetuning:
         self.run.append(record)
         log(record)
         # all that a round leaves is there before its checkpoint, or a kill between the two would lose it
-        self.shown.picture()
-        lines = self.shown.lines(record) if self.trainer.round == 1 else []
+        self.artifacts.save_round_samples()
+        lines = self.artifacts.first_round_messages(record) if self.trainer.round == 1 else []
         if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
             self.kept.save()
-        self.run.settle()
+        self.run.delete_replaced()
         if on_round:
             on_round(record)
         for line in lines:
@@ -283,7 +283,7 @@ class Finetuning:
                             self.kept.save(anew=True)  # with the α and τ that hold from here on
                 except Fault:
                     self.run.append(fault.record)
-                    self.run.settle()
+                    self.run.delete_replaced()
                     with self.ranks.together():  # its files are written before anyone leaves
                         good = retention.steps(self.run.checkpoints)
                     where = f"the last good checkpoint is {good[0]}" if good else "no round was good yet"
@@ -307,10 +307,10 @@ class Finetuning:
                 rewards.close()
             return result
         except KeyboardInterrupt:
-            left = f"interrupted; training is done and saved; to measure it: {resume_line(self.run, self.settings)}"
-            raise Interrupted(left) from None
+            resume = finetune_resume_command(self.run, self.settings)
+            raise Interrupted(f"interrupted; training is done and saved; to evaluate it: {resume}") from None
         except OSError as error:
-            raise self.run.write_failed(error, resume_line(self.run, self.settings)) from error
+            raise self.run.write_failed(error, finetune_resume_command(self.run, self.settings)) from error
         finally:
             self.run.unlock()
 
@@ -318,7 +318,7 @@ class Finetuning:
         s, trainer = self.settings, self.trainer
         oversight = trainer.oversight
         measured = evaluate(
-            {"before": self.reference, "after": trainer.policy}, self.reference, self.judge, s, s.eval_n,
+            {"before": self.reference, "after": trainer.policy}, self.reference, self.evaluator, s, s.eval_n,
             oversight.control.chunk, ranks=self.ranks, on_halved=oversight.set_chunk,
         )  # fmt: skip
         with self.ranks.together():
@@ -326,5 +326,7 @@ class Finetuning:
                 return None
             records, seconds = self.run.read_metrics(), time.perf_counter() - began
             result = Result(self.run, s, measured[0], measured[1], records, seconds, self.kept.best())
-            self.shown.leave(result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()])
+            self.artifacts.save_results(
+                result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()]
+            )
             return result

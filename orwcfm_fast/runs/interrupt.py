@@ -8,29 +8,29 @@ from types import FrameType
 SHOW_CURSOR = b"\x1b[?25h"  # a live bar hides it
 
 
-class Stop(Exception):
-    """Raised by `Interruption.pause`; what is being trained can be saved as it stands."""
+class StopRequested(Exception):
+    """Raised by `SignalHandler.raise_if_stopped`; what is being trained can be saved as it stands."""
 
 
-class Interruption:
-    """Within `with`, the first SIGINT or SIGTERM waits for `pause`, which raises it as Stop.
+class SignalHandler:
+    """Within `with`, the first SIGINT or SIGTERM waits for `raise_if_stopped`, which raises it as StopRequested.
 
     A second Ctrl-C leaves the process at once with exit code 130. Outside the main thread, where Python
     delivers no signals, nothing is caught.
 
     Args:
-        last_words: one line for those who leave at once; nothing is said where it is empty.
+        exit_message: one line for those who leave at once; nothing is said where it is empty.
 
     Attributes:
         signal: the one that came, or None.
     """
 
-    def __init__(self, last_words: str) -> None:
-        self.last_words = last_words
+    def __init__(self, exit_message: str) -> None:
+        self.exit_message = exit_message
         self.signal: int | None = None
         self._before: dict[int, signal._HANDLER] = {}
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._caught)
@@ -45,20 +45,20 @@ class Interruption:
         """128 and the signal's number, as shells count: 130 or 143."""
         return 128 + (self.signal or signal.SIGINT)
 
-    def pause(self) -> None:
-        """Where work can be left: raises Stop once a signal has come."""
+    def raise_if_stopped(self) -> None:
+        """Where work can be left: raises StopRequested once a signal has come."""
         if self.signal is not None:
-            raise Stop
+            raise StopRequested
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         # os.write: a handler may run in the middle of a buffered one
         if self.signal is None:
             self.signal = number
-            if self.last_words and os.isatty(2):
+            if self.exit_message and os.isatty(2):
                 os.write(2, b"\nstopping after this step, then saving; Ctrl-C again leaves at once\n")
         elif number == signal.SIGINT:
             if os.isatty(1):
                 os.write(1, SHOW_CURSOR)
-            if self.last_words:
-                os.write(2, f"error: {self.last_words}\n".encode())
+            if self.exit_message:
+                os.write(2, f"error: {self.exit_message}\n".encode())
             os._exit(128 + number)

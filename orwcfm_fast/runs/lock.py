@@ -13,7 +13,7 @@ LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
-class Lock:
+class RunLock:
     """Held from its making until `release` or the end of the process, by kill -9 too.
 
     Raises:
@@ -48,7 +48,7 @@ class Lock:
             self._handle = -1
 
 
-_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
 def _release_in_child() -> None:

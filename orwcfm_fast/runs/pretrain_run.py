@@ -17,7 +17,7 @@ from orwcfm_fast.method.pretrain import Pretrainer
 from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.reporting.pictures import save_samples
-from orwcfm_fast.runs.interrupt import Interruption, Stop
+from orwcfm_fast.runs.interrupt import SignalHandler, StopRequested
 from orwcfm_fast.runs.run import Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.settings import Pretrain, Sampling
 
@@ -94,13 +94,13 @@ class PretrainRun:
         """
         began, resume = time.perf_counter(), resume_command(self.run, "pretrain")
         try:
-            with Interruption(f"left at once; {resume}") as interruption:
+            with SignalHandler(f"left at once; {resume}") as signals:
                 try:
-                    self.trainer.pause = interruption.pause
+                    self.trainer.pause = signals.raise_if_stopped
                     return self._train(watch)
-                except Stop:
+                except StopRequested:
                     where = f"interrupted, saved at {self._save()}"
-                    raise Interrupted(f"{where}; {resume}", interruption.exit_code) from None
+                    raise Interrupted(f"{where}; {resume}", signals.exit_code) from None
         except OSError as error:
             raise self.run.write_failed(error, resume) from error
         finally:
@@ -118,7 +118,7 @@ class PretrainRun:
                 self._picture()  # before the last checkpoint, which says that all is there
             if step % self.settings.save_every == 0 or step == self.settings.steps:
                 self._save()
-                self.run.settle()
+                self.run.delete_replaced()
         return loss
 
     def _save(self) -> Path:

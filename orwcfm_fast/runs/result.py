@@ -49,7 +49,7 @@ class Result:
         except FileNotFoundError:
             return None
 
-    def fell(self) -> str | None:
+    def reward_drop(self) -> str | None:
         """That the reward is lower than before, in words, where it is."""
         if self.after.reward.high >= self.before.reward.low:
             return None

@@ -14,13 +14,13 @@ from orwcfm_fast.settings import Finetune, build, read_toml
 MAY_CHANGE = ("rounds", "device", "log", "graph")
 
 
-def resume_line(run: Run, settings: Finetune) -> str:
+def finetune_resume_command(run: Run, settings: Finetune) -> str:
     """The command that goes on with the run; rewards that are code must be named again."""
     named = {key: getattr(settings, key) for key in ("reward", "holdout_reward")}
     return resume_command(run, "finetune", {k: v for k, v in named.items() if user_code(v)})
 
 
-def begun_before(settings: Finetune, out: Path | None, overwrite: bool) -> dict[str, Any] | None:
+def restarted_settings(settings: Finetune, out: Path | None, overwrite: bool) -> dict[str, Any] | None:
     """What this command gives where torchrun started it and its run is in `out` already, to be gone on with.
 
     Raises:

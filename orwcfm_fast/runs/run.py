@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from orwcfm_fast.checkpoints import retention
 from orwcfm_fast.errors import UserError, WorkError, warn
 from orwcfm_fast.files import open_regular, read_small, write_text
-from orwcfm_fast.runs.lock import LOCK, Lock
+from orwcfm_fast.runs.lock import LOCK, RunLock
 from orwcfm_fast.settings import S, build, read_toml, to_toml
 
 CONFIG, METRICS, SUMMARY, FORECAST = "config.toml", "metrics.jsonl", "summary.json", "forecast.json"
@@ -33,11 +33,11 @@ class Run:
         self.reference = self.path / "reference"
         self.samples = self.path / "samples"
         self._replaced: Path | None = None
-        self._lock: Lock | None = None
+        self._lock: RunLock | None = None
 
     @classmethod
     def create(cls, path: Path, overwrite: bool = False) -> "Run":
-        """Make the directory and lock it; a run that is replaced stays beside it until `settle` or `undo`.
+        """Make the directory and lock it; a run that is replaced stays beside it until `delete_replaced` or `discard`.
 
         Raises:
             UserError: it exists and is not empty (unless it is a run and `overwrite`), cannot be written, or
@@ -54,7 +54,7 @@ class Run:
                     raise UserError(
                         f"--out {path}: not a run, so --overwrite leaves it alone; choose another"
                     )
-                old = Lock(path)
+                old = RunLock(path)
                 run._replaced = path.rename(path.with_name(f".{path.name}.{os.getpid()}.replaced"))
                 old.release()
             path.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ class Run:
             UserError: one already does; names it.
         """
         try:
-            self._lock = Lock(self.path)
+            self._lock = RunLock(self.path)
         except OSError as error:
             raise UserError(f"run {self.path}: {error.strerror or error}") from None
 
@@ -81,13 +81,13 @@ class Run:
             self._lock.release()
             self._lock = None
 
-    def settle(self) -> None:
+    def delete_replaced(self) -> None:
         """The run has something to show: what it replaced goes."""
         if self._replaced:
             shutil.rmtree(self._replaced, ignore_errors=True)
             self._replaced = None
 
-    def undo(self) -> None:
+    def discard(self) -> None:
         """The run came to nothing: remove it, and put back what it replaced."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.unlock()
@@ -145,10 +145,10 @@ class ReadOnlyRun(Run):
     def lock(self) -> None:
         pass
 
-    def settle(self) -> None:
+    def delete_replaced(self) -> None:
         pass
 
-    def undo(self) -> None:
+    def discard(self) -> None:
         pass
 
     def write_config(self, command: str, settings: BaseModel) -> None:

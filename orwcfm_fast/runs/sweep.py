@@ -150,7 +150,7 @@ class Sweeping:
         try:
             with self._or_nothing():
                 self._train_each(watch, on_result)
-            self.run.settle()
+            self.run.delete_replaced()
         finally:
             self.run.unlock()
 
@@ -161,8 +161,8 @@ class Sweeping:
             yield
         except BaseException:
             if self.new and not any(is_run(self.run.path / name) for name in self.runs):
-                self.run.undo()
-            self.run.settle()
+                self.run.discard()
+            self.run.delete_replaced()
             raise
 
     def _train_each(

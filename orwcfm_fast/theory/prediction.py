@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.evaluation.held_out import judge_for
+from orwcfm_fast.evaluation.held_out import evaluator_for
 from orwcfm_fast.method.rollout import Rollout, sample, start_conditions, start_noise
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum
@@ -69,7 +69,7 @@ def draw_reference(policy: Policy, reward: RewardSum, s: Predict) -> Reference:
     x = sample(policy, start_noise(policy, max(s.n, s.scored), s.seed), s, s.chunk)
     seen = policy.decode(x)
     with torch.inference_mode():
-        features = judge_for(policy.data, reward, reward.name).features(seen[: s.n])
+        features = evaluator_for(policy.data, reward, reward.name).features(seen[: s.n])
     prompts = policy.prompts_of(start_conditions(policy, len(x), s))
     return Reference(x[: s.n], reward.scores(seen, prompts=prompts).total, features)
 

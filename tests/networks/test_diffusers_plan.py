@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orwcfm_fast.cli.machine import _show_plan
 from orwcfm_fast.evaluation.evaluate import evaluate
-from orwcfm_fast.evaluation.held_out import judge_for
+from orwcfm_fast.evaluation.held_out import evaluator_for
 from orwcfm_fast.method.trainer import Trainer
-from orwcfm_fast.planning.as_cuda import AutocastAsOnCuda
-from orwcfm_fast.planning.course import allocations
+from orwcfm_fast.planning.allocations import record_allocations
+from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules
 from orwcfm_fast.planning.pipeline import Meter, plan_pipeline
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.load import Loader
@@ -39,7 +39,7 @@ def measured(s: Finetune) -> int:
         for _ in range(2):
             loop.one_round()
 
-    return before + max(accumulate(allocations(rounds, CPU)))
+    return before + max(accumulate(record_allocations(rounds, CPU)))
 
 
 CASES = [
@@ -86,14 +86,14 @@ def test_the_closing_evaluation_and_a_ranks_share_are_in_the_plan(pipeline_folde
     plan = plan_pipeline(s)["adapters of rank 8"]
     policy = Loader(CPU, "fp32", how=s).load(s.model).policy
     loop = Trainer(policy, make_reward("brightness"), s)
-    judge = judge_for(policy.data, make_reward("brightness"), "brightness")
+    evaluator = evaluator_for(policy.data, make_reward("brightness"), "brightness")
     models = {"before": loop.reference, "after": policy}
 
     def closing():
-        evaluate(models, loop.reference, judge, s, s.eval_n, s.chunk)
+        evaluate(models, loop.reference, evaluator, s, s.eval_n, s.chunk)
 
     closing()  # what torch builds on first use
-    theirs = max(accumulate(allocations(closing, CPU)))
+    theirs = max(accumulate(record_allocations(closing, CPU)))
     ours = sum(plan.evaluation.values())
     print(f"closing evaluation: predicted {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB")
     assert 0.95 <= ours / theirs <= 2
@@ -152,7 +152,7 @@ def test_planned_for_a_gpu_a_step_keeps_what_autocast_there_keeps(
     shapes = [policy.shape, *(x.shape[1:] for x in embeddings)]
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
     kept = {}
-    for device, mode in (("cuda", nullcontext), ("cpu", AutocastAsOnCuda), ("cpu", nullcontext)):
+    for device, mode in (("cuda", nullcontext), ("cpu", CudaAutocastRules), ("cpu", nullcontext)):
         network = copy.deepcopy(policy.network).to("meta")
         with FakeTensorMode(allow_non_fake_inputs=True):
             network.to_empty(device=device)
@@ -161,4 +161,4 @@ def test_planned_for_a_gpu_a_step_keeps_what_autocast_there_keeps(
                 found = network(torch.empty(2, device=device), *like)
             kept[device, mode] = sum(meter.changes)
             del found
-    assert kept["cpu", AutocastAsOnCuda] == kept["cuda", nullcontext] > kept["cpu", nullcontext]
+    assert kept["cpu", CudaAutocastRules] == kept["cuda", nullcontext] > kept["cpu", nullcontext]

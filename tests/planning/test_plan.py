@@ -12,8 +12,8 @@ import torch
 from orwcfm_fast.data.datasets import source
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import make_policy
-from orwcfm_fast.planning.course import Course, allocations
-from orwcfm_fast.planning.measured import make_plan, plan_run
+from orwcfm_fast.planning.allocations import AllocationProfile, record_allocations
+from orwcfm_fast.planning.network import make_plan, plan_run
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.settings import Finetune
 
@@ -37,7 +37,7 @@ def measured(model: str, data: str, **settings) -> int:
         for _ in range(2):
             loop.one_round()
 
-    return weights + max(accumulate(allocations(rounds, CPU)))
+    return weights + max(accumulate(record_allocations(rounds, CPU)))
 
 
 def predicted(model: str, data: str, **settings):
@@ -54,7 +54,7 @@ def test_a_course_carries_the_peak_over_even_where_it_moves():
     def changes(size):
         return [100, -100, 10 * size, -10 * size]
 
-    course = Course((1, 2), (changes(1), changes(2)), (0.1, 0.2))
+    course = AllocationProfile((1, 2), (changes(1), changes(2)), (0.1, 0.2))
     assert [course.peak(n) for n in (2, 10, 11, 50)] == [100, 100, 110, 500]
     assert course.time(4) == pytest.approx(0.4)
 
@@ -87,7 +87,7 @@ def test_minibatches_that_are_taken_again_are_in_the_plan():
 
 
 def test_what_does_not_fit_is_halved_until_it_does_and_then_holds(monkeypatch):
-    monkeypatch.setattr("orwcfm_fast.planning.measured.resident", lambda: 0)  # torch's own share alone
+    monkeypatch.setattr("orwcfm_fast.planning.network.resident_bytes", lambda: 0)  # torch's own share alone
     settings = dict(batch=4096, rollout=512, chunk=512)
     whole = predicted("mlp", "moons", **settings)
     limit = int((sum(whole.held.values()) + 0.4 * sum(whole.step.values())) / 0.9)
@@ -126,7 +126,7 @@ def test_a_reward_asked_of_few_at_once_is_planned_so(monkeypatch):
         for n in (0, 8)
     )
     assert 0.1 <= few / whole <= 0.16
-    monkeypatch.setattr("orwcfm_fast.planning.measured.resident", lambda: 0)
+    monkeypatch.setattr("orwcfm_fast.planning.network.resident_bytes", lambda: 0)
     limit = int((sum(make_plan(policy, make_reward(reward), s).held.values()) + 0.4 * whole) / 0.9)
     assert make_plan(policy, make_reward(reward), s, limit=limit).reward_batch == 16, (
         "as the run itself would"

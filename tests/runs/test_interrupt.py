@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from orwcfm_fast.method.trainer import PolicyOptimizer
-from orwcfm_fast.runs.interrupt import Interruption, Stop
+from orwcfm_fast.runs.interrupt import SignalHandler, StopRequested
 
 ORWCFM = Path(sys.executable).with_name("orwcfm")
 SMALL = ("--rollout", 48, "--chunk", 16, "--batch", 16, "--steps-per-round", 4, "--eval-n", 16, "--probe", 16)
@@ -194,13 +194,13 @@ def test_pretraining_takes_a_signal_at_any_step(run_cli, data, monkeypatch):
 
 def test_handlers_come_and_go():
     before = signal.getsignal(signal.SIGTERM)
-    with Interruption("") as interruption:
-        interruption.pause()
+    with SignalHandler("") as signals:
+        signals.raise_if_stopped()
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Stop):
-            interruption.pause()
+        with pytest.raises(StopRequested):
+            signals.raise_if_stopped()
         os.kill(os.getpid(), signal.SIGTERM)  # launchers repeat themselves
-        assert interruption.exit_code == 143
+        assert signals.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.runs.lock import Lock
+from orwcfm_fast.runs.lock import RunLock
 
-HOLD = "import sys, time; from pathlib import Path; from orwcfm_fast.runs.lock import Lock;"
-HOLD += "lock = Lock(Path(sys.argv[1])); print('held', flush=True); {then}; time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from orwcfm_fast.runs.lock import RunLock;"
+HOLD += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); {then}; time.sleep(60)"
 
 
 def holder(folder: Path, then: str = "0") -> subprocess.Popen:
@@ -54,11 +54,11 @@ def test_a_second_pretraining_is_refused(run_cli):
 def test_a_killed_holders_lock_is_free(tmp_path):
     process = holder(tmp_path)
     with pytest.raises(UserError, match="is at work"):
-        Lock(tmp_path)
+        RunLock(tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert str(process.pid) in (tmp_path / ".lock").read_text(), "stale text is no lock"
-    Lock(tmp_path).release()
+    RunLock(tmp_path).release()
 
 
 def test_a_worker_that_outlives_a_killed_holder_does_not_keep_its_lock(tmp_path):
@@ -68,7 +68,7 @@ def test_a_worker_that_outlives_a_killed_holder_does_not_keep_its_lock(tmp_path)
     process.wait()
     try:
         os.kill(worker, 0)
-        Lock(tmp_path).release()
+        RunLock(tmp_path).release()
     finally:
         os.kill(worker, signal.SIGKILL)
 
@@ -78,13 +78,13 @@ def test_a_lock_is_never_written_through_a_link(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
     with pytest.raises(OSError):
-        Lock(tmp_path / "run")
+        RunLock(tmp_path / "run")
     assert (tmp_path / "precious").read_text() == "keep"
 
 
 def test_a_finished_run_lets_go_in_the_same_process(run_cli, tiny_run):
     assert run_cli("finetune", "--resume", tiny_run, "--rounds", 3, "--quiet").code == 0
-    Lock(tiny_run).release()
+    RunLock(tiny_run).release()
 
 
 def test_a_run_that_died_at_its_very_first_file_can_be_begun_again(run_cli, tiny_run):

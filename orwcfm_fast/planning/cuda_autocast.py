@@ -11,14 +11,14 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 # of torch's list of CUDA ops that autocast to float32, those that transformers and VAEs have
-WIDE = {
+FLOAT32_OPS = {
     F.group_norm, F.layer_norm, F.rms_norm, F.softmax, Tensor.__pow__, Tensor.norm, Tensor.pow, Tensor.rsqrt,
     Tensor.softmax, Tensor.sum, torch.exp, torch.group_norm, torch.layer_norm, torch.norm, torch.pow,
     torch.rsqrt, torch.softmax, torch.sum,
 }  # fmt: skip
 
 
-class AutocastAsOnCuda(TorchFunctionMode):
+class CudaAutocastRules(TorchFunctionMode):
     """Within the CPU's autocast, ops that CUDA's makes float32 are float32.
 
     Source: torch's documentation of automatic mixed precision, "CUDA Ops that can autocast to float32".
@@ -26,8 +26,8 @@ class AutocastAsOnCuda(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in WIDE and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(_wide, (args, kwargs))
+        if func in FLOAT32_OPS and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_to_float32, (args, kwargs))
             if func is F.rms_norm:
                 return _FusedRmsNorm.apply(args[0], args[2] if len(args) > 2 else kwargs.get("weight"))
         if func in (torch.cat, torch.stack):  # the CPU's would first copy all to the widest dtype
@@ -37,9 +37,9 @@ class AutocastAsOnCuda(TorchFunctionMode):
 
 
 def recompute(module: torch.nn.Module, *args: Any) -> Any:
-    """Gradient checkpointing within `AutocastAsOnCuda`: a backward pass leaves the mode, this takes it up again."""
+    """Gradient checkpointing within `CudaAutocastRules`: a backward pass leaves the mode, this takes it up again."""
     return checkpoint(
-        module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), AutocastAsOnCuda())
+        module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), CudaAutocastRules())
     )
 
 
@@ -57,5 +57,5 @@ class _FusedRmsNorm(torch.autograd.Function):
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
 
 
-def _wide(x: Any) -> Any:
+def _to_float32(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x

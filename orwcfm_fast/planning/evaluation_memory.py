@@ -4,16 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orwcfm_fast.control.target_w2 import probe_size
-from orwcfm_fast.evaluation.evaluate import EXACT_W2_MAX, SPREAD_MAX
-from orwcfm_fast.evaluation.held_out import AT_ONCE
+from orwcfm_fast.evaluation.evaluate import DIVERSITY_SAMPLES, EXACT_W2_SAMPLES
+from orwcfm_fast.evaluation.held_out import FLOAT64_CHUNK
 from orwcfm_fast.settings import Finetune
 
-SPREAD = 512  # of a rollout, whose diversity is measured
-PICTURE = 64
+ROLLOUT_DIVERSITY_SAMPLES = 512  # of a rollout, whose diversity is measured
+PICTURE_SAMPLES = 64
 
 
 @dataclass(frozen=True)
-class Looks:
+class EvaluationMemory:
     """What samples take on one of `ranks`.
 
     Args:
@@ -43,7 +43,7 @@ class Looks:
         return max(self.decoding(min(n, self.s.vae_chunk)) + n * self.image, 2 * n * self.image)
 
     def probe(self, chunk: int) -> dict[str, int]:
-        probed, spread = probe_size(self.s), min(SPREAD, self.s.rollout)
+        probed, spread = probe_size(self.s), min(ROLLOUT_DIVERSITY_SAMPLES, self.s.rollout)
         mine = -(-probed // self.ranks)
         sampled = self.sampling(min(mine, chunk)) + 2 * mine * self.sample
         decoded = self._decoding(-(-max(spread, probed) // self.ranks), chunk)
@@ -51,12 +51,18 @@ class Looks:
 
     def evaluation(self, chunk: int) -> dict[str, int]:
         n = self.s.eval_n
-        mine, most, pictured = -(-n // self.ranks), min(n, SPREAD_MAX), min(probe_size(self.s), PICTURE)
+        mine, most, pictured = (
+            -(-n // self.ranks),
+            min(n, DIVERSITY_SAMPLES),
+            min(probe_size(self.s), PICTURE_SAMPLES),
+        )
         values = self.feature // 4
         sampled = self.sampling(min(mine, chunk)) + 3 * min(mine, chunk) * self.sample
-        decoded = self._decoding(mine, chunk) + 4 * self.image + 16 * min(AT_ONCE, mine * self.image // 4)
+        decoded = (
+            self._decoding(mine, chunk) + 4 * self.image + 16 * min(FLOAT64_CHUNK, mine * self.image // 4)
+        )
         figures = 16 * most * values + 24 * min(most, values) ** 2
-        exact = min(n, EXACT_W2_MAX)
+        exact = min(n, EXACT_W2_SAMPLES)
         transport = exact * (4 * self.sample + 16 * exact) if self.on_host else 0
         pictures = self.decoding(min(pictured, self.s.vae_chunk)) + 3 * pictured * self.image
         return {

@@ -17,9 +17,16 @@ from orwcfm_fast.method.samplers import times as solver_times
 from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.policy import Policy, make_policy
-from orwcfm_fast.planning.course import probe
-from orwcfm_fast.planning.looks import Looks
-from orwcfm_fast.planning.plan import HEADROOM, Plan, available, fitting, kept_draws, resident
+from orwcfm_fast.planning.allocations import profile_allocations
+from orwcfm_fast.planning.evaluation_memory import EvaluationMemory
+from orwcfm_fast.planning.plan import (
+    HEADROOM,
+    Plan,
+    available_bytes,
+    largest_fitting,
+    resident_bytes,
+    stored_minibatches,
+)
 from orwcfm_fast.rewards import RewardSum, make_reward
 from orwcfm_fast.runs.load import DEFAULT, FOREIGN_DATA, Loader
 from orwcfm_fast.settings import Finetune
@@ -62,7 +69,7 @@ def make_plan(
     """
     batch, rollout = (-(-n // ranks) for n in (s.batch, s.rollout))
     device = policy.device
-    limit = available(device) if limit is None else limit
+    limit = available_bytes(device) if limit is None else limit
     if s.lora:
         add_lora(policy.network, s.lora, seed=s.seed)
     reference = policy.frozen_copy()
@@ -89,15 +96,17 @@ def make_plan(
         if isinstance(x, Tensor)
     )
     # before the probes: recording takes memory of its own
-    process = 0 if device.type == "cuda" else max(0, resident() - weights - anchor - moments)
-    one = probe(lambda size: step(max(size, least)), batch, device)
-    several = probe(lambda size: step(size, 2), batch // 2, device) if batch > 1 else one
-    drawn = probe(lambda size: draw(policy, size, 0, s.seed, s, size), min(s.chunk, rollout), device)
-    noised = probe(lambda size: start_noise(policy, size, s.seed), rollout, device)
+    process = 0 if device.type == "cuda" else max(0, resident_bytes() - weights - anchor - moments)
+    one = profile_allocations(lambda size: step(max(size, least)), batch, device)
+    several = profile_allocations(lambda size: step(size, 2), batch // 2, device) if batch > 1 else one
+    drawn = profile_allocations(
+        lambda size: draw(policy, size, 0, s.seed, s, size), min(s.chunk, rollout), device
+    )
+    noised = profile_allocations(lambda size: start_noise(policy, size, s.seed), rollout, device)
     samples = policy.decode(start_noise(policy, max(2, rollout // 2), s.seed))
     asked = min(s.reward_batch or rollout, rollout)
     undivided = replace(reward, at_once=0, on_halved=_no_room)
-    scored = probe(lambda size: undivided(samples[:size]), asked, device)
+    scored = profile_allocations(lambda size: undivided(samples[:size]), asked, device)
 
     one_sample = 4 * start_noise(policy, 1, s.seed).numel()
     held = {
@@ -112,7 +121,7 @@ def make_plan(
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several.peak(size)
         own = {"gradients": min(gradients, top), "activations": max(top - gradients, exchange)}
-        return own | kept_draws(s, batch, one_sample)
+        return own | stored_minibatches(s, batch, one_sample)
 
     def rollout_at(chunk: int) -> dict[str, int]:
         others = 2 * (rollout - chunk) * one_sample
@@ -121,18 +130,18 @@ def make_plan(
     def scoring_at(size: int) -> dict[str, int]:
         return {"scoring": scored.peak(size) + rollout * one_sample}
 
-    looks = Looks(
+    memory = EvaluationMemory(
         s, ranks, one_sample, one_sample, one_sample, drawn.peak, lambda size: 0, False, device.type == "cpu"
     )
-    held["probe kept"] = looks.probe_kept
+    held["probe kept"] = memory.probe_kept
     room = int(HEADROOM * limit) - process - sum(held.values())
-    micro_batch = fitting(min(s.micro_batch or batch, batch), room, step_at)
+    micro_batch = largest_fitting(min(s.micro_batch or batch, batch), room, step_at)
     stepping = step_at(micro_batch)
     if s.graph:  # never given back
         held["step's graph"] = sum(stepping.values())
         room, stepping = room - held["step's graph"], dict.fromkeys(stepping, 0)
-    chunk = fitting(min(s.chunk, rollout), room, rollout_at)
-    reward_batch = fitting(asked, room, scoring_at)
+    chunk = largest_fitting(min(s.chunk, rollout), room, rollout_at)
+    reward_batch = largest_fitting(asked, room, scoring_at)
     per_step = (
         one.time(batch) if micro_batch == batch else several.time(micro_batch) * batch / (2 * micro_batch)
     )
@@ -146,6 +155,6 @@ def make_plan(
     return Plan(
         str(device), micro_batch, chunk, held, stepping, rollout_at(chunk),
         scoring_at(reward_batch), process, limit, seconds,
-        probe=looks.probe(chunk), evaluation=looks.evaluation(chunk),
+        probe=memory.probe(chunk), evaluation=memory.evaluation(chunk),
         reward_batch=reward_batch if reward_batch < rollout else 0,
     )  # fmt: skip

@@ -14,11 +14,11 @@ import torch
 
 from orwcfm_fast.control.memory import out_of_memory
 
-PROBE_SECONDS = 10.0  # for each thing probed
+PROFILE_SECONDS = 10.0  # for each thing probed
 
 
 @dataclass(frozen=True)
-class Course:
+class AllocationProfile:
     """What one piece of work allocates and how long it takes, by its size.
 
     Args:
@@ -48,7 +48,7 @@ class Course:
         return max(second + slope * (size - b), 0.0)
 
 
-def allocations(work: Callable[[], object], device: torch.device) -> list[int]:
+def record_allocations(work: Callable[[], object], device: torch.device) -> list[int]:
     """Bytes of every allocation (+) and release (−) that torch makes on the device during `work`, in order."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own lines say nothing of a plan
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -66,7 +66,7 @@ def allocations(work: Callable[[], object], device: torch.device) -> list[int]:
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
-def probe(work: Callable[[int], object], want: int, device: torch.device) -> Course:
+def profile_allocations(work: Callable[[int], object], want: int, device: torch.device) -> AllocationProfile:
     """Try `work` at growing sizes, at most half of `want` (or 2), while time and memory allow.
 
     Raises:
@@ -74,11 +74,11 @@ def probe(work: Callable[[int], object], want: int, device: torch.device) -> Cou
     """
     tried: list[tuple[int, list[int], float]] = []
     size, began = 1, time.perf_counter()
-    while size <= max(2, want // 2) and (len(tried) < 2 or time.perf_counter() - began < PROBE_SECONDS):
+    while size <= max(2, want // 2) and (len(tried) < 2 or time.perf_counter() - began < PROFILE_SECONDS):
         try:
             work(size)  # first use of a size chooses kernels
             seconds = min(_timed(work, size, device) for _ in range(2))
-            tried.append((size, allocations(lambda size=size: work(size), device), seconds))  # type: ignore[misc]
+            tried.append((size, record_allocations(lambda size=size: work(size), device), seconds))  # type: ignore[misc]
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or len(tried) < 2:
                 raise
@@ -86,7 +86,7 @@ def probe(work: Callable[[int], object], want: int, device: torch.device) -> Cou
         half = max(2, want // 2)
         size = min(4 * size, half) if size < half else size + 1
     (a, first, fast), (b, second, slow) = tried[-2:]
-    return Course((a, b), (first, second), (fast, slow))
+    return AllocationProfile((a, b), (first, second), (fast, slow))
 
 
 def _timed(work: Callable[[int], object], size: int, device: torch.device) -> float:
