@@ -1,6 +1,11 @@
-"""Names to functions: one registry a kind, filled by decorators where things are defined and by plugins."""
+"""Names to functions: one registry for each kind of thing, filled by decorators and by plugins.
+
+A file dropped into a registry's package folder is found without any other edit: the first look-up imports every
+module of that folder, and with it runs their decorators.
+"""
 
 import difflib
+import pkgutil
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -21,12 +26,12 @@ class Registry:
 
     Args:
         kind: what an entry is called in messages and by `orwcfm list`, e.g. "reward".
-        module: imported before the first look-up, so that its decorators have run.
+        package: every module of it is imported before the first look-up.
         group: entry-point group of plugins; each entry point names one entry.
     """
 
-    def __init__(self, kind: str, module: str | None = None, group: str | None = None) -> None:
-        self.kind, self._module, self._group = kind, module, group
+    def __init__(self, kind: str, package: str | None = None, group: str | None = None) -> None:
+        self.kind, self._package, self._group = kind, package, group
         self._entries: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[Any], Any]:
@@ -39,14 +44,25 @@ class Registry:
         return add
 
     def _load(self) -> None:
-        if self._module:
-            import_module(self._module)
+        """Import every module of the package.
+
+        Raises:
+            UserError: one of them cannot be imported; names it.
+        """
+        package, self._package = self._package, None
+        for module in pkgutil.iter_modules(import_module(package).__path__) if package else ():
+            try:
+                import_module(f"{package}.{module.name}")
+            except Exception as error:
+                self._package = package  # the next look-up says so again
+                text = f"{type(error).__name__}: {error}"
+                raise UserError(f"{self.kind} module {package}.{module.name}: {text}") from error
 
     def _plugins(self) -> dict[str, Any]:
         return {p.name: p for p in entry_points(group=self._group)} if self._group else {}
 
     def get(self, name: str) -> Any:
-        """The entry `name`; a plugin is imported only when asked for by name.
+        """The entry `name`; a plugin is imported only when it is looked up by name.
 
         Raises:
             UserError: no such entry; names the nearest one.

@@ -8,6 +8,7 @@ import torch
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.rollout import Rollout
+from orwcfm_fast.method.weighting import standardize
 from orwcfm_fast.settings import Finetune
 
 FORECAST_SAMPLES = 512
@@ -74,7 +75,7 @@ class W2Steering:
         rows = torch.zeros(len(x)) if rollout.condition is None else rollout.condition[:FORECAST_SAMPLES]
         prompts, counts = rows.unique(return_counts=True)
         if len(prompts) > 1 and weighting == "advantage" and s.group == 1:  # standardised over all prompts
-            r, weighting = (r - r.mean()) / r.std(correction=0).clamp_min(1e-8), "exp"
+            r, weighting = standardize(r), "exp"
         known = [
             (int(n), prompt)
             for n, prompt in zip(counts, prompts, strict=True)

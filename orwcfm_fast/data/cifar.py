@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orwcfm_fast.data.datasets import dataset, local_or_downloaded
+
 FILES = "cifar-10-batches-py/data_batch_1 … data_batch_5"
 # as numpy of Python 2 wrote them; anything else a pickle names is refused
 ARRAYS = {
@@ -67,3 +69,12 @@ def read_cifar10(data_dir: Path, fetch: bool) -> tuple[Tensor, Tensor]:
     batches = [read_batch(path) for path, _ in files]
     images = torch.from_numpy(np.concatenate([data for data, _ in batches])).view(-1, 3, 32, 32)
     return images, torch.tensor([label for _, labels in batches for label in labels])
+
+
+@dataset("cifar10", (3, 32, 32), "unet-cifar10", "jpeg-compressibility")
+def cifar10(data_dir: Path, argument: str):
+    """CIFAR-10, 50,000 images 3×32×32 (Krizhevsky), through torchvision"""
+    data, labels = local_or_downloaded(
+        "cifar10", data_dir, FILES, lambda fetch: read_cifar10(data_dir, fetch)
+    )
+    return data.float() / 127.5 - 1, labels

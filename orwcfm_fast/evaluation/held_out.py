@@ -10,9 +10,9 @@ from orwcfm_fast.distributed import ProcessGroup
 from orwcfm_fast.evaluation.drift import sample_with_gap
 from orwcfm_fast.evaluation.features import Features, features_for
 from orwcfm_fast.method import noise
-from orwcfm_fast.method.rollout import Reward, sample, start_conditions, start_noise
+from orwcfm_fast.method.rollout import sample, start_conditions, start_noise
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.rewards import RewardSum, Scores, make_reward
+from orwcfm_fast.rewards import Reward, RewardSum, Scores, make_reward
 from orwcfm_fast.settings import RewardOptions, Sampling
 
 VELOCITY_GAP_SAMPLES = 512

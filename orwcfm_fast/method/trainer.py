@@ -17,12 +17,12 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.probe import Probe
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.minibatches import Minibatches
-from orwcfm_fast.method.rollout import Reward, Rollout, draw, start_conditions
+from orwcfm_fast.method.rollout import Rollout, draw, start_conditions
 from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.method.weighting import check_bounded, check_positive, effective_sample_size
 from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.rewards import RewardSum, Scores, make_reward
+from orwcfm_fast.rewards import Reward, RewardSum, Scores, make_reward
 from orwcfm_fast.settings import Finetune
 
 PHASES = ("rollout", "reward", "reference", "policy", "optimizer")

@@ -5,6 +5,21 @@ from torch import Tensor
 
 from orwcfm_fast.errors import UserError
 
+NO_SPREAD = 1e-6
+
+
+def standardize(values: Tensor) -> Tensor:
+    """(value − mean) / deviation of values [N], in their dtype; 0 for all where they differ by rounding alone.
+
+    Values count as equal where their deviation is at most `NO_SPREAD` of the largest of them: about eight units in
+    the last place of float32.
+    """
+    exact = values.double()
+    deviation = exact.std(correction=0)
+    if float(deviation) <= NO_SPREAD * float(exact.abs().max()):
+        return torch.zeros_like(values)
+    return ((exact - exact.mean()) / deviation).to(values.dtype)
+
 
 def weigh(reward: Tensor, tau: float, kind: str = "exp", normalize: bool = True) -> Tensor:
     """Weights w [N] of a round's rewards [N], float32.
@@ -25,7 +40,7 @@ def weigh(reward: Tensor, tau: float, kind: str = "exp", normalize: bool = True)
             raise UserError("weights 'linear': every reward is 0; use exp")
         return (r / r.mean()).float()
     if kind == "advantage":
-        r = (r - r.mean()) / r.std(correction=0).clamp_min(1e-8)
+        r = standardize(r)
     log_w = tau * r
     if normalize:
         log_w = log_w - (log_w.logsumexp(0) - torch.tensor(float(len(r))).log())

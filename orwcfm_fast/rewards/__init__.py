@@ -1,4 +1,7 @@
-"""Rewards: any callable from decoded samples [B, …] to [B] numbers; no gradient is asked of it."""
+"""Rewards: any callable from decoded samples [B, …] to [B] numbers; it needs no gradient.
+
+A file in this folder that decorates a function with `@reward("name")` adds a reward; nothing else is edited.
+"""
 
 from orwcfm_fast.rewards.combine import (
     RewardSum,
@@ -8,7 +11,8 @@ from orwcfm_fast.rewards.combine import (
     make_reward,
     user_code,
 )
-from orwcfm_fast.rewards.registry import REWARDS, reward, reward_factory
+from orwcfm_fast.rewards.registry import REWARDS, Reward, reward, reward_factory
+from orwcfm_fast.rewards.scoring import score
 
-__all__ = ["REWARDS", "RewardSum", "Scores", "check_code_named", "make_holdout", "make_reward"]
-__all__ += ["reward", "reward_factory", "user_code"]
+__all__ = ["REWARDS", "Reward", "RewardSum", "Scores", "check_code_named", "make_holdout", "make_reward"]
+__all__ += ["reward", "reward_factory", "score", "user_code"]

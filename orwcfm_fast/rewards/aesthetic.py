@@ -8,7 +8,7 @@ from torch import Tensor
 from orwcfm_fast.checkpoints.torch_files import read_weights
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.rewards.clip import clip_of
-from orwcfm_fast.rewards.registry import Score, reward_factory
+from orwcfm_fast.rewards.registry import Reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
 
@@ -40,7 +40,7 @@ def read_head(path: str) -> tuple[Tensor, Tensor]:
 
 
 @reward_factory("aesthetic")
-def aesthetic(argument: str, options: RewardOptions) -> Score:
+def aesthetic(argument: str, options: RewardOptions) -> Reward:
     """aesthetic:FILE, a linear head on the unit features of --clip-model (LAION's heads: ViT-L-14, openai)"""
     if not argument:
         raise UserError(

@@ -11,7 +11,7 @@ from orwcfm_fast.checkpoints.torch_files import read_weights
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.pixels import Transform
-from orwcfm_fast.rewards.registry import Score, reward_factory
+from orwcfm_fast.rewards.registry import Reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
 FORM = "write classifier:ARCHITECTURE:FILE:CLASSES, e.g. classifier:resnet18:weights.safetensors:0,2,4"
@@ -19,7 +19,7 @@ CHUNK = 256
 
 
 @reward_factory("classifier")
-def classifier(argument: str, options: RewardOptions) -> Score:
+def classifier(argument: str, options: RewardOptions) -> Reward:
     """classifier:ARCHITECTURE:FILE:CLASSES, probability of those classes; torchvision's or timm's, your weights"""
     architecture, _, rest = argument.partition(":")
     file, _, listed = rest.rpartition(":")

@@ -13,7 +13,7 @@ from orwcfm_fast.checkpoints.headers import check_pt, check_safetensors
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.pixels import Transform
-from orwcfm_fast.rewards.registry import Score, reward_factory
+from orwcfm_fast.rewards.registry import Reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
 CHUNK = 256
@@ -112,7 +112,7 @@ def _tags(model: str) -> str:
 
 
 @reward_factory("clip")
-def clip(argument: str, options: RewardOptions) -> Score:
+def clip(argument: str, options: RewardOptions) -> Reward:
     """probability of the --prompt texts minus that of the --negative ones, by CLIP; or clip:PROMPT|NEGATIVE; of a
     pipeline, without either, the cosine of each image with its own prompt"""
     given = [text.strip() for text in argument.split("|")] if argument else []
@@ -146,7 +146,7 @@ def clip(argument: str, options: RewardOptions) -> Score:
     return score
 
 
-def _own_prompt(model: Clip) -> Score:
+def _own_prompt(model: Clip) -> Reward:
     """Cosine [B] of each image with the prompt that it was made for."""
     text_features = functools.lru_cache(4096)(lambda text, device: model.text_features((text,), device)[0])
 

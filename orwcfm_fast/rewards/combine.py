@@ -12,10 +12,11 @@ from torch import Tensor
 
 from orwcfm_fast.control.memory import halving
 from orwcfm_fast.errors import RewardError, UserError, WorkError
-from orwcfm_fast.method.rollout import score
+from orwcfm_fast.method.weighting import standardize
 from orwcfm_fast.networks.prompts import Prompt
 from orwcfm_fast.registry import unknown
-from orwcfm_fast.rewards.registry import REWARDS, Score
+from orwcfm_fast.rewards.registry import REWARDS, Reward
+from orwcfm_fast.rewards.scoring import score
 from orwcfm_fast.rewards.user import is_user_reward, load_user_reward
 from orwcfm_fast.settings import RewardOptions
 
@@ -44,7 +45,7 @@ class Scores:
 
         A reward that is the same for all N says nothing and adds 0.
         """
-        return self._add_up({name: _standard(values) for name, values in self.values.items()})
+        return self._add_up({name: standardize(values) for name, values in self.values.items()})
 
     def _add_up(self, values: dict[str, Tensor]) -> Tensor:
         first, *others = (self.weights[name] * v for name, v in values.items())
@@ -68,14 +69,6 @@ class Scores:
         return {name: float(values.mean()) for name, values in self.values.items()}
 
 
-def _standard(values: Tensor) -> Tensor:
-    exact = values.double()
-    deviation = exact.std(correction=0)
-    if float(deviation) <= 1e-6 * float(exact.abs().max()):  # one value, but for rounding
-        return torch.zeros_like(values)
-    return ((exact - exact.mean()) / deviation).to(values.dtype)
-
-
 @dataclass
 class RewardSum:
     """Σ weight_k · reward_k of decoded samples [B, …] → [B]; `terms` are (name, weight, function).
@@ -84,7 +77,7 @@ class RewardSum:
         at_once: samples that each is asked of, 0 for all; halved, and `on_halved` told, where memory runs out.
     """
 
-    terms: list[tuple[str, float, Score]]
+    terms: list[tuple[str, float, Reward]]
     at_once: int = 0
     on_halved: Callable[[int], None] = field(default=lambda size: None, repr=False)
 
@@ -116,7 +109,7 @@ class RewardSum:
 
     def _ask(
         self,
-        function: Score,
+        function: Reward,
         samples: Tensor,
         name: str,
         where: str,
@@ -240,7 +233,7 @@ def split_weight(spec: str) -> tuple[str, float]:
     return head, weight
 
 
-def _function(name: str, options: RewardOptions) -> Score:
+def _function(name: str, options: RewardOptions) -> Reward:
     base, colon, argument = name.partition(":")
     if base not in REWARDS.names():
         if is_user_reward(name):

@@ -12,7 +12,7 @@ from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.data.datasets import load_data
 from orwcfm_fast.device import cache_dir
 from orwcfm_fast.errors import UserError, WorkError
-from orwcfm_fast.rewards.registry import Score, reward_factory
+from orwcfm_fast.rewards.registry import Reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
 BATCH = 64
@@ -124,7 +124,7 @@ def classifier_for(images: Tensor, data_dir: str) -> Classifier:
 
 
 @reward_factory("even-digits")
-def even_digits(argument: str, options: RewardOptions) -> Score:
+def even_digits(argument: str, options: RewardOptions) -> Reward:
     """probability that a digit is even, by an independent classifier"""
     if argument:
         raise UserError("reward 'even-digits' takes no argument after ':'")
@@ -132,7 +132,7 @@ def even_digits(argument: str, options: RewardOptions) -> Score:
 
 
 @reward_factory("digit")
-def digit(argument: str, options: RewardOptions) -> Score:
+def digit(argument: str, options: RewardOptions) -> Reward:
     """digit:K, probability that a digit is K, by an independent classifier"""
     if not (argument.isdigit() and int(argument) < 10):
         raise UserError(f"reward 'digit:{argument}': write digit:K with K from 0 to 9")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.rewards.pixels import to_levels
-from orwcfm_fast.rewards.registry import Score, reward, reward_factory
+from orwcfm_fast.rewards.registry import Reward, reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
 JPEG_QUALITY = 95
@@ -72,14 +72,14 @@ def _quality(argument: str) -> int:
 
 
 @reward_factory("jpeg-compressibility")
-def jpeg_compressibility(argument: str, options: RewardOptions) -> Score:
+def jpeg_compressibility(argument: str, options: RewardOptions) -> Reward:
     """minus the kB of the JPEG; jpeg-compressibility:Q for quality Q (95)"""
     quality = _quality(argument)
     return lambda images: -jpeg_kilobytes(images, quality)
 
 
 @reward_factory("jpeg-incompressibility")
-def jpeg_incompressibility(argument: str, options: RewardOptions) -> Score:
+def jpeg_incompressibility(argument: str, options: RewardOptions) -> Reward:
     """the kB of the JPEG; jpeg-incompressibility:Q for quality Q (95)"""
     quality = _quality(argument)
     return lambda images: jpeg_kilobytes(images, quality)

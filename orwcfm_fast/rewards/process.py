@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import RewardError, UserError
-from orwcfm_fast.rewards.registry import Score, reward_factory
+from orwcfm_fast.rewards.registry import Reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -159,7 +159,7 @@ def _worker(python: Path, where: str, function: str, timeout: float) -> ProcessR
 
 
 @reward_factory("process")
-def process(argument: str, options: RewardOptions) -> Score:
+def process(argument: str, options: RewardOptions) -> Reward:
     """process:PYTHON:FILE.py:FUNCTION, a function of another Python environment (its interpreter or folder)"""
     parts = argument.rsplit(":", 2)
     if len(parts) != 3 or not all(parts):

@@ -1,4 +1,4 @@
-"""Where a reward is given its name."""
+"""The registry of rewards, and the decorators that enter a reward in it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,15 +6,17 @@ from typing import Any
 from orwcfm_fast.registry import Registry
 from orwcfm_fast.settings import RewardOptions
 
-Score = Callable[..., Any]  # (samples[, prompts][, metadata]) → [B]
-Factory = Callable[[str, RewardOptions], Score]
-REWARDS = Registry("reward", module="orwcfm_fast.rewards.all", group="orwcfm.rewards")
+Reward = Callable[..., Any]
+"""Decoded samples [B, …] → scores [B]. Where it has parameters `prompts` or `metadata`, it is called with lists of
+B texts or B dicts. It needs no gradient."""
+Factory = Callable[[str, RewardOptions], Reward]
+REWARDS = Registry("reward", package="orwcfm_fast.rewards", group="orwcfm.rewards")
 
 
-def reward(name: str) -> Callable[[Score], Score]:
-    """Decorator: a function of the samples is the reward `name`."""
+def reward(name: str) -> Callable[[Reward], Reward]:
+    """Decorator: registers a function of the samples as the reward `name`."""
 
-    def register(function: Score) -> Score:
+    def register(function: Reward) -> Reward:
         REWARDS.register(name)(function)
         return function
 
@@ -22,7 +24,7 @@ def reward(name: str) -> Callable[[Score], Score]:
 
 
 def reward_factory(name: str) -> Callable[[Factory], Factory]:
-    """Decorator: a function (text after NAME:, the run's reward options) that makes the reward `name`."""
+    """Decorator: registers a function that makes the reward `name`, given the text after `NAME:` and the options."""
 
     def register(factory: Factory) -> Factory:
         factory.is_factory = True  # type: ignore[attr-defined]

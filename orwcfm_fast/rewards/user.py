@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.rewards.registry import Score
+from orwcfm_fast.rewards.registry import Reward
 
 
 def is_user_reward(spec: str) -> bool:
@@ -16,7 +16,7 @@ def is_user_reward(spec: str) -> bool:
     return bool(colon) and (where.endswith(".py") or all(part.isidentifier() for part in where.split(".")))
 
 
-def load_user_reward(spec: str) -> Score:
+def load_user_reward(spec: str) -> Reward:
     """The function that `spec` names.
 
     Raises:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.rewards.registry import Score, reward, reward_factory
+from orwcfm_fast.rewards.registry import Reward, reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
 
@@ -14,7 +14,7 @@ def right(x: Tensor) -> Tensor:
 
 
 @reward_factory("coordinate")
-def coordinate(argument: str, options: RewardOptions) -> Score:
+def coordinate(argument: str, options: RewardOptions) -> Reward:
     """coordinate:K, the K-th coordinate, counted from 0"""
     if not (argument or "0").isdigit():
         raise UserError(f"reward 'coordinate:{argument}': K should be a whole number from 0 up")

@@ -9,10 +9,9 @@ import torch
 from orwcfm_fast.checkpoints import retention
 from orwcfm_fast.control.memory import halving, out_of_memory
 from orwcfm_fast.errors import RewardError, WorkError
-from orwcfm_fast.method.rollout import score
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.models import VelocityMLP
-from orwcfm_fast.rewards import combine, make_reward
+from orwcfm_fast.rewards import combine, make_reward, score
 from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.settings import Finetune
 

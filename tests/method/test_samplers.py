@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.method.samplers import SOLVERS, Solver, adams_weights, dopri5, solve, time_grid, times
+from orwcfm_fast.method.samplers import SOLVERS, Solver, solve, time_grid, times
+from orwcfm_fast.method.samplers.adams import adams_weights
+from orwcfm_fast.method.samplers.adaptive import dopri5
 
 FIXED = [name for name in SOLVERS.names() if not SOLVERS.get(name).adaptive]
 GRIDS = ["uniform", "power:1.3", "power:2"]

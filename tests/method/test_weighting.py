@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.method.weighting import check_bounded, effective_sample_size, weigh
+from orwcfm_fast.method.weighting import check_bounded, effective_sample_size, standardize, weigh
 
 R = torch.tensor([0.1, 0.5, 0.9, 0.2])
 
@@ -21,6 +21,14 @@ def test_a_constant_added_to_the_reward_changes_nothing():
 
 def test_advantage_ignores_scale_and_shift_of_the_reward():
     assert torch.allclose(weigh(R, 1.0, "advantage"), weigh(40 * R - 3, 1.0, "advantage"), rtol=1e-5)
+
+
+def test_rewards_that_differ_by_rounding_alone_weigh_the_same():
+    r = torch.full((8,), 27.3125)
+    r[:2] = torch.nextafter(r[:2], r.new_tensor(0.0))
+    assert torch.equal(weigh(r, 1.0, "advantage"), torch.ones(8))
+    assert torch.equal(standardize(r), torch.zeros(8))
+    assert standardize(r + 0.01 * torch.arange(8)).std(correction=0) == pytest.approx(1)
 
 
 def test_linear_is_reward_over_mean_and_refuses_what_has_none():

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from orwcfm_fast.errors import RewardError, UserError
-from orwcfm_fast.method.rollout import score
-from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.rewards import make_reward, score
 
 
 def images(n=4, c=3, size=16):
