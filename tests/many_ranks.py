@@ -23,7 +23,7 @@ import torch.distributed
 PRELOADED = (
     "jinja2", "matplotlib.pyplot", "ot", "torch._dynamo", "orwcfm_fast.kernels.anchored_residual",
     "orwcfm_fast.distributed",
-    "orwcfm_fast.rewards.all", "orwcfm_fast.runs.finetune_run", "orwcfm_fast.theory.forecast",
+    "orwcfm_fast.rewards.digits", "orwcfm_fast.runs.finetune_run", "orwcfm_fast.theory.forecast",
 )  # fmt: skip
 SMALL = ("--rollout", 50, "--chunk", 8, "--batch", 18, "--steps-per-round", 4, "--nfe", 6, "--eval-n", 16)
 LOOP = ("finetune", "--checkpoint", "base", *SMALL, "--probe", 6, "--rounds", 3, "--quiet", "--out")
