@@ -74,7 +74,8 @@ class RewardSum:
     """Σ weight_k · reward_k of decoded samples [B, …] → [B]; `terms` are (name, weight, function).
 
     Attributes:
-        at_once: samples that each is asked of, 0 for all; halved, and `on_halved` told, where memory runs out.
+        at_once: maximum batch size of a reward call, 0 for all samples; halved on out-of-memory, and `on_halved` is
+            called with the new size.
     """
 
     terms: list[tuple[str, float, Reward]]

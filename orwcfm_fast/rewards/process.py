@@ -1,14 +1,15 @@
-"""A reward in a Python environment of its own: a worker process, samples and scores in shared memory."""
+"""A reward in a Python environment of its own: a worker process that samples are sent to."""
 
 import atexit
 import functools
 import json
-import mmap
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from orwcfm_fast.rewards.registry import Reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
 WORKER = Path(__file__).with_name("worker.py")
-SHARED = "/dev/shm" if os.path.isdir("/dev/shm") else None
+PART = 16 << 20
+"""Bytes of samples that are sent at once."""
 ATTEMPTS = 3
 """How often one batch is given to a worker that dies over it."""
 
@@ -52,13 +54,14 @@ class ProcessReward:
             RewardError: the function raised or answered another number of scores, the worker died over this batch
                 three times, or did not answer in time.
         """
+        request = {"shape": list(samples.shape), "seed": random.getrandbits(63)}
         both = {"prompts": prompts, "metadata": metadata}
-        told = {key: values for key, values in both.items() if values is not None}
+        request |= {key: values for key, values in both.items() if values is not None}
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 if self._process is None:
                     self.start()
-                return self._ask(samples.detach().to("cpu", torch.float32).contiguous(), told)
+                return self._request(samples.detach().to("cpu", torch.float32).contiguous(), request)
             except Died as death:
                 if attempt == ATTEMPTS:
                     raise RewardError(
@@ -76,15 +79,12 @@ class ProcessReward:
         Raises:
             UserError: it cannot: no such interpreter, a package missing in its environment, no such function.
         """
-        # a file without a name: whatever ends either process, nothing is left behind
-        self._memory = tempfile.TemporaryFile(dir=SHARED)  # noqa: SIM115
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._line, far = multiprocessing.Pipe()
-        handles = (far.fileno(), self._memory.fileno())
         try:
             self._process = subprocess.Popen(
-                [self.python, WORKER, self.where, self.function, *map(str, handles)],
-                stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, pass_fds=handles,
+                [self.python, WORKER, self.where, self.function, str(far.fileno())],
+                stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, pass_fds=(far.fileno(),),
                 start_new_session=True,  # Ctrl-C is for the run, which then closes its worker
             )  # fmt: skip
         except OSError as error:
@@ -92,39 +92,54 @@ class ProcessReward:
         finally:
             far.close()
         atexit.register(self.close)
-        answer = self._answer("start")
+        try:
+            answer = self._answer("start")
+        except (EOFError, OSError):
+            raise Died(self._obituary()) from None
         if "error" in answer:
             self.close()
             raise UserError(f"{self}: {answer['error']}")
 
-    def _ask(self, samples: Tensor, told: dict[str, list]) -> Tensor:
-        n, size = len(samples), max(samples.nbytes, 8 * len(samples), 1)
-        if os.fstat(self._memory.fileno()).st_size < size:
-            self._memory.truncate(size)
-        with mmap.mmap(self._memory.fileno(), size) as memory:
-            memory[: samples.nbytes] = samples.flatten().numpy().view("uint8").data
-            try:
-                self._line.send_bytes(json.dumps({"shape": list(samples.shape), **told}).encode())
-            except OSError:
-                raise Died(self._obituary()) from None
-            answer = self._answer("answer")
-            if "error" in answer:
-                raise RewardError(answer["error"])
-            if "full" in answer:
-                raise MemoryError(answer["full"])
-            if "wrong_shape" in answer:
-                shape = tuple(answer["wrong_shape"])
-                raise RewardError(f"returned shape {shape}, should be ({n},): one a sample")
-            return torch.frombuffer(bytearray(memory[: 8 * n]), dtype=torch.float64)
-
-    def _answer(self, what: str) -> dict[str, Any]:
+    def _request(self, samples: Tensor, request: dict[str, Any]) -> Tensor:
+        n = len(samples)
         try:
-            if not self._line.poll(self.timeout):
-                self.close()
-                raise RewardError(f"its worker did not {what} within {self.timeout:g} s (--reward-timeout)")
-            return json.loads(self._line.recv_bytes())
+            self._line.send_bytes(json.dumps(request).encode())
+            answer = self._answer("answer")
+            if "room" in answer:
+                self._send(memoryview(samples.flatten().numpy()).cast("B"))
+                answer = self._answer("answer")
+            if "scores" in answer:
+                return torch.frombuffer(bytearray(self._line.recv_bytes()), dtype=torch.float64)
         except (EOFError, OSError):
             raise Died(self._obituary()) from None
+        if "full" in answer:
+            raise MemoryError(answer["full"])
+        if "wrong_shape" in answer:
+            shape = tuple(answer["wrong_shape"])
+            raise RewardError(f"returned shape {shape}, should be ({n},): one a sample")
+        raise RewardError(answer["error"])
+
+    def _send(self, data: memoryview) -> None:
+        """All parts; a worker that does not take them within the timeout is killed, which ends the sending."""
+        assert self._process
+        limit = threading.Timer(self.timeout, self._process.kill)
+        limit.start()
+        try:
+            for start in range(0, len(data), PART):
+                self._line.send_bytes(data[start : start + PART])
+        finally:
+            limit.cancel()
+
+    def _answer(self, what: str) -> dict[str, Any]:
+        """The worker's next message.
+
+        Raises:
+            EOFError, OSError: it ended. RewardError: it does not answer in time.
+        """
+        if not self._line.poll(self.timeout):
+            self.close()
+            raise RewardError(f"its worker did not {what} within {self.timeout:g} s (--reward-timeout)")
+        return json.loads(self._line.recv_bytes())
 
     def _obituary(self) -> str:
         """How the worker ended, and the last line that it wrote."""
@@ -148,7 +163,6 @@ class ProcessReward:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        self._memory.close()
         self._log.close()
 
 

@@ -1,9 +1,9 @@
 """Calls a reward on a batch of samples and checks what it returns."""
 
+import copy
 import inspect
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,8 @@ from torch import Tensor
 from orwcfm_fast.control.memory import out_of_memory
 from orwcfm_fast.errors import RewardError, UserError
 from orwcfm_fast.networks.prompts import Prompt
+from orwcfm_fast.rewards.isolation import describe, isolated
 from orwcfm_fast.rewards.registry import Reward
-
-PACKAGE = Path(__file__).parent.parent
 
 
 def _prompt_arguments(reward: Reward, prompts: Sequence[Prompt] | None) -> dict[str, list]:
@@ -26,16 +25,34 @@ def _prompt_arguments(reward: Reward, prompts: Sequence[Prompt] | None) -> dict[
         return {}
     arguments: dict[str, list] = {
         "prompts": [p.text for p in prompts],
-        "metadata": [p.metadata for p in prompts],
+        "metadata": [copy.deepcopy(p.metadata) for p in prompts],
     }
     return {name: values for name, values in arguments.items() if name in parameters}
 
 
-def _line_of(error: Exception) -> str:
-    """Where in the reward's own code it was raised, " (my_reward.py:3)"; of packages, nothing."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and PACKAGE not in Path(f.filename).parents]
-    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+def _values(returned: Any, samples: Tensor) -> Tensor:
+    """What a reward returned, as float32 on the samples' device.
+
+    Of (scores, information), as flow_grpo's rewards return, the scores are taken.
+
+    Raises:
+        RewardError: its shape is not [N]; it holds complex numbers, or values that are not finite.
+    """
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict | None):
+        returned = returned[0]
+    found = torch.as_tensor(returned).detach()
+    if found.shape != (len(samples),):
+        shape = tuple(found.shape)
+        raise RewardError(f"returned shape {shape}, should be ({len(samples)},): one a sample")
+    if found.is_complex():
+        raise RewardError("returned complex numbers")
+    # a copy: the reward may return the same tensor again, with other values in it
+    values = found.to_dense().to(samples.device, torch.float32, copy=True)
+    bad = int((~values.isfinite()).sum())
+    if bad:
+        kind = "NaN" if bool(values.isnan().any()) else "not finite"
+        raise RewardError(f"{bad} of {len(samples)} values are {kind}")
+    return values
 
 
 def score(
@@ -48,35 +65,21 @@ def score(
 ) -> Tensor:
     """Rewards [N] of decoded samples, float32 on their device.
 
-    A reward that draws random numbers of torch draws those of `seed`: a resumed run asks it as the first did. One
-    with a parameter `prompts` or `metadata` is given the samples' prompts (texts) or their metadata (dicts).
+    The reward is called on a copy of the samples, within `isolated`: it may write into its input, and where it draws
+    from the global generators of torch, NumPy or Python, a resumed run draws the same numbers. One with a parameter
+    `prompts` or `metadata` is given the samples' prompts (texts) or their metadata (dicts).
 
     Raises:
-        RewardError: the reward raised, or returned another shape or values that are not finite.
+        RewardError: the reward raised, called `sys.exit`, or returned another shape or values that are not finite.
         RuntimeError, MemoryError: it ran out of memory.
     """
     at = f"reward {name}{', ' + where if where else ''}"
     try:
-        devices = [samples.device] if samples.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(seed % 2**63)
-            values = torch.as_tensor(reward(samples, **_prompt_arguments(reward, prompts)))
-    except RewardError as error:  # one that says what happened itself, e.g. a worker process that died
+        with torch.no_grad(), isolated(seed, samples.device):
+            return _values(reward(samples.clone(), **_prompt_arguments(reward, prompts)), samples)
+    except (RewardError, UserError) as error:  # our own, which say what happened themselves
         raise RewardError(f"{at}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if out_of_memory(error):
             raise
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        text = str(error).split("\n")[0]
-        raise RewardError(f"{at}: {kind}{text}{_line_of(error)}") from error
-    if values.shape != (len(samples),):
-        raise RewardError(
-            f"{at}: returned shape {tuple(values.shape)}, should be ({len(samples)},): one a sample"
-        )
-    if values.is_complex():
-        raise RewardError(f"{at}: returned complex numbers")
-    bad = int((~values.isfinite()).sum())
-    if bad:
-        kind = "NaN" if bool(values.isnan().any()) else "not finite"
-        raise RewardError(f"{at}: {bad} of {len(samples)} values are {kind}")
-    return values.to(samples.device, torch.float32)
+        raise RewardError(f"{at}: {describe(error)}") from error

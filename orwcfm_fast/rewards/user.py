@@ -4,10 +4,17 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.rewards.isolation import describe, isolated
 from orwcfm_fast.rewards.registry import Reward
+
+_folders: set[str] = set()
+"""Those of the reward files loaded so far."""
 
 
 def is_user_reward(spec: str) -> bool:
@@ -17,16 +24,17 @@ def is_user_reward(spec: str) -> bool:
 
 
 def load_user_reward(spec: str) -> Reward:
-    """The function that `spec` names.
+    """The function that `spec` names; its module is imported within `isolated`.
 
     Raises:
         UserError: the file, module or function is not there, or importing it fails.
     """
     where, _, name = spec.rpartition(":")
     try:
-        module = _file(Path(where)) if where.endswith(".py") else _module(where)
-    except Exception as error:
-        raise UserError(f"reward '{spec}': {type(error).__name__}: {error}") from error
+        with isolated():
+            module = _file(Path(where)) if where.endswith(".py") else _module(where)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"reward '{spec}': {describe(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         callables = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
@@ -36,18 +44,44 @@ def load_user_reward(spec: str) -> Reward:
     return function
 
 
-def _file(path: Path):
+def _file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    path = path.resolve()
     spec = importlib.util.spec_from_file_location(f"orwcfm_user_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with _neighbours(str(path.parent)):
+        spec.loader.exec_module(module)
     return module
 
 
-def _module(name: str):
+@contextmanager
+def _neighbours(folder: str) -> Iterator[None]:
+    """Modules beside a reward's file can be imported, as when Python runs the file.
+
+    Afterwards the folder is the last on the path, for imports within functions. The modules of another reward's
+    folder are hidden meanwhile, since both may have, say, a utils.py.
+    """
+    others = [name for name, module in sys.modules.items() if _folder(module) in _folders - {folder}]
+    hidden = {name: sys.modules.pop(name) for name in others if not name.startswith("orwcfm_user_")}
+    before = list(sys.path)
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry not in _folders)]
+    try:
+        yield
+    finally:
+        _folders.add(folder)
+        added = [entry for entry in sys.path if entry not in (folder, *before)]
+        sys.path[:] = [*(entry for entry in before if entry != folder), *added, folder]
+        sys.modules.update(hidden)
+
+
+def _folder(module: ModuleType) -> str:
+    return os.path.dirname(getattr(module, "__file__", None) or "")
+
+
+def _module(name: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     return importlib.import_module(name)
