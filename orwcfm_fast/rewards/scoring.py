@@ -76,7 +76,8 @@ def score(
     at = f"reward {name}{', ' + where if where else ''}"
     try:
         with torch.no_grad(), isolated(seed, samples.device):
-            return _values(reward(samples.clone(), **_prompt_arguments(reward, prompts)), samples)
+            returned = reward(samples.clone(), **_prompt_arguments(reward, prompts))
+        return _values(returned, samples)
     except (RewardError, UserError) as error:  # our own, which say what happened themselves
         raise RewardError(f"{at}: {error}") from error
     except (Exception, SystemExit) as error:

@@ -1,4 +1,4 @@
-"""Rewards that write into their input, print, exit or change global state: the run and the other rewards see nothing."""
+"""Rewards that write into their input, print, exit or change global state, and leave no trace of it."""
 
 import json
 import os
