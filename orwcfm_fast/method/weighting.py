@@ -55,12 +55,17 @@ def weigh_within(
 ) -> Tensor:
     """`weigh` within each group of samples by itself, e.g. those of one prompt; group [N] integers.
 
+    Under `linear` a group whose rewards are all 0 has weights 0: its prompt teaches nothing in this round.
+
     Raises:
-        UserError: as `weigh`.
+        UserError: as `weigh`; under `linear` only where every reward of every group is 0.
     """
-    w = torch.empty_like(reward, dtype=torch.float32)
+    w = torch.zeros_like(reward, dtype=torch.float32)
+    zero_is_no_weight = kind == "linear" and bool(reward.any())
     for one in group.unique().tolist():
-        w[group == one] = weigh(reward[group == one], tau, kind, normalize)
+        own = reward[group == one]
+        if not zero_is_no_weight or bool(own.any()):
+            w[group == one] = weigh(own, tau, kind, normalize)
     return w
 
 

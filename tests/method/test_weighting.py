@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.method.weighting import check_bounded, effective_sample_size, standardize, weigh
+from orwcfm_fast.method.weighting import (
+    check_bounded,
+    effective_sample_size,
+    standardize,
+    weigh,
+    weigh_within,
+)
 
 R = torch.tensor([0.1, 0.5, 0.9, 0.2])
 
@@ -13,6 +19,13 @@ def test_exp_is_the_formula_over_its_mean():
     raw = (2 * R.double()).exp()
     assert torch.allclose(weigh(R, 2.0).double(), raw / raw.mean(), rtol=1e-6)
     assert torch.allclose(weigh(R, 2.0, normalize=False).double(), raw, rtol=1e-6)
+
+
+def test_linear_weights_of_a_group_that_scores_zero_throughout_are_zero():
+    r, group = torch.tensor([0.0, 0.0, 1.0, 3.0]), torch.tensor([5, 5, 2, 2])
+    assert weigh_within(r, group, 0.5, "linear").tolist() == [0, 0, 0.5, 1.5]
+    with pytest.raises(UserError, match="every reward is 0"):
+        weigh_within(torch.zeros(4), group, 0.5, "linear")
 
 
 def test_a_constant_added_to_the_reward_changes_nothing():
