@@ -1,20 +1,19 @@
-"""The `orwcfm` command: its panels, and how errors end it."""
+"""The `orwcfm` command: the sections of its help, and how an error ends it."""
 
 import os
-import shutil
 import sys
+from collections.abc import Callable
 
 import typer
 from typer.core import TyperGroup
 
 from orwcfm_fast.cli.console import err
+from orwcfm_fast.cli.help import COMMAND_SECTIONS, SectionedCommand, write_sections
 from orwcfm_fast.errors import Interrupted, UserError, WorkError
-
-WIDE = 110  # columns that the longest option needs beside its text
 
 
 class OneLineErrors(TyperGroup):
-    """Ends every error in one line: 2 for the user's, 1 at work, 130 on Ctrl-C; tracebacks with --debug."""
+    """Ends every error in one line: exit code 2 for the user's, 1 for a failure at work, 130 on Ctrl-C."""
 
     def main(self, args=None, prog_name=None, standalone_mode: bool = True, **extra):  # type: ignore[override]
         if not standalone_mode:
@@ -30,23 +29,22 @@ class OneLineErrors(TyperGroup):
         except Interrupted as error:
             _fail(str(error), error.code)
         except Exception as error:
-            if hasattr(error, "format_message"):  # click's: a wrong option or argument
+            if hasattr(error, "format_message"):  # Typer's own, for a wrong option or argument
                 _fail(" ".join(error.format_message().split()), 2)
             if debug:
                 raise
-            _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
-
-    def get_command(self, ctx, cmd_name):
-        command = super().get_command(ctx, cmd_name)
-        if command and shutil.get_terminal_size().columns < WIDE:
-            command.rich_markup_mode = None  # type: ignore[attr-defined]  # its table would cut long names off
-        return command
+            _fail(f"{type(error).__name__}: {error} (--debug shows the traceback)", 1)
 
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # outside training; typer would end it without a word
+        except KeyboardInterrupt:  # outside training; Typer would end without a message
             raise Interrupted("interrupted") from None
+
+    def format_commands(self, ctx, formatter) -> None:
+        commands = [self.get_command(ctx, name) for name in self.list_commands(ctx)]
+        rows = [(c.rich_help_panel, c.name, c.get_short_help_str(limit=200)) for c in commands]
+        write_sections(formatter, COMMAND_SECTIONS, rows)
 
 
 def _fail(text: str, code: int) -> None:
@@ -57,10 +55,15 @@ def _fail(text: str, code: int) -> None:
 app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,
     help="Fine-tune flow-matching models online with any reward (ORW-CFM-W2).",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
+
+
+def command(section: str, name: str | None = None) -> Callable[[Callable], Callable]:
+    """Decorator: a command of `orwcfm` under one of COMMAND_SECTIONS."""
+    return app.command(name, cls=SectionedCommand, rich_help_panel=section)
 
 
 def _version(value: bool) -> None:
@@ -73,7 +76,10 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
-    ctx: typer.Context, version: bool = typer.Option(False, "--version", callback=_version, is_eager=True)
+    ctx: typer.Context,
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
 ) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1" and ctx.invoked_subcommand != "finetune":
         raise UserError(f"{ctx.invoked_subcommand}: works in one process; torchrun is for finetune")

@@ -1,4 +1,4 @@
-"""What commands share: the common flags, and how settings are put together."""
+"""The options that several commands share, and how a command's settings are put together."""
 
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -6,21 +6,62 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel
 
+from orwcfm_fast.cli.completion import names_of
 from orwcfm_fast.settings import build, read_toml
 
-Config = Annotated[Path | None, typer.Option(help="TOML file of settings; flags win")]
+
+def option(*names: str, panel: str, help: str, metavar: str = "", **more: Any) -> Any:
+    """An option of a command that is no setting; `metavar` is the placeholder of its value."""
+    return typer.Option(
+        *names, help=help, rich_help_panel=panel, metavar=metavar or None, show_default=False, **more
+    )
+
+
+Config = Annotated[
+    Path | None,
+    option(panel="Machine", help="TOML file of settings; a flag overrides it", metavar="FILE"),
+]
 Recipe = Annotated[
     str,
-    typer.Option(help="an experiment that ships with the tool (orwcfm list recipes); config and flags win"),
+    option(
+        panel="Model and data",
+        help="settings of an experiment that ships with orwcfm (orwcfm list recipes); --config and flags override it",
+        metavar="NAME",
+        autocompletion=names_of("recipes"),
+    ),
 ]
-Out = Annotated[Path | None, typer.Option(help="where results go")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="results only")]
-Debug = Annotated[bool, typer.Option("--debug", help="tracebacks")]
-Json = Annotated[bool, typer.Option("--json", help="results as JSON on standard output")]
+Out = Annotated[Path | None, option(panel="Output", help="where the results go", metavar="PATH")]
+Overwrite = Annotated[bool, option("--overwrite", panel="Output", help="replace what is at --out")]
+Quiet = Annotated[bool, option("--quiet", panel="Output", help="print the results only")]
+Json = Annotated[bool, option("--json", panel="Output", help="print the results as JSON")]
+Debug = Annotated[bool, option("--debug", panel="Machine", help="show the traceback of an error")]
 Model = Annotated[
     str,
-    typer.Argument(metavar="[MODEL]", help="run, checkpoint, .pt file or preset; default: the newest run"),
+    typer.Argument(
+        metavar="MODEL",
+        help="a run, a checkpoint, a .pt file or a preset  [default: the newest run under ./runs]",
+        show_default=False,
+    ),
+]
+Preset = Annotated[
+    str,
+    option(
+        "--model",
+        panel="Model and data",
+        help="network preset of a .pt file (orwcfm list models)",
+        metavar="NAME",
+        autocompletion=names_of("models"),
+    ),
+]
+Data = Annotated[
+    str,
+    option(
+        "--data",
+        panel="Model and data",
+        help="dataset on which a .pt file was trained (orwcfm list data)",
+        metavar="NAME",
+        autocompletion=names_of("data"),
+    ),
 ]
 
 S = TypeVar("S", bound=BaseModel)
@@ -29,6 +70,10 @@ S = TypeVar("S", bound=BaseModel)
 def settings(
     kind: type[S], config: Path | None, given: dict[str, Any], recipe: dict[str, Any] | None = None
 ) -> S:
-    """Defaults, then a recipe, then the TOML file, then the flags."""
+    """The defaults, overridden by a recipe, by the TOML file and by the flags, in this order.
+
+    Raises:
+        UserError: an unknown setting or a wrong value; names the file where it is from one.
+    """
     file = read_toml(config) if config else {}
     return build(kind, recipe or {}, file, given, where=f"{config}: " if config else "")

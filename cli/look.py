@@ -1,4 +1,4 @@
-"""Panel Look: sample, evaluate."""
+"""Section Look of the commands: sample, evaluate."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orwcfm_fast.cli import console
-from orwcfm_fast.cli.app import app
-from orwcfm_fast.cli.common import Config, Debug, Json, Model, Out, Overwrite, Quiet, settings
+from orwcfm_fast.cli.app import command
+from orwcfm_fast.cli.common import (
+    Config,
+    Data,
+    Debug,
+    Json,
+    Model,
+    Out,
+    Overwrite,
+    Preset,
+    Quiet,
+    option,
+    settings,
+)
 from orwcfm_fast.cli.console import progress, say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
@@ -18,9 +30,7 @@ if TYPE_CHECKING:
     from orwcfm_fast.rewards import RewardSum
     from orwcfm_fast.runs.load import Loaded, Loader
 
-PANEL = "Look"
-Preset = Annotated[str, typer.Option("--model", help="network preset of a foreign .pt")]
-Data = Annotated[str, typer.Option("--data", help="dataset that a foreign .pt was trained on")]
+SECTION = "Look"
 
 
 def load(loader: "Loader", spec: str, quiet: bool) -> "Loaded":
@@ -33,8 +43,8 @@ def load(loader: "Loader", spec: str, quiet: bool) -> "Loaded":
         )
 
 
-@app.command(rich_help_panel=PANEL)
-@options_of(Sample)
+@command(SECTION)
+@options_of(Sample, most_used=("n", "out", "seed", "solver", "nfe"))
 def sample(
     given: dict[str, Any],
     model: Model = "",
@@ -46,7 +56,7 @@ def sample(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Draw samples: --out grid.png (default), a folder of PNGs, or samples.npz."""
+    """Draw samples, as a grid in one PNG, as a folder of PNGs or as an .npz file."""
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.method.rollout import sample as draw
     from orwcfm_fast.method.rollout import start_noise
@@ -68,18 +78,25 @@ def sample(
     say(str(write_samples(x, target)))
 
 
-@app.command(rich_help_panel=PANEL)
-@options_of(Evaluation)
+@command(SECTION)
+@options_of(Evaluation, most_used=("reward", "n", "reference", "against", "as_json"))
 def evaluate(
     given: dict[str, Any],
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]...", help="runs, checkpoints, .pt files or presets; default: the newest run"
+            metavar="MODEL",
+            help="runs, checkpoints, .pt files or presets  [default: the newest run under ./runs]",
+            show_default=False,
         ),
     ] = None,
     reference: Annotated[
-        str, typer.Option(help="what W2 is measured against; default: the run's reference")
+        str,
+        option(
+            panel="Measures",
+            help="model from which W2 is measured  [default: the reference of the run]",
+            metavar="MODEL",
+        ),
     ] = "",
     preset: Preset = "",
     data: Data = "",
@@ -88,7 +105,7 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Reward, W2 three ways, diversity and fidelity with intervals on held-out noise, models side by side."""
+    """Measure reward, W2, diversity and fidelity of one or several models on held-out noise, with intervals."""
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.evaluation.evaluate import evaluate as measure
     from orwcfm_fast.evaluation.evaluate import target_for

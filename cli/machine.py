@@ -1,4 +1,4 @@
-"""Panel Machine: bench, list, doctor."""
+"""Section Machine of the commands: bench, list, doctor."""
 
 import shutil
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orwcfm_fast.cli import console
-from orwcfm_fast.cli.app import app
-from orwcfm_fast.cli.common import Config, Debug, Json, settings
+from orwcfm_fast.cli.app import command
+from orwcfm_fast.cli.common import Config, Debug, Json, option, settings
+from orwcfm_fast.cli.completion import REGISTRIES, choices, registry
 from orwcfm_fast.cli.console import say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
@@ -17,60 +18,69 @@ from orwcfm_fast.settings import Finetune
 if TYPE_CHECKING:
     from orwcfm_fast.planning.plan import Plan
 
-PANEL = "Machine"
+SECTION = "Machine"
 
 
-def _registries():
-    from orwcfm_fast.data.datasets import DATA
-    from orwcfm_fast.method.samplers import SOLVERS
-    from orwcfm_fast.networks.models import MODELS
-    from orwcfm_fast.rewards import REWARDS
-    from orwcfm_fast.runs.recipe import RECIPES
-
-    return {r.plural: r for r in (REWARDS, MODELS, DATA, SOLVERS, RECIPES)}
-
-
-@app.command("list", rich_help_panel=PANEL)
+@command(SECTION, "list")
 def list_(
     kind: Annotated[
-        str, typer.Argument(metavar="[rewards|models|data|solvers|recipes]", help="one kind; default: all")
+        str,
+        typer.Argument(
+            metavar="|".join(REGISTRIES),
+            help="one kind  [default: all]",
+            show_default=False,
+            autocompletion=choices(REGISTRIES),
+        ),
     ] = "",
     debug: Debug = False,
 ) -> None:
-    """What there is, plugins included."""
+    """List rewards, models, datasets, solvers and recipes, with those of plugins."""
     from rich.table import Table
 
     from orwcfm_fast.registry import unknown
 
-    registries = _registries()
-    if kind and kind not in registries:
-        raise UserError(str(unknown("kind", kind, registries)))
-    for name, registry in registries.items():
-        if kind in ("", name):
-            table = Table(box=None, pad_edge=False, show_header=False)
-            for entry in registry.names():
-                table.add_row(f"  {entry}", registry.summary(entry))
-            say(name)
-            console.out.print(table)
+    if kind and kind not in REGISTRIES:
+        raise unknown("kind", kind, REGISTRIES)
+    for name in [kind] if kind else REGISTRIES:
+        entries = registry(name)
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for entry in entries.names():
+            table.add_row(f"  {entry}", entries.summary(entry))
+        say(name)
+        console.out.print(table)
 
 
-@app.command(rich_help_panel=PANEL)
-@options_of(Finetune)
+@command(SECTION)
+@options_of(Finetune, most_used=("plan", "model", "gpu_gib", "batch", "rollout"))
 def doctor(
     given: dict[str, Any],
     plan: Annotated[
-        bool, typer.Option("--plan", help="memory and time of a run with these settings")
+        bool,
+        option("--plan", panel="Machine", help="plan memory and time of orwcfm finetune with these settings"),
     ] = False,
     gpu_gib: Annotated[
         float | None,
-        typer.Option(help="plan a diffusers pipeline for a GPU with this memory, in GiB", min=0.1),
+        option(
+            panel="Machine",
+            help="plan a pipeline for a GPU with so many GiB of memory",
+            metavar="NUMBER",
+            min=0.1,
+        ),
     ] = None,
-    ranks: Annotated[int, typer.Option(help="plan for each of so many ranks", min=1)] = 1,
+    ranks: Annotated[
+        int,
+        option(
+            panel="Machine",
+            help="plan one of so many processes under torchrun  [default: 1]",
+            metavar="INTEGER",
+            min=1,
+        ),
+    ] = 1,
     config: Config = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Versions, device, precision, which kernels run and why; --plan: what a finetune would take."""
+    """Show versions, device and which kernels run and why; with --plan, what a finetune would take."""
     import json
 
     if plan:
@@ -146,21 +156,33 @@ def _show_plan(found: "Plan", s: Finetune) -> None:
     say(fits if found.fits else "does not fit, even one sample at a time")
 
 
-@app.command(rich_help_panel=PANEL)
+@command(SECTION)
 def bench(
-    what: Annotated[str, typer.Argument(metavar="[kernels|loop]", help="default: both, short")] = "",
-    full: Annotated[bool, typer.Option("--full", help="all sizes; many minutes")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder for the JSON files and the plots")] = None,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="kernels|loop",
+            help="what to measure  [default: both]",
+            show_default=False,
+            autocompletion=choices(("kernels", "loop")),
+        ),
+    ] = "",
+    full: Annotated[
+        bool, option("--full", panel="Machine", help="measure all sizes, which takes many minutes")
+    ] = False,
+    out: Annotated[
+        Path | None, option(panel="Output", help="folder for the results as JSON and plots", metavar="FOLDER")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The fused ops and the loop against eager, torch.compile and the plain loop."""
+    """Measure the fused ops and the loop against eager torch, torch.compile and the plain loop."""
     import json
 
     from orwcfm_fast.registry import unknown
 
     if what not in ("", "kernels", "loop"):
-        raise UserError(str(unknown("bench", what, ("kernels", "loop"))))
+        raise unknown("bench", what, ("kernels", "loop"))
     from orwcfm_fast.benchmarks.record import save
     from orwcfm_fast.device import resolve_device
 

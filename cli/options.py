@@ -1,21 +1,29 @@
-"""From a settings class to a command's options: name, type, default, bounds and help stay declared once."""
+"""From a settings class to the options of a command; name, type, default, bounds and help are declared there."""
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
 from types import NoneType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-HIDDEN_DEFAULT: tuple = ("", [], None)
+from orwcfm_fast.cli.completion import choices, names_of
+from orwcfm_fast.cli.help import MOST_USED
+
+PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
 
-def options_of(kind: type[BaseModel]) -> Callable[[Callable], Callable]:
-    """Decorator: the command gets one option for each field of `kind`, and `given`: what the user set.
+def options_of(kind: type[BaseModel], most_used: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Decorator: the command gets an option for each field of `kind`, and `given`, the options that the user set.
 
-    A field's value reaches the command only if it was given, so that TOML files come between default and flag.
+    Only a value that the user set reaches the command, so that a TOML file overrides a default and a flag both.
+
+    Args:
+        most_used: names of the options that `--help` lists first.
     """
 
     def decorate(command: Callable) -> Callable:
@@ -27,29 +35,61 @@ def options_of(kind: type[BaseModel]) -> Callable[[Callable], Callable]:
             given = {k: v for k, v in arguments.items() if k not in mine and v is not None and v != []}
             return command(**mine, given=given)
 
-        extra = [_parameter(name, field) for name, field in kind.model_fields.items()]
-        wrapped.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {p.name: p.annotation for p in (*own, *extra)}
+        options = [*own, *(_parameter(name, field) for name, field in kind.model_fields.items())]
+        first = [_first(p) for name in most_used for p in options if p.name == name]
+        options = [
+            p.replace(kind=p.KEYWORD_ONLY)
+            for p in (*first, *options)
+            if p in first or p.name not in most_used
+        ]
+        wrapped.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in options}
         return wrapped
 
     return decorate
 
 
-def _parameter(name: str, field) -> inspect.Parameter:
-    annotation = field.annotation
+def _first(parameter: inspect.Parameter) -> inspect.Parameter:
+    kind, option = get_args(parameter.annotation)
+    option = copy.copy(option)
+    option.rich_help_panel = MOST_USED
+    return parameter.replace(annotation=Annotated[kind, option])
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    shown: dict[str, str] = field.json_schema_extra  # type: ignore[assignment]
+    annotation: Any = field.annotation
+    repeated = get_origin(annotation) is list
+    value = get_args(annotation)[0] if repeated or float in get_args(annotation) else annotation
+    allowed = get_args(value) if get_origin(value) is Literal else ()
+    value = str if allowed else value  # the settings check a choice, and their message names the choices
     flag = "--" + name.replace("_", "-")
-    names = ["-n"] if name == "n" else [f"{flag}/--no-{flag[2:]}"] if annotation is bool else [flag]
-    if get_origin(annotation) is list:
-        kind: Any = list[get_args(annotation)[0]]  # type: ignore[misc]
-    elif annotation in (bool, int, float):
-        kind = annotation
-    elif annotation == float | None:
-        kind = float
-    else:
-        kind = str  # Literals are checked by the settings, whose message names the choices
-    shown = field.default
-    show = False if shown in HIDDEN_DEFAULT and not isinstance(shown, bool | int) else str(shown)
-    option = typer.Option(*names, help=field.description, show_default=show)
+    names = ["-n"] if name == "n" else [f"{flag}/--no-{flag[2:]}"] if value is bool else [flag]
+    option = typer.Option(
+        *names,
+        help=f"{field.description}{_default(field, shown['default_text'])}",
+        show_default=False,
+        rich_help_panel=shown["panel"],
+        metavar=shown["metavar"] or (f"[{'|'.join(allowed)}]" if allowed else PLACEHOLDERS.get(value)),
+        autocompletion=choices(allowed)
+        if allowed
+        else names_of(shown["complete"])
+        if shown["complete"]
+        else None,
+    )
+    kind: Any = list[value] if repeated else value  # type: ignore[valid-type]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | NoneType, option]
     )
+
+
+def _default(field: FieldInfo, words: str) -> str:
+    """The default as a user would type it, or in the words of the setting."""
+    value = field.default
+    if not words and (value is None or value is False or value in ("", [])):
+        return ""
+    if value is True:
+        words = words or "on"
+    each = value if isinstance(value, list) else [value]
+    plain = ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in each)
+    return f"  [default: {words or plain}]"

@@ -1,16 +1,14 @@
-"""Panel Plan: predict."""
+"""Section Plan of the commands: predict."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from orwcfm_fast.cli import console
-from orwcfm_fast.cli.app import app
-from orwcfm_fast.cli.common import Config, Debug, Json, Model, Quiet, settings
+from orwcfm_fast.cli.app import command
+from orwcfm_fast.cli.common import Config, Data, Debug, Json, Model, Preset, Quiet, option, settings
 from orwcfm_fast.cli.console import plain_table, say
-from orwcfm_fast.cli.look import Data, Preset, load, reward_for
+from orwcfm_fast.cli.look import load, reward_for
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.reporting.table import number
@@ -21,16 +19,26 @@ if TYPE_CHECKING:
     from orwcfm_fast.theory.forecast import Forecast
     from orwcfm_fast.theory.prediction import Verdict
 
-PANEL = "Plan"
+SECTION = "Plan"
 Exact = Annotated[
-    bool, typer.Option("--exact", help="1-D and 2-D data: the method's exact recursion by quadrature")
+    bool,
+    option(
+        "--exact",
+        panel="Method",
+        help="solve the exact recursion of the method by quadrature (1-D and 2-D data)",
+    ),
 ]
-Versus = Annotated[Path | None, typer.Option(metavar="RUN", help="lay a finished run beside its forecast")]
-Plot = Annotated[Path, typer.Option("--out", help="PNG of the front")]
+Versus = Annotated[
+    Path | None, option(panel="Method", help="compare a finished run with its forecast", metavar="RUN")
+]
+Plot = Annotated[
+    Path,
+    option("--out", panel="Output", help="picture of the front  [default: forecast.png]", metavar="FILE"),
+]
 
 
-@app.command(rich_help_panel=PANEL)
-@options_of(Predict)
+@command(SECTION)
+@options_of(Predict, most_used=("alpha", "tau", "reward", "rounds", "want_reward"))
 def predict(
     given: dict[str, Any],
     model: Model = "",
@@ -44,7 +52,7 @@ def predict(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Forecast reward and W2 of settings before any training; --want-reward answers with an α."""
+    """Forecast the reward and W2 of settings before training, or find the α that reaches a reward."""
     from orwcfm_fast.data.datasets import source
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.method.samplers import times

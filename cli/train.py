@@ -1,25 +1,26 @@
-"""Panel Train: pretrain, finetune, sweep."""
+"""Section Train of the commands: pretrain, finetune, sweep."""
 
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from orwcfm_fast.cli.app import app
-from orwcfm_fast.cli.common import Config, Debug, Out, Overwrite, Quiet, Recipe, settings
+from orwcfm_fast.cli.app import command
+from orwcfm_fast.cli.common import Config, Debug, Out, Overwrite, Quiet, Recipe, option, settings
 from orwcfm_fast.cli.console import closing, one_voice, progress, round_line, say
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.reporting.table import interval
 from orwcfm_fast.settings import Finetune, Pretrain, Sweep
 
-PANEL = "Train"
-Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="go on with this run, with its settings")]
+SECTION = "Train"
+Resume = Annotated[
+    Path | None,
+    option(panel="Safety", help="continue this run with its own settings", metavar="RUN"),
+]
 
 
-@app.command(rich_help_panel=PANEL)
-@options_of(Pretrain)
+@command(SECTION)
+@options_of(Pretrain, most_used=("data", "model", "steps", "batch", "out"))
 def pretrain(
     given: dict[str, Any],
     recipe: Recipe = "",
@@ -30,7 +31,7 @@ def pretrain(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a flow-matching model on data; --data 8gaussians --model mlp takes a minute."""
+    """Train a flow-matching model on a dataset."""
     from orwcfm_fast.runs.pretrain_run import PretrainRun
     from orwcfm_fast.runs.recipe import RECIPES
     from orwcfm_fast.runs.run import Run
@@ -50,8 +51,8 @@ def pretrain(
     say(f"next: orwcfm sample · {finetune}", quiet)
 
 
-@app.command(rich_help_panel=PANEL)
-@options_of(Finetune)
+@command(SECTION)
+@options_of(Finetune, most_used=("reward", "alpha", "tau", "rounds", "checkpoint"))
 def finetune(
     given: dict[str, Any],
     recipe: Recipe = "",
@@ -62,7 +63,7 @@ def finetune(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a model online with a reward; with nothing given: even handwritten digits, on any machine."""
+    """Fine-tune a model online with a reward; without options, make more even digits on any machine."""
     from orwcfm_fast.distributed import joined
 
     with joined() as ranks, one_voice(ranks):
@@ -102,8 +103,8 @@ def _finetune(ranks, given, recipe, config, out, overwrite, resume, quiet) -> No
     say(f"run {task.run.path}")
 
 
-@app.command(rich_help_panel=PANEL)
-@options_of(Sweep)
+@command(SECTION)
+@options_of(Sweep, most_used=("reward", "alpha", "tau", "set", "checkpoint"))
 def sweep(
     given: dict[str, Any],
     config: Config = None,
@@ -112,7 +113,7 @@ def sweep(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune over a grid of α, τ and more, and draw the fronts; into the same --out it goes on."""
+    """Fine-tune over a grid of α, τ and other settings, and draw the fronts; the same --out continues a sweep."""
     from orwcfm_fast.runs.sweep import Sweeping
     from orwcfm_fast.settings import read_toml
 

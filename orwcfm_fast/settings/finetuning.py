@@ -52,7 +52,7 @@ class Finetune(Training, Sampling, RewardOptions, OnlineMethod):
     standardize_rewards: bool = setting(
         False,
         panel="Reward",
-        help="several rewards: standardise each over the round before they are added up",
+        help="standardise each reward over the round before they are added up",
     )
     rollout: int = setting(1536, panel="Sampling", help="number of samples drawn in a round", ge=2)
     steps_per_round: int = setting(112, panel="Training", help="number of gradient steps in a round", ge=1)

@@ -15,15 +15,6 @@ from orwcfm_fast.device import resolve_device
 SMALL = ("--rounds", 2, "--rollout", 64, "--batch", 32, "--steps-per-round", 3, "--eval-n", 64, "--probe", 16)
 
 
-@pytest.mark.parametrize(
-    "command", ["pretrain", "finetune", "sweep", "sample", "evaluate", "predict", "doctor"]
-)
-def test_help_names_every_option_whole_on_a_narrow_terminal(run_cli, monkeypatch, command):
-    monkeypatch.setenv("COLUMNS", "80")
-    shown = run_cli(command, "--help").out
-    assert "…" not in shown and "--help" in shown and max(map(len, shown.splitlines())) <= 80
-
-
 def test_rewards_that_hardly_differ_are_named_with_what_to_do(run_cli, tiny_run):
     Path("flat.py").write_text(
         "def nearly(x):\n    return 1e-3 * x.mean(1)\n\ndef equal(x):\n    return x.new_ones(len(x))\n"
