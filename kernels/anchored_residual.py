@@ -60,7 +60,10 @@ def _anchored_residual_kernel(
     seed, index = tl.load(seed_ptr), tl.load(index_ptr + sample)
     w_scale, a_scale = 2 * tl.load(w_ptr + sample) / elements, 2 * tl.load(a_ptr + sample) / elements
     lane = tl.arange(0, BLOCK)
-    fm, w2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    # a thread's groups of neighbours are added at once: eight accumulators a sum spill on sm_100
+    GROUPS: tl.constexpr = 8 // NEIGHBOURS
+    SUMS: tl.constexpr = BLOCK // GROUPS
+    fm, w2 = tl.zeros([SUMS], tl.float32), tl.zeros([SUMS], tl.float32)
     for block in range(BLOCKS):
         start = first + block * BLOCK
         mask = lane < elements - start if MASKED else None
@@ -73,8 +76,8 @@ def _anchored_residual_kernel(
         residual = x0 - tl.load(x1_at, mask).to(tl.float32) + v
         if MASKED:
             residual, drift = tl.where(mask, residual, 0.0), tl.where(mask, drift, 0.0)
-        fm += residual * residual
-        w2 += drift * drift
+        fm += tl.sum(tl.reshape(residual * residual, [GROUPS, SUMS]), 0)
+        w2 += tl.sum(tl.reshape(drift * drift, [GROUPS, SUMS]), 0)
         dv = (w_scale * residual + a_scale * drift).to(dv_ptr.dtype.element_ty)
         tl.store(pointers(dv_ptr + base, start, lane, channels, pixels, V_STRIDED), dv, mask)
     fm, w2 = tl.sum(fm, 0) / elements, tl.sum(w2, 0) / elements

@@ -22,6 +22,8 @@ from orwcfm_fast.errors import UserError, WorkError
 
 T = TypeVar("T")
 BUCKET = 32 << 20  # bytes of each of two buffers that sums go through
+# torch 2.14's name; that of versions before warns there
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 PATIENCE = timedelta(hours=6)  # for a rank whose reward is slow; gloo knows at once of one that died
 
 
@@ -81,7 +83,7 @@ class ProcessGroup:
                 total = theirs[0]
                 for other in theirs[1:]:
                     total += other
-                dist.all_gather_into_tensor(mine.view(-1), total)
+                _all_gather_single(mine.view(-1), total)
             end = 0
             for part in parts:
                 part.copy_(flat[end : (end := end + len(part))])
