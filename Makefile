@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint soak bench clean
+.PHONY: demo test test-slow lint typed docs soak bench clean
 demo: .venv/installed
 	$(BIN)/orwcfm finetune --alpha 1 --tau 0.5
 
@@ -18,11 +18,17 @@ bench: .venv/installed-dev
 	$(BIN)/orwcfm bench
 
 # types are checked on an installed copy: in the repository kernels/, cli/ and benchmarks/ stand outside the package
-lint: .venv/installed-dev
+lint: .venv/installed-dev typed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf .venv/typed && $(BIN)/pip install -q --no-deps --target .venv/typed .
 	cd .venv && MYPYPATH=typed bin/mypy --config-file ../pyproject.toml -p orwcfm_fast
+
+typed: | .venv/bin/python
+	rm -rf .venv/typed && $(BIN)/pip install -q --no-deps --target .venv/typed .
+
+# the manual, into site/: open site/index.html; a broken link fails
+docs: .venv/installed-docs typed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -35,5 +41,9 @@ lint: .venv/installed-dev
 	$(BIN)/pip install -q -e '.[test,dev]'
 	touch $@ .venv/installed
 
+.venv/installed-docs: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install -q -e '.[docs]'
+	touch $@ .venv/installed
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

@@ -154,7 +154,7 @@ def make_reward(
     """The reward that the user named.
 
     Args:
-        specs: one or several NAME[:ARG][=WEIGHT]; NAME of the registry, file.py:function or
+        specs: one or several `NAME[:ARG][=WEIGHT]`; NAME of the registry, file.py:function or
             package.module:function; or a callable.
         options: what some rewards need besides, e.g. clip its prompts.
         name: of a callable in messages; by default its own.

@@ -122,10 +122,10 @@ def test_two_hosts_complete_a_run(launch, run_cli, torchrun, two_hosts):
     assert difference(Path("whole"), Path("run")) == ""
 
 
-def test_commands_of_the_readme_are_torchruns_and_ours():
+def test_commands_of_the_manual_are_torchruns_and_ours():
     from torch.distributed.run import parse_args
 
-    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8").replace("\\\n", " ")
+    text = (Path(__file__).parents[2] / "docs/many-gpus.md").read_text("utf-8").replace("\\\n", " ")
     commands = [line.split("torchrun ", 1)[1].split() for line in text.splitlines() if "torchrun --n" in line]
     assert len(commands) == 2
     for command in commands:

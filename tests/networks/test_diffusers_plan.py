@@ -107,11 +107,9 @@ def test_the_closing_evaluation_and_a_ranks_share_are_in_the_plan(pipeline_folde
     )
 
 
-def test_the_readmes_plan_needs_configurations_alone(run_cli, pipeline_folder, tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    command = shlex.split(
-        re.search(r"\norwcfm (doctor --plan --model diffusers:.*FLUX.*)\n", readme).group(1)
-    )
+def test_the_manuals_plan_needs_configurations_alone(run_cli, pipeline_folder, tmp_path):
+    page = (Path(__file__).parents[2] / "docs/large-models.md").read_text("utf-8")
+    command = shlex.split(re.search(r"\norwcfm (doctor --plan --model diffusers:.*FLUX.*)\n", page).group(1))
     folder = tmp_path / "bare"
     weights = shutil.ignore_patterns("*.safetensors", "tokenizer.json")
     shutil.copytree(pipeline_folder("flux"), folder, ignore=weights)

@@ -206,9 +206,9 @@ def test_an_adapted_run_is_its_own_reference_and_is_exported(run_cli, of_pipelin
     check_export("flux", pipeline_folder("flux"), Path("run/checkpoints/step_3"))
 
 
-def test_the_readmes_commands_work(run_cli, pipeline_folder, clip_folder):
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    block = re.search(r"## Large models.*?```sh\n(.*?)```", readme, re.S).group(1)
+def test_the_manuals_commands_work(run_cli, pipeline_folder, clip_folder):
+    page = (Path(__file__).parents[2] / "docs/large-models.md").read_text("utf-8")
+    block = re.search(r"```sh\n(.*?)```", page, re.S).group(1)
     Path("prompts.txt").write_text("a cat\na dog\n")
     cheap = ("--image-size", 16, "--prompt-tokens", 6)
     run = ("--rounds", 1, "--steps-per-round", 1, "--probe", 2, "--eval-n", 4, "--precision", "fp32", "--lora", 2,

@@ -1,0 +1,73 @@
+"""What MkDocs does beyond the pages in docs/: pages of files that lie elsewhere, and links out of docs/.
+
+README.md, CONTRIBUTING.md and kernels/README.md are read where they are, and links are written as they work there.
+A link to any other file of the repository takes that file along into the site, which so needs no network.
+"""
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "kernels.md": "kernels/README.md"}
+LINK = re.compile(r"(?<!`)(\]\()([^)#\s:]+)(#[^)\s]*)?(\))")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages that are made of other files."""
+    for page, source in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text("utf-8")))
+    files.append(File.generated(config, "commands.md", content=command_page()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links of the repository → links of the site."""
+    here = page.file.src_uri
+    source = PurePosixPath(PAGES.get(here, f"docs/{here}"))
+
+    def rewrite(match: re.Match) -> str:
+        opening, target, anchor, closing = match.groups()
+        path = PurePosixPath(os.path.normpath(source.parent / target))
+        moved = {kept: shown for shown, kept in PAGES.items()}.get(str(path))
+        if moved is None and path.is_relative_to("docs") and path.suffix != ".py":
+            moved = str(path.relative_to("docs"))
+        elif moved is None and (ROOT / path).is_file():
+            moved = f"files/{path}"
+            if files.get_file_from_path(moved) is None:
+                files.append(File.generated(config, moved, abs_src_path=str(ROOT / path)))
+        return match.group(0) if moved is None else f"{opening}{moved}{anchor or ''}{closing}"
+
+    return LINK.sub(rewrite, markdown)
+
+
+def command_page() -> str:
+    """The reference of the command line, from the commands themselves: a section a command, a table a panel."""
+    from typer import Context
+    from typer.main import get_command
+
+    from orwcfm_fast.cli import load_app
+
+    group = get_command(load_app())
+    lines = ["# Commands and settings", "", "As `orwcfm COMMAND --help` prints them.", ""]
+    for name, command in group.commands.items():
+        context = Context(command, info_name=name)
+        lines += [f"## orwcfm {name}", "", command.help or "", ""]
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in command.get_params(context):
+            if record := parameter.get_help_record(context):
+                panel = getattr(parameter, "rich_help_panel", None) or "Options"
+                panels.setdefault(panel, []).append(record)
+        for panel, records in panels.items():
+            lines += [f"| {panel} | |", "|---|---|"]
+            lines += [f"| `{flag.replace('|', chr(92) + '|')}` | {_cell(text)} |" for flag, text in records]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"([|\[\]*_])", r"\\\1", " ".join(text.split()))
