@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
@@ -91,33 +90,12 @@ def test_options_exist_of_commands_that_are_not_run_too():
             assert flags <= names, f"{command.page}: {command.line}"
 
 
-@pytest.fixture(scope="module")
-def stand_ins(cache, tmp_path_factory):
-    """A folder with the reward of the README and a torchcfm file; an untrained digits model in the cache."""
-    from orwcfm_fast.method.pretrain import Pretrainer
-    from orwcfm_fast.networks.policy import make_policy
-    from orwcfm_fast.settings import Pretrain
-
-    policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("cpu"))
-    path, kept = cache / "pretrained" / "unet-digits", cache / "kept"
-    if path.exists():
-        path.rename(kept)
-    Pretrainer(policy, torch.zeros(1, 1, 8, 8), Pretrain()).save(path)
-    folder = tmp_path_factory.mktemp("manual")
-    example = re.search(r"```python\n(# my_reward.py\n.*?)```", read("README.md"), re.S).group(1)
-    (folder / "my_reward.py").write_text(example)
-    weights = policy.network.state_dict()
-    torch.save({"ema_model": weights, "net_model": weights}, folder / "cifar10_weights_step_400000.pt")
-    yield folder
-    shutil.rmtree(path)
-    if kept.exists():
-        kept.rename(path)
-
-
 @pytest.fixture
 def finished_run(run_cli, stand_ins):
     """The working directory, with those files and the run of the README's first command."""
     shutil.copytree(stand_ins, ".", dirs_exist_ok=True)
+    example = re.search(r"```python\n(# my_reward.py\n.*?)```", read("README.md"), re.S).group(1)
+    Path("my_reward.py").write_text(example)
     if not Path("runs").exists():
         made = run_cli(*FIRST.split()[1:], *RUN)
         assert made.code == 0, made.err

@@ -1,0 +1,105 @@
+"""What the pages say agrees with the package, with each other and with the result files."""
+
+import json
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FIGURES = (ROOT / "docs/figures.md").read_text("utf-8")
+FORECAST = (ROOT / "docs/forecast.md").read_text("utf-8")
+MANY = (ROOT / "docs/many-gpus.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+OF_OTHER_TOOLS = {
+    "--max-restarts",
+    "--nodes",
+    "--ntasks-per-node",
+    "--gpus-per-node",
+    "--requeue",
+    "--strict",
+}
+
+
+def results(name: str) -> dict:
+    """The result file of that name to which figures.md links."""
+    (link,) = set(re.findall(rf"\.\./(benchmarks/results/{name}[^)]*\.json)", FIGURES))
+    return json.loads((ROOT / link).read_text("utf-8"))
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_import_paths_of_the_api_page_are_right_and_documented():
+    paths = re.findall(r"^::: (\S+)", (ROOT / "docs/api.md").read_text("utf-8"), re.M)
+    assert len(paths) >= 15
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        try:
+            found = getattr(import_module(module), name)
+        except AttributeError:
+            found = import_module(path)
+        doc = getattr(found, "__doc__", None) or found._init_fn.__doc__  # of a custom op
+        assert doc, path
+
+
+def test_every_public_name_is_on_the_api_page():
+    import orwcfm_fast
+
+    page = (ROOT / "docs/api.md").read_text("utf-8")
+    for name in set(orwcfm_fast.__all__) - {"__version__"}:
+        assert re.search(rf"^::: \S+\.{name}$", page, re.M), name
+
+
+def test_flags_named_in_the_pages_exist():
+    from typer.main import get_command
+
+    from orwcfm_fast.cli import load_app
+
+    commands = get_command(load_app()).commands.values()
+    known = {name for c in commands for p in c.params for name in p.opts + p.secondary_opts} | OF_OTHER_TOOLS
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        prose = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+        named = {
+            flag
+            for code in re.findall(r"`([^`]+)`", prose)
+            for flag in re.findall(r"--[a-z][a-z0-9-]*", code)
+        }
+        assert named <= known, f"{page.name}: {named - known}"
+
+
+def test_figures_of_the_readme_are_those_of_the_manual():
+    section = README.partition("## What it is good at")[2].partition("## Commands")[0]
+    numbers = re.findall(r"\d+\.\d+|\b\d{2,}\b", re.sub(r"\]\(.*?\)|α = 0\.3", "", section))
+    assert len(numbers) >= 10
+    for number in numbers:
+        assert number in FIGURES + FORECAST, number
+
+
+@pytest.mark.parametrize("name", ["calibration-points", "calibration-digits"])
+def test_the_table_of_the_forecast_is_that_of_its_result_files(name):
+    for row in results(name)["rows"]:
+        digits = 4 if row["reward"] == "jpeg-compressibility" else 3
+        reached = f"{row['reached']:.{digits}f} ± {2 * row['reached_error']:.{digits}f}".replace("-", "−")
+        forecast = f"{row['forecast']:.{digits}f}".replace("-", "−")
+        if row["ess"] < 100:
+            forecast = f"beyond reach (ESS {row['ess']:.0f}): {forecast}"
+        else:
+            forecast += f" ± {2 * row['forecast_error']:.{digits}f}"
+        assert f"| {row['alpha']:g} | {row['rounds']} | {forecast} | {reached} |" in FORECAST
+
+
+def test_the_table_of_many_processes_is_that_of_its_result_file():
+    for row in results("ranks-cpu")["rows"]:
+        cells = [
+            f"{row[key]:.0f} (×{row[gain]:.2f})"
+            for key, gain in (("rollout", "rollout_gain"), ("train", "train_gain"))
+        ]
+        assert " | ".join(cells) in MANY
+
+
+def test_killed_runs_are_those_of_the_result_file():
+    found = results("kill-resume")
+    assert f"{found['equal']} of {found['trials']} runs" in FIGURES and f"{found['kills']} kills" in FIGURES
