@@ -13,6 +13,8 @@ FORECAST = (ROOT / "docs/forecast.md").read_text("utf-8")
 MANY = (ROOT / "docs/many-gpus.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
 OF_OTHER_TOOLS = {
+    "--help",
+    "--method",
     "--max-restarts",
     "--nodes",
     "--ntasks-per-node",
