@@ -22,9 +22,9 @@ from orwcfm_fast.device import device_name
 from orwcfm_fast.evaluation.drift import coupled_w2
 from orwcfm_fast.method.pretrain import pretrain
 from orwcfm_fast.method.rollout import sample, start_noise
-from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune, Predict, Pretrain, Weights
 from orwcfm_fast.theory.prediction import draw_reference, forecast_grid
@@ -85,7 +85,7 @@ def calibrate(case: Case, base: Policy) -> dict[str, Any]:
     how = Predict(alpha=[s.alpha], tau=[s.tau], rounds=s.rounds, weights=s.weights)
     (ahead,) = forecast_grid(draw_reference(base, reward, how), how)
     policy = base.trainable_copy()
-    for _ in Trainer(policy, reward, s, reference=base).train(s.rounds):
+    for _ in build_trainer(policy, reward, s, reference=base).train(s.rounds):
         pass
     n = HELD_OUT["digits" if case.data == "digits" else "points"]
     x0 = start_noise(policy, n, s.seed)
@@ -104,7 +104,7 @@ def at_rest_digits(alpha: float, base: Policy, rounds: int = 10) -> dict[str, An
     """τ = 0 on digits: every weight is 1 and the exact recursion stands still."""
     policy, reward = base.trainable_copy(), make_reward("even-digits")
     s = Finetune(alpha=alpha, tau=0.0, rounds=rounds)
-    for _ in Trainer(policy, reward, s, reference=base).train(rounds):
+    for _ in build_trainer(policy, reward, s, reference=base).train(rounds):
         pass
     x0 = start_noise(policy, HELD_OUT["digits"], s.seed)
     x, x_ref = sample(policy, x0, s, s.chunk), sample(base, x0, s, s.chunk)
@@ -143,7 +143,7 @@ def at_rest_points(alpha: float, base: Policy, change: dict[str, Any], seeds: in
     drifts, widths = [], []
     for seed in range(seeds):
         policy, own = base.trainable_copy(), s.model_copy(update={"seed": seed})
-        for _ in Trainer(policy, make_reward("right"), own, reference=base).train(own.rounds):
+        for _ in build_trainer(policy, make_reward("right"), own, reference=base).train(own.rounds):
             pass
         x0 = start_noise(policy, HELD_OUT["points"], 9)
         x, x_ref = sample(policy, x0, Finetune(), 20_000), sample(base, x0, Finetune(), 20_000)

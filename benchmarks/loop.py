@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from orwcfm_fast.benchmarks.plain_loop import BATCH, EULER_STEPS, PlainLoop, torchcfm_network
 from orwcfm_fast.benchmarks.ways import (
@@ -30,7 +29,6 @@ from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import Finetune
 
-PASSES = 4  # over each draw where the reference is cached
 DEFAULT = Finetune()
 REUSE = DEFAULT.steps_per_round * DEFAULT.batch / DEFAULT.rollout  # gradient samples a rollout sample
 
@@ -50,10 +48,8 @@ LADDER = (
     Rung("+ rollout reuse", "plain", "plain"),
     Rung("+ solver", "solver", "plain"),
     Rung("+ network, fused step", "fp32", "fp32"),
-    Rung("+ cached reference", "fp32", "cached"),
-    Rung("the same in bf16", "bf16", "bf16 cached"),
+    Rung("the same in bf16", "bf16", "bf16"),
     Rung("LoRA, fp32", "lora", "lora"),
-    Rung("LoRA, fp32, reference paired", "lora", "lora paired"),
     Rung("bf16, the step a CUDA graph", "bf16", "bf16 graph"),
     Rung("one fresh batch a step, fp32", "fp32", "fp32", 1.0),
     Rung("one fresh batch a step, bf16", "bf16", "bf16", 1.0),
@@ -99,7 +95,6 @@ class Measured:
 
         add_lora(adapted.network, LORA_RANK)
         self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)
-        self.learners["lora paired"] = self.learner(adapted, pair=True)
         if device.type == "cuda":
             self.learners["bf16 graph"] = self.learner(self.policies["bf16"], graph=True)
         self.x0 = start_noise(first, batch, 0)
@@ -114,8 +109,8 @@ class Measured:
         index = noise.indices(0, self.batch, device)
         return couple(self.x1, torch.ones(self.batch, device=device), 1.0, self.seed, index)
 
-    def step(self, way: str, v_ref: Tensor | None = None) -> int:
-        self.learners[way].step(replace(self.coupled(), v_ref=v_ref), self.seed)
+    def step(self, way: str) -> int:
+        self.learners[way].step(self.coupled(), self.seed)
         return self.batch
 
     def draw(self, policy: Policy) -> int:
@@ -140,11 +135,6 @@ class Measured:
         ways: dict[str, Callable[[], int]] = {"plain": self.plain_step}
         for way in self.learners:
             ways[way] = lambda way=way: self.step(way)  # type: ignore[misc]
-        for way, precision in (("cached", "fp32"), ("bf16 cached", "bf16")):
-            v_ref = torch.zeros_like(
-                self.x1, dtype=self.policies[precision].precision
-            )  # its values cost nothing
-            ways[way] = lambda p=precision, v=v_ref: self.step(p, v)  # type: ignore[misc]
         return ways
 
 
@@ -159,11 +149,6 @@ def measure(data: str, batch: int, repeats: int, euler_share: float, device: tor
     rollout["plain"] = [v * ready.steps / EULER_STEPS for v in rollout["plain"]]
     flop = forward_flop(ready.policies["fp32"])
     rates = {t: matrix_rate(t, device) for t in (torch.float32, torch.bfloat16)}
-    for way, whole in (
-        ("cached", "fp32"),
-        ("bf16 cached", "bf16"),
-    ):  # one pass in four evaluates the reference
-        step[way] = [PASSES / (1 / a + (PASSES - 1) / b) for a, b in zip(step[whole], step[way], strict=True)]
     base_loop = through(rollout["plain"], step["plain"], 1.0)
     rows = []
     for rung in (rung for rung in LADDER if rung.step in step):

@@ -19,9 +19,9 @@ from orwcfm_fast.benchmarks.calibration import CPU, POINTS, model_of
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
 from orwcfm_fast.method.rollout import sample, start_noise
-from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.theory import exact_recursion, refit
 
@@ -59,7 +59,7 @@ def measure(base: Policy, density: Any, alpha: float, tau: float, more: dict[str
     reward = make_reward("right")
     s = Finetune(**POINTS | {"alpha": alpha, "tau": tau, "rounds": ROUNDS, "cooldown": 0.5} | more)
     policy = base.trainable_copy()
-    for _ in Trainer(policy, reward, s, reference=base).train(ROUNDS):
+    for _ in build_trainer(policy, reward, s, reference=base).train(ROUNDS):
         pass
     x = sample(policy, start_noise(policy, 100_000, 9), s, 50_000).flatten()
     exact = exact_recursion(

@@ -21,11 +21,12 @@ from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
 from orwcfm_fast.evaluation.drift import coupled_w2
+from orwcfm_fast.method.callbacks import Progress, ReportProgress
 from orwcfm_fast.method.rollout import sample, start_noise
-from orwcfm_fast.method.trainer import Progress, Trainer
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.rewards.digits import digit_classifier
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune, Sampling
 
@@ -111,12 +112,14 @@ def race_ours(way: str, base: Policy, seed: int, limit: float, every: int = 8, *
 
     def watch(progress: Progress) -> None:
         nonlocal steps
-        if progress.phase == "step":
+        if progress.stage == "step":
             steps += 1
             if steps % every == 0 and looks.look():
                 raise Over
 
-    trainer = Trainer(policy, make_reward("even-digits"), s, reference=base, watch=watch)
+    trainer = build_trainer(
+        policy, make_reward("even-digits"), s, reference=base, callbacks=[ReportProgress(watch)]
+    )
     looks = Looks(policy, base, seed, limit)
     try:
         for _ in trainer.train(1000):

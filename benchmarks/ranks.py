@@ -24,8 +24,8 @@ import torch
 from orwcfm_fast.benchmarks.ways import bench_policy
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.distributed import joined
-from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.lora import trained_parameters
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 
 LOOP = Finetune(rollout=256, batch=64, steps_per_round=8, rounds=4, probe=8, chunk=64)
@@ -38,7 +38,7 @@ def measure() -> dict[str, Any] | None:
     """This launch's fastest round; None on all ranks but the first."""
     with joined() as ranks:
         policy = bench_policy("digits", "fp32")
-        trainer = Trainer(policy, lambda x: x.flatten(1).mean(1), LOOP, ranks=ranks)
+        trainer = build_trainer(policy, lambda x: x.flatten(1).mean(1), LOOP, ranks=ranks)
         records = [*trainer.train(LOOP.rounds)]
         gradient = torch.zeros(sum(p.numel() for p in trained_parameters(policy.network)))
         seconds = []

@@ -106,6 +106,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure reward, W2, diversity and fidelity of one or several models on held-out noise, with intervals."""
+    from orwcfm_fast.batch_sizes import BatchSizes
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.evaluation.evaluate import evaluate as measure
     from orwcfm_fast.evaluation.evaluate import target_for
@@ -150,7 +151,7 @@ def evaluate(
         evaluator,
         s,
         s.n,
-        s.chunk,
+        BatchSizes(0, s.chunk),
         target=target,
         against_reference=s.against == "reference",
     )

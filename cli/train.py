@@ -92,7 +92,7 @@ def _finetune(ranks, given, recipe, config, out, overwrite, resume, quiet) -> No
         say(line, quiet)
     with progress(s.rounds * s.steps_per_round, "fine-tuning", quiet) as bar:
         task.train(
-            watch=lambda p: bar.at(p.round * s.steps_per_round + p.step, p.phase),
+            watch=lambda p: bar.at(p.round * s.steps_per_round + p.step, p.stage),
             on_round=lambda record: bar.line(round_line(record, s.rounds)),
             on_line=bar.line,
         )

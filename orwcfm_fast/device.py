@@ -6,7 +6,23 @@ from pathlib import Path
 
 import torch
 
-from orwcfm_fast.errors import UserError
+from orwcfm_fast.errors import UserError, WorkError
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # the CPU's allocator
+    "out of memory",  # the CUDA driver, also by way of Triton and NCCL
+    "STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN, of a handle or a workspace
+    "unable to find an engine to execute",  # cuDNN, where no engine's workspace fits
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: a GPU's, the CPU allocator's or Python's own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, WorkError):  # this package's own, whose text may quote one
+        return False
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def resolve_device(name: str) -> torch.device:

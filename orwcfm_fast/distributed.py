@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orwcfm_fast.control.memory import out_of_memory
+from orwcfm_fast.device import out_of_memory
 from orwcfm_fast.errors import UserError, WorkError
 
 T = TypeVar("T")

@@ -10,6 +10,8 @@ from torch import nn
 
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.checkpoints.torch_files import foreign_weights, read_pt
+from orwcfm_fast.checkpoints.trainer_state import save_trainer
+from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.device import resolve_device, resolve_precision
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.trainer import Trainer
@@ -18,6 +20,7 @@ from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.reporting.tracking import check_loggers, loggers
 from orwcfm_fast.rewards import make_holdout, make_reward
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import FOREIGN_DATA
 from orwcfm_fast.settings import Finetune, build
 
@@ -141,11 +144,11 @@ class ORWCFMTrainer:
             rollout = self.settings.batch * steps_per_epoch
             update = {"steps_per_round": steps_per_epoch, "rollout": rollout, "rounds": num_epochs}
             self.settings = build(Finetune, self.settings.model_dump() | update)
-            self.trainer = Trainer(
+            self.trainer = build_trainer(
                 self.policy, self.reward, self.settings, reward_name=self.reward.name,
                 holdout=make_holdout(self.settings),
             )  # fmt: skip
-            self.trainer.oversight.tell(lambda text: print(text, flush=True))
+            self.trainer.find(RunController).report_to(lambda text: print(text, flush=True))
         s, name = self.settings, self.config.get("run_name") or "orwcfm"
         with loggers(s.log, Path(self.config.get("savedir") or "."), name, s.model_dump()) as log:
             for record in self.trainer.train(self.trainer.round + num_epochs):
@@ -165,15 +168,17 @@ class ORWCFMTrainer:
             raise UserError("save_checkpoint: nothing trained yet; call train first")
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix != ".pt":
-            self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
+            save_trainer(
+                self.trainer, path, {"settings": self.settings.model_dump(), "seed": self.settings.seed}
+            )
             return path
         weights = self.policy.weights()
         found = {
             "net_model": weights,
             "last_policy": weights,  # a round ends with the behaviour policy brought up to date
-            "optim": self.trainer.learner.optimizer.state_dict(),
+            "optim": self.trainer.optimizer.optimizer.state_dict(),
             "sched": {
-                k: v for k, v in self.trainer.learner.schedule.state_dict().items() if k != "lr_lambdas"
+                k: v for k, v in self.trainer.optimizer.schedule.state_dict().items() if k != "lr_lambdas"
             },
             "config": {k: v for k, v in self.config.items() if not callable(v)},
         }

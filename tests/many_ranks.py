@@ -86,7 +86,6 @@ def rank() -> int:
 
 def loop() -> None:
     """Writes to trace_<rank>.pt what this rank drew, took and learned, by round or step, and where it ended."""
-    from orwcfm_fast.control.controller import RunController
     from orwcfm_fast.distributed import joined
     from orwcfm_fast.method import noise, rollout, trainer
     from orwcfm_fast.method.step import PolicyOptimizer
@@ -117,9 +116,9 @@ def loop() -> None:
     tell(
         trainer.Trainer,
         "draw_and_score",
-        lambda found, *args: {"reward": found.reward, "row": found.condition},
+        lambda found, *args: {"reward": found.rollout.reward, "row": found.rollout.condition},
     )
-    tell(RunController, "begin_round", lambda found, *args, **more: {"w": found[0]})
+    tell(trainer.Minibatches, "__call__", lambda _, self, rollout, w, *args, **more: {"w": w})
     tell(PolicyOptimizer, "step", lambda _, learner, batch, seed: {"index": batch.index, "x_t": batch.x_t})
     tell(
         PolicyOptimizer,
@@ -159,15 +158,14 @@ def at_step(number: int, which: int, do: Callable[[], object]) -> None:
 
 def normalised_by_rank() -> None:
     """The mistake of dividing each rank's weights by their own mean."""
-    from orwcfm_fast.control import controller
-    from orwcfm_fast.method import weighting
+    from orwcfm_fast.method import trainer, weighting
 
     world = int(os.environ["WORLD_SIZE"])
 
     def wrong(reward, *how):
         return torch.cat([weighting.weigh(part, *how) for part in reward.chunk(world)])
 
-    controller.weigh = wrong  # type: ignore[assignment]
+    trainer.weigh = wrong  # type: ignore[assignment]
 
 
 def small_buckets() -> None:

@@ -1,171 +1,150 @@
-"""What may change while a run goes on, and who says so: guard, steering, memory that runs out."""
+"""What may change α and τ while a run goes on: the guard, its rollbacks, and steering to a coupled W2."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
-from torch import Tensor
-
-from orwcfm_fast.control.guard import MAX_ROLLBACKS, Fault, Finding, Guard, cured
-from orwcfm_fast.control.memory import halving
+from orwcfm_fast.control.guard import MAX_ROLLBACKS, Fault, Finding, Guard, milder
+from orwcfm_fast.control.memory import MemoryFallback
 from orwcfm_fast.control.target_w2 import W2Steering
-from orwcfm_fast.control.values import Control
-from orwcfm_fast.distributed import ProcessGroup
+from orwcfm_fast.control.values import read_values
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.evaluation.probe import Probe
+from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.rollout import Rollout
-from orwcfm_fast.method.weighting import effective_sample_size, weigh, weigh_within
-from orwcfm_fast.settings import Finetune
-
-T = TypeVar("T")
+from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.method.weighting import effective_sample_size
 
 
-class RunController:
-    """Holds the values in force (`control`), the guard and the steering of one run.
+class RunController(Callback):
+    """Applies guard, target W2 and memory fallback between the parts of a trainer's rounds.
 
     Args:
-        settings: what the run began with.
+        trainer: whose α, τ and batch sizes it may change.
+        probe: of the same trainer; it must be called first.
 
     Attributes:
-        notes: what was said since the last record; say: called with each such line at once.
+        notes: lines since the last record; on_note: called with each line at once.
     """
 
-    def __init__(self, settings: Finetune) -> None:
-        self.settings, self.control, self.guard = settings, Control.start(settings), Guard(settings)
-        self.steering = W2Steering.of(settings)
+    def __init__(self, trainer: Trainer, probe: Probe) -> None:
+        self.trainer, self.settings = trainer, trainer.settings
+        self.guard = Guard(self.settings, probe.spread)
+        self.steering = W2Steering.of(self.settings)
         self.notes: list[str] = []
-        self.say: Callable[[str], None] = lambda text: None
-        self.rollbacks, self.faulty = 0, 0  # since a round beyond the last faulty one stood; that round
+        self.on_note: Callable[[str], None] = lambda text: None
+        self.early: list[Finding] = []  # what the guard found in the round's weights
+        self.rollbacks, self.refused_round = 0, 0  # rollbacks since a round after the last refused one stood
+        if isinstance(trainer.sizes, MemoryFallback):
+            trainer.sizes.on_change = self.note
 
     def note(self, text: str) -> None:
-        """Say it now, and keep it for the round's record."""
+        """Report a line now, and keep it for the round's record."""
         self.notes.append(text)
-        self.say(f"guard: {text}")
+        self.on_note(f"guard: {text}")
 
-    def tell(self, say: Callable[[str], None]) -> None:
-        """Say lines there from now on, and what was noted before the first round."""
-        self.say = say
+    def report_to(self, on_note: Callable[[str], None]) -> None:
+        """Report lines there from now on, those noted before the first round first."""
+        self.on_note = on_note
         for text in self.notes:
-            say(f"guard: {text}")
+            on_note(f"guard: {text}")
 
-    def begin_round(self, rollout: Rollout, again: bool = False) -> tuple[Tensor, list[Finding]]:
-        """Weights [N] of a scored rollout, and what the guard says of them; sets the round's α where it is steered.
-
-        --guard rollback halves τ until the weights are fit. `again`: the round is taken up where it was left;
-        what there was to note of its weights is noted.
-        """
+    def on_rollout(self, trainer: Trainer, rollout: Rollout, resumed: bool) -> None:
+        """Check the weights; with --guard rollback halve τ until they pass. Set α where it is steered."""
         notes = [*self.notes]
-        w, found = self.weigh(rollout)
-        if again:
+        self.early = self._check_weights(rollout)
+        if resumed:  # what there was to note of its weights is noted
             self.notes = notes
         if self.steering:
             if self.steering.drive is None:
-                self.steering.foresee(rollout, self.control.tau, self.settings)
-            self.control = replace(self.control, alpha=self.steering.alpha())
-        return w, found
+                self.steering.foresee(rollout, trainer.tau, self.settings)
+            trainer.alpha = self.steering.alpha()
 
-    def weigh(self, rollout: Rollout) -> tuple[Tensor, list[Finding]]:
-        """Weights [N] of a scored rollout that the guard can let pass, or what it says of them."""
-        s = self.settings
+    def _check_weights(self, rollout: Rollout) -> list[Finding]:
         while True:
-            how = (self.control.tau, s.weights, s.normalize_weights)
-            if s.group > 1 and rollout.condition is not None:
-                w = weigh_within(rollout.reward, rollout.condition, *how)
-            else:
-                w = weigh(rollout.reward, *how)
-            found = self.guard.before_steps(effective_sample_size(w))
+            found = self.guard.before_steps(effective_sample_size(self.trainer.weigh(rollout)))
             for finding in found:
                 self.note(finding.text)
-            if not found or s.guard != "rollback":
-                return w, found
-            if s.weights == "linear" or not self.milder(found):
-                return w, []  # said; going back would change nothing
+            if not found or self.settings.guard != "rollback":
+                return found
+            if self.settings.weights == "linear" or not self.make_milder(found):
+                return []  # reported; going back would change nothing
 
-    def judge(self, number: int, record: dict[str, Any], early: Sequence[Finding] = ()) -> dict[str, Any]:
-        """A round's record with what the guard says of it (`guard`); `early`: what it said of the weights.
+    def on_measure(self, trainer: Trainer, rollout: Rollout, record: dict[str, Any]) -> None:
+        """The smallest batch sizes of any process are everybody's, and so are the notes."""
+        notes, sizes = zip(*trainer.ranks.all((self.notes, trainer.sizes)), strict=True)
+        for text in dict.fromkeys(text for lines in notes for text in lines):
+            if text not in self.notes:
+                self.note(text)
+        trainer.sizes.shrink_to([*sizes])
+        record |= self.values()
+
+    def on_round(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """Add the guard's lines to the record (`guard`).
 
         Raises:
-            Fault: the round does not stand.
+            Fault: the guard refuses the round.
         """
-        found = self.guard.after_round(record)
-        for finding in found:
+        found = [*self.early, *(late := self.guard.after_round(record))]
+        for finding in late:
             self.note(finding.text)
         record["guard"], self.notes = self.notes, []
-        if not self.guard.stands([*early, *found]):
-            raise Fault(number, [*early, *found], record)
+        if not self.guard.stands(found):
+            raise Fault(trainer.round, found, record)
         if self.steering:
-            self.steering.see(self.control.alpha, record["w2_coupled"])
-        if number >= self.faulty:
+            self.steering.see(trainer.alpha, record["w2_coupled"])
+        if trainer.round >= self.refused_round:
             self.rollbacks = 0
-        return record
 
-    def milder(self, found: Sequence[Finding]) -> bool:
-        """Go on with a milder τ or α, by the guard's rule; whether it had one to give."""
-        self.control, change = cured(self.control, found, self.settings)
+    def make_milder(self, found: Sequence[Finding]) -> bool:
+        """Continue with a milder τ or α, by the guard's rule; whether there was one."""
+        trainer = self.trainer
+        trainer.alpha, trainer.tau, change = milder(trainer.alpha, trainer.tau, found, self.settings)
         if change:
-            self.note(f"goes on with {change}")
+            self.note(f"continues with {change}")
         return bool(change)
 
-    def take_back(self, fault: Fault, restore: Callable[[], int]) -> None:
-        """Answer a fault: `restore` goes back to a good round and says which; on from there, milder.
+    def roll_back(self, fault: Fault, restore: Callable[[], int]) -> None:
+        """Answer a fault: `restore` goes back to a good round and returns its number; continue from it, milder.
 
         Raises:
             Fault: the same, after MAX_ROLLBACKS in a row or where there is nothing left to change.
         """
-        control, rollbacks = self.control, self.rollbacks + 1
+        trainer, rollbacks = self.trainer, self.rollbacks + 1
+        alpha, tau, sizes = trainer.alpha, trainer.tau, vars(trainer.sizes).copy()
         back = restore()
-        self.control, self.rollbacks, self.faulty = control, rollbacks, fault.number
+        trainer.alpha, trainer.tau = alpha, tau
+        vars(trainer.sizes).update(sizes)
+        self.rollbacks, self.refused_round = rollbacks, fault.number
         self.notes = [*(fault.record["guard"] or [])]
-        self.note(f"round {fault.number} is taken back to where round {back} ended")
-        if rollbacks > MAX_ROLLBACKS or not self.milder(fault.found):
+        self.note(f"round {fault.number} is rolled back to the end of round {back}")
+        if rollbacks > MAX_ROLLBACKS or not self.make_milder(fault.found):
             raise fault
 
-    def in_chunks(self, work: Callable[[int], T]) -> T:
-        """work(chunk); where memory runs out, with half the chunk from now on."""
-        return halving(work, self.control.chunk, "chunk", self.set_chunk)
-
-    def set_chunk(self, size: int) -> None:
-        self.control = replace(self.control, chunk=size)
-        self.note(f"out of memory: goes on with {size} samples at once in a rollout")
-
-    def set_micro_batch(self, size: int) -> None:
-        self.control = replace(self.control, micro_batch=size)
-        self.note(f"out of memory: goes on with a micro-batch of {size}")
-
-    def set_reward_batch(self, size: int) -> None:
-        least = min(size, self.control.reward_batch or size)  # of several rewards
-        self.control = replace(self.control, reward_batch=least)
-        self.note(f"out of memory: goes on with {size} samples at once for a reward")
-
-    def agree(self, ranks: ProcessGroup) -> None:
-        """Every rank goes on with the smallest sizes that memory left to any, and knows what the others noted."""
-        notes, controls = zip(*ranks.all((self.notes, self.control)), strict=True)
-        for text in dict.fromkeys(text for told in notes for text in told):
-            if text not in self.notes:
-                self.note(text)
-        self.control = replace(
-            self.control,
-            micro_batch=min(c.micro_batch for c in controls),
-            chunk=min(c.chunk for c in controls),
-            reward_batch=min((c.reward_batch for c in controls if c.reward_batch), default=0),
-        )
+    def values(self) -> dict[str, Any]:
+        """α, τ and batch sizes in force."""
+        t = self.trainer
+        return {"alpha": t.alpha, "tau": t.tau} | {
+            name: getattr(t.sizes, name) for name in ("micro_batch", "chunk", "reward_batch")
+        }
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint must hold of it."""
         found = {
-            "control": self.control.to_state(),
+            "control": self.values(),
             "guard": self.guard.to_state(),
             "notes": self.notes,
-            "rollbacks": [self.rollbacks, self.faulty],
+            "rollbacks": [self.rollbacks, self.refused_round],
         }
         return found | ({"steering": self.steering.to_state()} if self.steering else {})
 
     def restore(self, state: dict[str, Any], where: str) -> None:
-        """Go on with what `to_state` wrote.
+        """Continue with what `to_state` wrote.
 
         Raises:
             UserError: it is not that.
         """
-        self.control = Control.of_state(state.get("control"), self.settings, where)
+        trainer = self.trainer
+        values = read_values(state.get("control"), self.settings, where)
         self.guard.restore(state.get("guard"), where)
         notes, rollbacks = state.get("notes", []), state.get("rollbacks", [0, 0])
         if not isinstance(notes, list) or not all(isinstance(text, str) for text in notes):
@@ -174,10 +153,13 @@ class RunController:
             isinstance(rollbacks, list) and len(rollbacks) == 2 and all(type(n) is int for n in rollbacks)
         ):
             raise UserError(f"{where}: state.json: rollbacks are damaged")
-        self.notes, (self.rollbacks, self.faulty) = [*notes], rollbacks
+        trainer.alpha, trainer.tau = values.pop("alpha"), values.pop("tau")
+        for name, size in values.items():
+            setattr(trainer.sizes, name, size)
+        self.notes, (self.rollbacks, self.refused_round) = [*notes], rollbacks
         if self.steering:
             self.steering.restore(state.get("steering"), where)
 
-    def start_over(self) -> None:
+    def on_reset(self, trainer: Trainer) -> None:
         """Forget every round."""
         self.guard.past, self.steering = {}, W2Steering.of(self.settings)

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
-from orwcfm_fast.control.values import Control
 from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.settings import Finetune
 
@@ -147,18 +146,22 @@ def _rises(values: Sequence[float]) -> bool:
     return all(b > a for a, b in pairwise(values))
 
 
-def cured(control: Control, found: Sequence[Finding], s: Finetune) -> tuple[Control, str]:
-    """The rule of rollback, and in words what it changed ("" for nothing).
+def milder(alpha: float, tau: float, found: Sequence[Finding], s: Finetune) -> tuple[float, float, str]:
+    """The rule of rollback: α, τ, and in words what it changed ("" for nothing).
 
     Sharp weights, gradient spikes and values that are not finite halve τ; drift, lost diversity and a falling
     hold-out reward double α (0 becomes 0.5). What cannot serve is left to the other: α where it is steered
     (--target-w2), τ under linear weights.
     """
     use_tau, use_alpha = s.weights != "linear", s.target_w2 is None
-    new = control
+    new_alpha, new_tau = alpha, tau
     if use_tau and (not use_alpha or any(f.cure == "tau" for f in found)):
-        new = replace(new, tau=new.tau / 2)
+        new_tau = tau / 2
     if use_alpha and (not use_tau or any(f.cure == "alpha" for f in found)):
-        new = replace(new, alpha=max(2 * new.alpha, ALPHA_STEP))
-    values = (("τ", control.tau, new.tau), ("α", control.alpha, new.alpha))
-    return new, ", ".join(f"{name} {old:g} → {now:g}" for name, old, now in values if old != now)
+        new_alpha = max(2 * alpha, ALPHA_STEP)
+    changes = (("τ", tau, new_tau), ("α", alpha, new_alpha))
+    return (
+        new_alpha,
+        new_tau,
+        ", ".join(f"{name} {old:g} → {new:g}" for name, old, new in changes if old != new),
+    )

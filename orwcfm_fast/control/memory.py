@@ -1,4 +1,4 @@
-"""Out of memory: recognised on every device, and answered with half of what was asked for."""
+"""On out-of-memory, retry with half the batch."""
 
 import gc
 from collections.abc import Callable
@@ -6,44 +6,42 @@ from typing import TypeVar
 
 import torch
 
+from orwcfm_fast.batch_sizes import BatchSizes
+from orwcfm_fast.device import out_of_memory
 from orwcfm_fast.errors import WorkError
 
 T = TypeVar("T")
-SAID = (
-    "can't allocate memory",  # the CPU's allocator
-    "out of memory",  # the CUDA driver, also by way of Triton and NCCL
-    "STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN, of a handle or a workspace
-    "unable to find an engine to execute",  # cuDNN, where no engine's workspace fits
-)
+NAMES = {"micro_batch": "micro-batch", "chunk": "chunk", "reward_batch": "reward batch"}
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is out: a GPU's, the CPU allocator's or Python's own."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, WorkError):  # of our own, which may tell of it
-        return False
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in SAID)
+class MemoryFallback(BatchSizes):
+    """Batch sizes that are halved where memory runs out, and stay so.
 
-
-def halving(work: Callable[[int], T], size: int, name: str, halved: Callable[[int], None]) -> T:
-    """work(size); where memory runs out, work(size / 2) and so on, each told to `halved`.
-
-    Raises:
-        WorkError: memory runs out even with a size of 1.
+    Attributes:
+        on_change: called with a line of text at each change.
     """
-    while True:
-        try:
-            return work(size)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            if size == 1:
-                reason = str(error).split("\n")[0] or type(error).__name__
-                raise WorkError(f"out of memory even with a {name} of 1: {reason}") from None
-        # outside of the handler: the error's frames no longer hold the tensors
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        size = max(1, size // 2)
-        halved(size)
+
+    on_change: Callable[[str], None] = staticmethod(lambda text: None)
+
+    def fit(self, name: str, work: Callable[[int], T], n: int) -> T:
+        """work(size) for n samples; on out-of-memory again with half the size, down to 1.
+
+        Raises:
+            WorkError: memory runs out even with a size of 1.
+        """
+        while True:
+            size = self.limit(name, n)
+            try:
+                return work(size)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if size == 1:
+                    reason = str(error).split("\n")[0] or type(error).__name__
+                    raise WorkError(f"out of memory even with a {NAMES[name]} of 1: {reason}") from None
+            # outside of the handler: the error's frames no longer hold the tensors
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            setattr(self, name, size // 2)
+            self.on_change(f"out of memory: continues with a {NAMES[name]} of {size // 2}")

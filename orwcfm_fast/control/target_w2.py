@@ -13,12 +13,6 @@ from orwcfm_fast.settings import Finetune
 
 FORECAST_SAMPLES = 512
 PER_PROMPT = 16  # samples that a prompt's own forecast needs
-PROBE = 1024  # 128 know the W2 of digits to 20 %, these to 8 %
-
-
-def probe_size(s: Finetune) -> int:
-    """Samples that W2 is followed on; steering needs it more exactly than a display."""
-    return s.probe if s.target_w2 is None else max(s.probe, PROBE)
 
 
 @dataclass

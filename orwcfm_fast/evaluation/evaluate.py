@@ -1,13 +1,12 @@
 """Evaluation on held-out samples: reward, W2 three ways, diversity, confidence; models side by side."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orwcfm_fast.control.memory import halving
+from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.data.datasets import SHIPPED, load_data
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.errors import UserError
@@ -110,12 +109,11 @@ def evaluate(
     evaluator: Evaluator,
     how: Sampling,
     n: int,
-    chunk: int,
+    sizes: BatchSizes,
     *,
     target: FidelityTarget | None = None,
     against_reference: bool = False,
     ranks: ProcessGroup = SINGLE_PROCESS,
-    on_halved: Callable[[int], None] = lambda size: None,
 ) -> list[Measures]:
     """Measure each model on the same n start noises (those of `orwcfm sample` with that seed).
 
@@ -123,7 +121,7 @@ def evaluate(
         models: by the name to show.
         reference: what W2 is measured against; a model that is the reference gets zeros.
         how: solver, evaluations, seed.
-        chunk: samples drawn at once; half, and `on_halved` told, where memory runs out.
+        sizes: samples drawn at once (`chunk`).
         target: real samples that fidelity is measured against.
         against_reference: measure fidelity against the reference, on samples of other noise.
         ranks: all of which call this and draw a share; the first measures, the others return an empty list.
@@ -148,7 +146,7 @@ def evaluate(
         return x_ref, other, other_features, found
 
     with ranks.together():
-        x_ref, other, real, drawn = halving(draw, chunk, "chunk", on_halved)
+        x_ref, other, real, drawn = sizes.fit("chunk", draw, n)
     x_ref = None if x_ref is None else ranks.gather(x_ref, n)
     other = None if other is None else ranks.gather(other, others)
     real = None if real is None else ranks.gather(real, others)

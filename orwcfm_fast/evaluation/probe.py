@@ -1,95 +1,99 @@
-"""The probe: samples from the same noise after every round, which drift and diversity are followed on."""
+"""The probe: samples from the same noise after every round, on which drift and diversity are followed."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from orwcfm_fast.control.controller import RunController
-from orwcfm_fast.control.target_w2 import probe_size
-from orwcfm_fast.distributed import ProcessGroup
 from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_gap
 from orwcfm_fast.evaluation.features import decoded_features
-from orwcfm_fast.method.rollout import sample, start_conditions, start_noise
+from orwcfm_fast.method.callbacks import Callback
+from orwcfm_fast.method.rollout import Rollout, sample, start_conditions, start_noise
+from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.settings import Finetune
+
+STEERED = 1024  # samples that steer the coupled W2: 128 know that of digits to 20 %, these to 8 %
+ROLLOUT_SAMPLES = 512  # of the rollout, whose diversity is reported
 
 
-class Probe:
-    """A policy beside its reference, on one noise; each rank draws its share, all know the whole.
+def probe_size(s) -> int:
+    """Samples that W2 is followed on; steering needs it more exactly than a display."""
+    return s.probe if s.target_w2 is None else max(s.probe, STEERED)
+
+
+class Probe(Callback):
+    """A trainer's policy beside its reference, on one noise; each process draws its share, all know the whole.
 
     Args:
-        policy, reference: that are compared.
+        trainer: whose policy and reference are compared.
         features: decoded samples → features [B, F] in which diversity is measured.
-        oversight: knows how many samples fit at once.
 
     Attributes:
         noise: x0 [n, *shape].
-        of_reference, samples: what the reference makes of it, and the policy when it was last looked at.
+        of_reference, samples: drawn from it by the reference, and by the policy when it was last drawn from.
+        spread: mean distance of two reference samples.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        reference: Policy,
-        settings: Finetune,
-        features: Callable[[Tensor], Tensor],
-        oversight: RunController,
-        ranks: ProcessGroup,
-    ) -> None:
-        self.policy, self.reference, self.settings, self.features = policy, reference, settings, features
-        self.oversight, self.ranks = oversight, ranks
-        self.noise = start_noise(policy, probe_size(settings), settings.seed)
-        self.samples = self.of_reference = self._draw(reference)
-        self._spread = self.diversity(self.of_reference)
-        oversight.guard.spread = pairwise_distance(self.of_reference)
+    def __init__(self, trainer: Trainer, features: Callable[[Tensor], Tensor]) -> None:
+        s = trainer.settings
+        self.policy, self.reference, self.features = trainer.policy, trainer.reference, features
+        self.settings, self.sizes, self.ranks = s, trainer.sizes, trainer.ranks
+        self.noise = start_noise(self.policy, probe_size(s), s.seed)
+        self.samples = self.of_reference = self._draw(self.reference)
+        self.spread = pairwise_distance(self.of_reference)
+        self._feature_spread = self.diversity(self.of_reference)
 
-    def look(self) -> None:
-        """Draw the policy's samples as it is now."""
+    def on_measure(self, trainer: Trainer, rollout: Rollout, record: dict[str, Any]) -> None:
+        """Draw the policy's samples as it is now; its drift and diversity."""
+        with trainer.phases("probe"):
+            record["velocity_gap"] = self._draw_with_gap()
+            record["diversity"] = self.diversity(rollout.x1[:ROLLOUT_SAMPLES])
+            record["diversity_share"] = self.diversity(self.samples) / max(self._feature_spread, 1e-12)
+            record["w2_coupled"] = coupled_w2(self.samples, self.of_reference)
+
+    def on_restore(self, trainer: Trainer) -> None:
         self.samples = self._draw(self.policy)
 
-    def look_along(self) -> float:
-        """`look`, and the mean velocity gap along the way."""
-        x0, condition = self._part()
+    def on_reset(self, trainer: Trainer) -> None:
+        self.samples = self.of_reference
+
+    def diversity(self, x: Tensor) -> float:
+        """Mean distance in features of two of any samples x [N, *shape], the same on all processes."""
+        mine = x[self.ranks.share(len(x))]
         with self.ranks.together():
-            part, gap = self.oversight.in_chunks(
+            part = self.sizes.fit(
+                "chunk",
+                lambda chunk: decoded_features(self.policy, self.features, mine, chunk),
+                len(mine),
+            )
+        return pairwise_distance(self.ranks.gather(part, len(x)))
+
+    def _draw_with_gap(self) -> float:
+        """Draw the policy's samples; the mean velocity gap along the way."""
+        x0, condition = self._share()
+        with self.ranks.together():
+            part, gap = self.sizes.fit(
+                "chunk",
                 lambda chunk: sample_with_gap(
                     self.policy, self.reference, x0, self.settings, chunk, condition
-                )
+                ),
+                len(x0),
             )
         self.samples = self.ranks.gather(part, len(self.noise))
         return sum(self.ranks.all(gap * len(x0))) / len(self.noise)
 
-    def start_over(self) -> None:
-        """The policy is its reference again."""
-        self.samples = self.of_reference
-
-    def w2(self) -> float:
-        """Coupled W2 of the two."""
-        return coupled_w2(self.samples, self.of_reference)
-
-    def share(self) -> float:
-        """The policy's diversity over the reference's."""
-        return self.diversity(self.samples) / max(self._spread, 1e-12)
-
-    def diversity(self, x: Tensor) -> float:
-        """Mean distance of two of any samples x [N, *shape], the same on all ranks, in features."""
-        mine = x[self.ranks.share(len(x))]
-        with self.ranks.together():
-            part = self.oversight.in_chunks(
-                lambda chunk: decoded_features(self.policy, self.features, mine, chunk)
-            )
-        return pairwise_distance(self.ranks.gather(part, len(x)))
-
     def _draw(self, policy: Policy) -> Tensor:
-        x0, condition = self._part()
+        x0, condition = self._share()
         with self.ranks.together():
-            part = self.oversight.in_chunks(
-                lambda chunk: sample(policy, x0, self.settings, chunk, condition=condition)
+            part = self.sizes.fit(
+                "chunk",
+                lambda chunk: sample(policy, x0, self.settings, chunk, condition=condition),
+                len(x0),
             )
         return self.ranks.gather(part, len(self.noise))
 
-    def _part(self) -> tuple[Tensor, Tensor | None]:
-        """This rank's share: its noise [n, *shape] and rows [n] of the prompts, where there are some."""
+    def _share(self) -> tuple[Tensor, Tensor | None]:
+        """This process's noise [n, *shape] and its rows [n] of the prompts, where there are some."""
         mine = self.ranks.share(len(self.noise))
         x0 = self.noise[mine]
         return x0, start_conditions(self.policy, len(x0), self.settings, mine.start)

@@ -64,8 +64,15 @@ def start_noise(policy: Policy, n: int, seed: int, purpose: int = noise.SAMPLE, 
 
 
 def start_conditions(policy: Policy, n: int, how: Sampling, first: int = 0) -> Tensor | None:
-    """Rows [n] of the policy's prompts for draws first … first+n−1; None where it has none."""
-    return policy.draw_conditions(noise.indices(first, n, policy.device), how.seed, how.group)
+    """Rows [n] of the policy's prompts for draws first … first+n−1; None where it has none.
+
+    `how.group` draws in a row share a prompt.
+    """
+    if policy.conditions is None:
+        return None
+    index = noise.indices(first, n, policy.device) // how.group
+    u = noise.uniform((1,), noise.seed_on(how.seed, policy.device), index, noise.PROMPT)[:, 0]
+    return policy.conditions.at(u)
 
 
 def draw(

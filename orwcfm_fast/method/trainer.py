@@ -1,40 +1,45 @@
 """The online loop: draw, score, weigh, step, record."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from orwcfm_fast.checkpoints import checkpoint
-from orwcfm_fast.checkpoints.partial_round import PartialRound, pack, unpack
-from orwcfm_fast.control.controller import RunController
-from orwcfm_fast.control.guard import Fault
-from orwcfm_fast.control.target_w2 import probe_size
+from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.evaluation.probe import Probe
 from orwcfm_fast.method import noise
+from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.minibatches import Minibatches
 from orwcfm_fast.method.rollout import Rollout, draw, start_conditions
 from orwcfm_fast.method.step import PolicyOptimizer
-from orwcfm_fast.method.weighting import check_bounded, check_positive, effective_sample_size
+from orwcfm_fast.method.weighting import (
+    check_bounded,
+    check_positive,
+    effective_sample_size,
+    weigh,
+    weigh_within,
+)
 from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import Reward, RewardSum, Scores, make_reward
 from orwcfm_fast.settings import Finetune
 
 PHASES = ("rollout", "reward", "reference", "policy", "optimizer")
+C = TypeVar("C", bound=Callback)
 
 
 @dataclass
-class Progress:
-    """Where a round stands; what a display reads."""
+class RoundState:
+    """A round under way: its scored rollout, its rewards one by one, and (fm, w2, gradient norm) [3] of each step."""
 
-    round: int
-    step: int
-    phase: str
+    rollout: Rollout
+    scores: Scores
+    held_out: Scores | None = None
+    losses: list[Tensor] = field(default_factory=list)
 
 
 class Trainer:
@@ -42,18 +47,19 @@ class Trainer:
 
     Args:
         policy: pretrained; its network is trained in place.
-        reward: decoded samples [B, …] → [B] numbers; no gradient needed; asked of `reward_batch` at once.
+        reward: decoded samples [B, …] → [B] numbers; needs no gradient.
         settings: all of `orwcfm finetune`.
         reward_name: of a reward that is a bare function, in messages.
         holdout: rewards that are measured on each rollout and never trained on.
         reference: the anchor; by default a frozen copy of the policy as it is now.
-        features: samples → features [B, F] in which diversity is measured; pixels where None.
-        watch: called with a Progress at each phase of each step.
-        ranks: those that rollouts and minibatches are spread over; each holds the whole rollout, and all else too.
+        callbacks: called in order between the parts of a round.
+        sizes: how many samples are processed at once; by default as the settings say.
+        ranks: the processes that share rollouts and minibatches; each holds the whole rollout.
 
     Attributes:
-        pause: called where a round can be left and taken up again: after a chunk of its rollout, and between
-            its steps. It may raise; `save` then writes what `restore` goes on from.
+        alpha, tau: in force; they begin as in the settings, and callbacks may change them.
+        round, steps: whole rounds done, and their gradient steps.
+        current: the round under way, None between rounds; last: the round before.
     """
 
     def __init__(
@@ -65,231 +71,208 @@ class Trainer:
         reward_name: str = "reward",
         holdout: RewardSum | None = None,
         reference: Policy | None = None,
-        features: Callable[[Tensor], Tensor] | None = None,
-        watch: Callable[[Progress], None] | None = None,
+        callbacks: Sequence[Callback] = (),
+        sizes: BatchSizes | None = None,
         ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        sizes = {"rollout": settings.rollout, "probe": probe_size(settings), "eval-n": settings.eval_n}
-        for name, n in sizes.items():
-            if n < ranks.world:
-                raise UserError(f"--{name} {n}: is less than a sample for each of {ranks.world} ranks")
-        if settings.coupling == "ot" and settings.batch < 2:
-            raise UserError("coupling 'ot' needs a batch of at least 2")
-        if settings.coupling == "ot" and policy.conditions and len(policy.conditions) > 1:
-            raise UserError(
-                "coupling 'ot': would pair noise across prompts, which skews them; use --coupling independent"
-            )
+        _check(policy, settings, ranks)
         self.policy, self.settings, self.ranks = policy, settings, ranks
+        self.callbacks = list(callbacks)
+        self.sizes = sizes or BatchSizes.of(settings)
         self.reward, self.holdout = make_reward(reward, name=reward_name), holdout
+        for rewards in self.rewards():
+            rewards.sizes = self.sizes
         if settings.gradient_checkpointing:
             policy.checkpoint_gradients()
         if settings.lora:
             add_lora(policy.network, settings.lora, seed=settings.seed)
         self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
         self.reference = reference or policy.frozen_copy()
-        self.watch = watch or (lambda progress: None)
-        self.oversight = RunController(settings)
-        self.learner = PolicyOptimizer(policy, self.reference, settings, ranks)
-        self.learner.on_halved = self.oversight.set_micro_batch
-        for asked in self.rewards():
-            asked.on_halved = self.oversight.set_reward_batch
-        self.take_sizes()
-        self.phases = self.learner.phases
+        self.optimizer = PolicyOptimizer(policy, self.reference, settings, self.sizes, ranks)
+        self.phases = self.optimizer.phases
         self.seed = noise.seed_on(settings.seed, policy.device)
-        self.minibatches = Minibatches(self.learner, settings, self.seed)
-        self.pause: Callable[[], None] = lambda: None
-        self.round = 0
-        self.steps = 0  # of whole rounds
-        self.begun: PartialRound | None = None
-        self.scores: Scores | None = None  # of the last rollout
-        self.held_out: Scores | None = None
-        self.probe = Probe(policy, self.reference, settings, features or (lambda x: x), self.oversight, ranks)
-        self.rollout: Rollout | None = None  # of the last round
+        self.minibatches = Minibatches(policy, settings, self.seed, ranks)
+        self.alpha, self.tau = settings.alpha, settings.tau
+        self.round = self.steps = 0
+        self.current: RoundState | None = None
+        self.last: RoundState | None = None
 
     def train(self, rounds: int) -> Iterator[dict[str, Any]]:
-        """Run up to `rounds` rounds in all; yields each round's metrics (the keys of metrics.jsonl)."""
+        """Run up to `rounds` rounds in all; yields each round's record (the keys of metrics.jsonl)."""
         while self.round < rounds:
             yield self.one_round()
 
     def one_round(self) -> dict[str, Any]:
-        """Draw a rollout, score and weigh it, take its gradient steps; the metrics of the round.
+        """Draw a rollout, score and weigh it, take its gradient steps; the record of the round.
 
-        A round that was left after some steps goes on with the next.
+        A round that was left after some of its steps continues with the next one.
 
         Raises:
-            Fault: the guard does not let the round stand.
+            whatever a callback raises to leave the round or to refuse it.
         """
-        s, number = self.settings, self.round
-        rollout = self.begun.rollout if self.begun else self.draw_and_score(number)
-        w, found = self.oversight.begin_round(rollout, again=self.begun is not None)
-        check_bounded(w, self.oversight.control.alpha)
-        if s.coupling == "ot":
+        resumed = self.current is not None
+        self.current = current = self.current or self.draw_and_score()
+        self.notify("on_rollout", current.rollout, resumed)
+        w = self.weigh(current.rollout)
+        check_bounded(w, self.alpha)
+        if self.settings.coupling == "ot":
             check_positive(w)
-        self.rollout = rollout
-        self.begun = self.begun or PartialRound(rollout, [])
-        losses = self.begun.losses
-        for batch in self.minibatches(rollout, w, self.oversight.control.alpha, number, len(losses)):
-            self.watch(Progress(number, len(losses), "step"))
-            losses.append(self.learner.step(batch, self.seed))
-            if len(losses) < s.steps_per_round:
-                with self.ranks.together():
-                    self.pause()
-        self.steps += s.steps_per_round
-        self.round += 1
-        self.begun = None
-        self.oversight.agree(self.ranks)
-        self.take_sizes()
-        record = self.measure(rollout, w, torch.stack(losses))
-        return self.oversight.judge(self.round, record, found)
+        for batch in self.minibatches(current.rollout, w, self.alpha, self.round, skip=len(current.losses)):
+            self.notify("on_stage", "step")
+            current.losses.append(self.optimizer.step(batch, self.seed))
+            if len(current.losses) < self.settings.steps_per_round:
+                self.boundary()
+        self.round, self.steps = self.round + 1, self.steps + len(current.losses)
+        self.current, self.last = None, current
+        record = self.measure(current, w)
+        self.notify("on_round", record)
+        return record
 
-    @property
-    def steps_taken(self) -> int:
-        """Gradient steps in all, those of a round that has begun among them."""
-        return self.steps + (len(self.begun.losses) if self.begun else 0)
-
-    def where(self) -> str:
-        """Where the loop stands, in words."""
-        begun = self.begun or self.round == 0
-        return f"in round {self.round + 1}" if begun else f"after round {self.round}"
-
-    def draw_and_score(self, number: int) -> Rollout:
-        """The round's whole rollout, drawn from the policy as it stands, with its rewards."""
-        s = self.settings
-        self.watch(Progress(number, 0, "rollout"))
+    def draw_and_score(self) -> RoundState:
+        """The coming round's whole rollout, drawn from the policy as it stands, with its rewards."""
+        s, first = self.settings, self.round * self.settings.rollout
         mine = self.ranks.share(s.rollout)
-        with self.phases("rollout"), self.ranks.together():
-            part = self.oversight.in_chunks(
-                lambda chunk: draw(self.policy, s.rollout, number, s.seed, s, chunk, self.pause, mine)
+        with self.stage("rollout"):
+            part = self.sizes.fit(
+                "chunk",
+                lambda chunk: draw(
+                    self.policy, s.rollout, self.round, s.seed, s, chunk, self.boundary_here, mine
+                ),
+                s.rollout,
             )
-        self.watch(Progress(number, 0, "reward"))
-        with self.phases("reward"):
-            own = self.ranks.rank * 0xD1B54A32D192ED03  # odd: a CPU's generator takes the low 32 bits
-            told = (f"round {number + 1}", s.seed * 1_000_003 + number + own)
-            with self.ranks.together():
-                samples, prompts = self.policy.decode(part.x1), self.policy.prompts_of(part.condition)
-                found = self.reward.scores(samples, *told, prompts)
-                held_out = self.holdout.scores(samples, *told, prompts) if self.holdout else None
-            self.scores = self.of_all(found)
-            self.held_out = self.of_all(held_out) if held_out else None
+        with self.stage("reward"):
+            # odd: a CPU's generator takes the low 32 bits
+            own = s.seed * 1_000_003 + self.round + self.ranks.rank * 0xD1B54A32D192ED03
+            where = (f"round {self.round + 1}", own)
+            samples, prompts = self.policy.decode(part.x1), self.policy.prompts_of(part.condition)
+            scores = self.reward.scores(samples, *where, prompts)
+            held_out = self.holdout.scores(samples, *where, prompts) if self.holdout else None
         with self.phases("rollout"):
-            x1 = self.ranks.gather(part.x1, s.rollout)
-        index = noise.indices(number * s.rollout, s.rollout, self.policy.device)
-        condition = start_conditions(self.policy, s.rollout, s, number * s.rollout)
-        return Rollout(x1, index, self.trained_on(self.scores), condition)
+            x1 = self.whole(part.x1)
+        scores, held_out = scores.each(self.whole), held_out and held_out.each(self.whole)
+        index = noise.indices(first, s.rollout, self.policy.device)
+        condition = start_conditions(self.policy, s.rollout, s, first)
+        return RoundState(Rollout(x1, index, self.trained_on(scores), condition), scores, held_out)
 
-    def of_all(self, mine: Scores) -> Scores:
-        """What the rewards say of the whole rollout, each rank having asked them of its share."""
-        return mine.each(lambda values: self.ranks.gather(values, self.settings.rollout))
+    def weigh(self, rollout: Rollout) -> Tensor:
+        """Weights [N] of a scored rollout, with the τ in force."""
+        s, how = self.settings, (self.tau, self.settings.weights, self.settings.normalize_weights)
+        if s.group > 1 and rollout.condition is not None:
+            return weigh_within(rollout.reward, rollout.condition, *how)
+        return weigh(rollout.reward, *how)
 
-    def measure(self, rollout: Rollout, w: Tensor, losses: Tensor) -> dict[str, Any]:
-        """The round's metrics; the only place where a round reads from the device."""
-        s = self.settings
-        self.watch(Progress(self.round - 1, s.steps_per_round, "measure"))
-        with self.phases("probe"):
-            gap = self.probe.look_along()
-            spread, share = self.probe.diversity(rollout.x1[:512]), self.probe.share()
-        seconds = self.phases.read()
-        training = sum(seconds[p] for p in PHASES[2:])
+    def measure(self, done: RoundState, w: Tensor) -> dict[str, Any]:
+        """The record of a round; the only place where a round reads from the device."""
+        s, reward = self.settings, done.scores.total
+        self.notify("on_stage", "measure")
+        losses = torch.stack(done.losses)
         loss_fm, loss_w2, norm, norm_max = torch.cat([losses.mean(0), losses[:, 2:].amax(0)]).tolist()
-        assert self.scores
-        reward = self.scores.total
         record = {
             "round": self.round,
             "reward_mean": float(reward.mean()),
             "reward_std": float(reward.std(correction=0)),
             "reward_max": float(reward.max()),
-            **by_name(self.scores, self.held_out),
+            **by_name(done.scores, done.held_out),
             "loss_fm": loss_fm,
             "loss_w2": loss_w2,
             "grad_norm_mean": norm,
             "grad_norm_max": norm_max,
-            **self.oversight.control.to_state(),
             "ess": effective_sample_size(w),
-            "w2_coupled": self.probe.w2(),
-            "velocity_gap": gap,
-            "diversity": spread,
-            "diversity_share": share,
-            **{f"seconds_{p}": seconds[p] for p in (*PHASES, "probe")},
-            "images_per_s_rollout": s.rollout / seconds["rollout"],
-            "images_per_s_train": s.steps_per_round * s.batch / training,
         }
+        self.notify("on_measure", done.rollout, record)
+        seconds = self.phases.read()
+        record |= {f"seconds_{p}": seconds[p] for p in (*PHASES, "probe")}
+        record["images_per_s_rollout"] = s.rollout / seconds["rollout"]
+        record["images_per_s_train"] = s.steps_per_round * s.batch / sum(seconds[p] for p in PHASES[2:])
         return self.ranks.from_first(lambda: record)  # one clock, one judgement
 
-    def save(self, path, more: dict[str, Any]) -> None:
-        """Write a checkpoint from which `restore` goes on: bit for bit on a CPU; a GPU adds up in no fixed order."""
-        state = {"kind": "finetune", "round": self.round, "step": self.steps_taken, **self.policy.describe()}
-        state |= self.oversight.to_state()
-        begun: dict[str, checkpoint.Tensors] = {}
-        if self.begun and self.begun.losses:
-            assert self.scores
-            self.phases.add(seconds := self.phases.read())
-            begun["begun"], state["begun"] = pack(self.begun, self.scores, self.held_out, seconds)
-        checkpoint.save(
-            path,
-            {**state, **more},
-            optimizer=checkpoint.optimizer_tensors(self.learner.optimizer),
-            **self.policy.tensors(),
-            **begun,
-        )
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A timed part of a round; an error in it on one process is an error on all."""
+        self.notify("on_stage", name)
+        with self.phases(name), self.ranks.together():
+            yield
 
-    def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint written by `save`, with the α, τ and sizes that were in force.
+    def boundary(self) -> None:
+        """Tell the callbacks that the round can be left here; all processes leave it together."""
+        with self.ranks.together():
+            self.boundary_here()
+
+    def boundary_here(self) -> None:
+        """The same within a part that ends on all processes together."""
+        self.notify("on_boundary")
+
+    def notify(self, event: str, *args: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *args)
+
+    def find(self, kind: type[C]) -> C:
+        """The callback of a class.
 
         Raises:
-            UserError: it is of another kind or another model.
+            LookupError: there is none.
         """
-        self.oversight.restore(found.state, str(found.path))
-        self.take_sizes()
-        with checkpoint.reading(found):
-            if self.settings.lora:
-                load_lora(self.policy.network, found.tensors.get(self.policy.lora_file, {}), str(found.path))
-            else:
-                checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
-            checkpoint.load_optimizer(self.learner.optimizer, found.tensors["optimizer"], str(found.path))
-            self.round, step = int(found.state["round"]), int(found.state["step"])
-            self.begun = None
-            if "begun" in found.tensors:
-                self.begun, self.scores, self.held_out, seconds = unpack(
-                    found, self.round, self.policy, self.settings, self.reward, self.holdout
-                )
-                self.begun.rollout.reward = self.trained_on(self.scores)
-                self.phases.add(seconds)
-            self.steps = self.round * self.settings.steps_per_round
-            if self.steps_taken != step or not 0 <= step < 2**62:
-                raise ValueError("its round and its step do not agree")
-        self.probe.look()
-        self.learner.go_on_from(step)
+        for callback in self.callbacks:
+            if isinstance(callback, kind):
+                return callback
+        raise LookupError(f"no {kind.__name__} among the callbacks")
+
+    @property
+    def steps_taken(self) -> int:
+        """Gradient steps in all, those of the round under way among them."""
+        return self.steps + (len(self.current.losses) if self.current else 0)
+
+    def where(self) -> str:
+        """Where the loop stands, in words."""
+        under_way = self.current or self.round == 0
+        return f"in round {self.round + 1}" if under_way else f"after round {self.round}"
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The rollout's [N, …] on every process, from this process's share of it."""
+        return self.ranks.gather(part, self.settings.rollout)
 
     def trained_on(self, scores: Scores) -> Tensor:
         """The reward [N] that weights are made of."""
         return scores.standardized() if self.settings.standardize_rewards else scores.total
 
     def rewards(self) -> list[RewardSum]:
-        """The one that is trained on, and the one that is held out where there is one."""
+        """The reward that is trained on, and the held-out one where there is one."""
         return [self.reward, *([self.holdout] if self.holdout else [])]
 
-    def take_sizes(self) -> None:
-        """Go on with what memory allowed."""
-        control = self.oversight.control
-        self.learner.micro_batch = control.micro_batch
-        for asked in self.rewards():
-            asked.at_once = control.reward_batch
+    def continue_from(self, round: int, current: RoundState | None) -> None:
+        """Go on after so many rounds; the policy's weights and the optimiser's state are loaded already."""
+        self.round, self.current, self.last = round, current, None
+        self.steps = round * self.settings.steps_per_round
+        if current:
+            current.rollout.reward = self.trained_on(current.scores)
+        self.optimizer.go_on_from(self.steps_taken)
+        self.notify("on_restore")
 
-    def take_back(self, fault: Fault, restore: Callable[[], int]) -> None:
-        """`RunController.take_back`, with the sizes that memory allowed."""
-        self.oversight.take_back(fault, restore)
-        self.take_sizes()
-
-    def start_over(self) -> None:
+    def reset(self) -> None:
         """Back to before the first round."""
         if self.settings.lora:
             load_lora(self.policy.network, self.start, "the start")
         else:
             self.policy.network.load_state_dict(self.reference.network.state_dict())
-        self.learner.start_over()
+        self.optimizer.reset()
         self.round = self.steps = 0
-        self.probe.start_over()
-        self.oversight.start_over()
+        self.current = self.last = None
+        self.notify("on_reset")
+
+
+def _check(policy: Policy, settings: Finetune, ranks: ProcessGroup) -> None:
+    """Raises UserError for settings that this policy or this many processes cannot have."""
+    for name in ("rollout", "probe", "eval_n"):
+        if (n := getattr(settings, name)) < ranks.world:
+            raise UserError(
+                f"--{name.replace('_', '-')} {n}: is less than a sample for each of {ranks.world} ranks"
+            )
+    if settings.coupling == "ot" and settings.batch < 2:
+        raise UserError("coupling 'ot' needs a batch of at least 2")
+    if settings.coupling == "ot" and policy.conditions and len(policy.conditions) > 1:
+        raise UserError(
+            "coupling 'ot': would pair noise across prompts, which skews them; use --coupling independent"
+        )
 
 
 def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from orwcfm_fast.control.memory import out_of_memory
-from orwcfm_fast.device import resolve_precision
+from orwcfm_fast.device import out_of_memory, resolve_precision
 from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.files import read_small
 from orwcfm_fast.networks.diffusers import FAMILIES, PREFIX, SCHEDULER, Family, Pipeline, library

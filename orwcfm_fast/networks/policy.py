@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from orwcfm_fast.device import resolve_precision
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.method import noise
-from orwcfm_fast.method.samplers import OWN
 from orwcfm_fast.networks import lora
 from orwcfm_fast.networks.models import build_network
 from orwcfm_fast.networks.prompts import Conditions, Prompt
 
 if TYPE_CHECKING:
     from orwcfm_fast.networks.diffusers import Pipeline
+
+
+OWN = "own"  # the time grid of the pipeline itself
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,6 @@ class Policy:
                 return v
             none = torch.full_like(condition, self.conditions.none)
             return torch.lerp(self.network(t, x, *self.conditions.look_up(none)), v, self.guidance)
-
-    def draw_conditions(self, index: Tensor, seed: int, group: int = 1) -> Tensor | None:
-        """Rows [B] of the table of prompts for draws `index`; None where the policy has none."""
-        if self.conditions is None:
-            return None
-        return self.conditions.draw(noise.seed_on(seed, self.device), index, group)
 
     def prompts_of(self, condition: Tensor | None) -> list[Prompt] | None:
         """What a reward is told of samples of those conditions."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.files import read_small
-from orwcfm_fast.method import noise
 
 MAX_PROMPTS_BYTES = 8 << 20
 ON_DEVICE_BYTES = 1 << 30  # larger tables stay in main memory
@@ -105,9 +104,8 @@ class Conditions:
         """The row of no prompt."""
         return len(self.prompts)
 
-    def draw(self, seed: Tensor, index: Tensor, group: int = 1) -> Tensor:
-        """For each global draw number a prompt by its weight, int64 [B]; `group` in a row share one."""
-        u = noise.uniform((1,), seed, index // group, noise.PROMPT)[:, 0]
+    def at(self, u: Tensor) -> Tensor:
+        """For each uniform number [B] in [0, 1) a row, int64 [B], with probability proportional to its weight."""
         return torch.searchsorted(self._shares, u, right=True).clamp_(max=len(self) - 1)
 
     def look_up(self, rows: Tensor) -> list[Tensor]:

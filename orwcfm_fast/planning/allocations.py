@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 
-from orwcfm_fast.control.memory import out_of_memory
+from orwcfm_fast.device import out_of_memory
 
 PROFILE_SECONDS = 10.0  # for each thing probed
 

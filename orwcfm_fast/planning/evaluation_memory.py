@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orwcfm_fast.control.target_w2 import probe_size
 from orwcfm_fast.evaluation.evaluate import DIVERSITY_SAMPLES, EXACT_W2_SAMPLES
 from orwcfm_fast.evaluation.held_out import FLOAT64_CHUNK
+from orwcfm_fast.evaluation.probe import probe_size
 from orwcfm_fast.settings import Finetune
 
 ROLLOUT_DIVERSITY_SAMPLES = 512  # of a rollout, whose diversity is measured

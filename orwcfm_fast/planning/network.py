@@ -5,11 +5,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from orwcfm_fast.control.target_w2 import probe_size
+from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.data.datasets import source
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.distributed import bucket_bytes
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.evaluation.probe import probe_size
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.coupling import couple
 from orwcfm_fast.method.rollout import draw, start_noise
@@ -25,7 +26,6 @@ from orwcfm_fast.planning.plan import (
     available_bytes,
     largest_fitting,
     resident_bytes,
-    stored_minibatches,
 )
 from orwcfm_fast.rewards import RewardSum, make_reward
 from orwcfm_fast.runs.load import DEFAULT, FOREIGN_DATA, Loader
@@ -54,10 +54,6 @@ def plan_run(s: Finetune, ranks: int = 1) -> Plan:
     return make_plan(policy, reward, s, ranks=ranks)
 
 
-def _no_room(size: int) -> None:
-    raise MemoryError
-
-
 def make_plan(
     policy: Policy, reward: RewardSum, s: Finetune, limit: int | None = None, ranks: int = 1
 ) -> Plan:
@@ -81,7 +77,7 @@ def make_plan(
         index = noise.indices(0, size * parts, device)
         x1 = start_noise(policy, size * parts, s.seed)
         batch = couple(x1, torch.ones(len(x1), device=device), s.alpha, seed, index, s.coupling)
-        learner.micro_batch = size
+        learner.sizes.micro_batch = size
         learner.step(batch, seed)
 
     least = 2 if s.coupling == "ot" else 1
@@ -105,7 +101,7 @@ def make_plan(
     noised = profile_allocations(lambda size: start_noise(policy, size, s.seed), rollout, device)
     samples = policy.decode(start_noise(policy, max(2, rollout // 2), s.seed))
     asked = min(s.reward_batch or rollout, rollout)
-    undivided = replace(reward, at_once=0, on_halved=_no_room)
+    undivided = replace(reward, sizes=BatchSizes(0, 0))
     scored = profile_allocations(lambda size: undivided(samples[:size]), asked, device)
 
     one_sample = 4 * start_noise(policy, 1, s.seed).numel()
@@ -121,7 +117,7 @@ def make_plan(
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several.peak(size)
         own = {"gradients": min(gradients, top), "activations": max(top - gradients, exchange)}
-        return own | stored_minibatches(s, batch, one_sample)
+        return own
 
     def rollout_at(chunk: int) -> dict[str, int]:
         others = 2 * (rollout - chunk) * one_sample

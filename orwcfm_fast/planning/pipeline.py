@@ -34,7 +34,7 @@ from orwcfm_fast.networks.prompts import Conditions, Prompt, read_prompts
 from orwcfm_fast.planning.allocations import AllocationProfile
 from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules, recompute
 from orwcfm_fast.planning.evaluation_memory import EvaluationMemory
-from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, largest_fitting, stored_minibatches
+from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, largest_fitting
 from orwcfm_fast.settings import Finetune
 
 RANK = 16  # of the plan with adapters, where --lora names none
@@ -203,7 +203,7 @@ def _plan(
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several().peak(size)
         own = {"gradients": min(trained, top), "activations": max(top - trained, exchange)}
-        return own | stored_minibatches(s, batch, one_latent)
+        return own
 
     def rollout_at(chunk: int) -> dict[str, int]:
         return {"sampling": drawn.peak(chunk) + 2 * (rolled - chunk) * one_latent}

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from orwcfm_fast.settings import Finetune
-
 HEADROOM = 0.9  # of the memory there is
 PHASES = ("step", "rollout", "reward", "probe", "evaluation")
 
@@ -66,14 +64,6 @@ def largest_fitting(size: int, room: int, at: Callable[[int], dict[str, int]]) -
     while size > 1 and sum(at(size).values()) > room:
         size = max(1, size // 2)
     return size
-
-
-def stored_minibatches(s: Finetune, batch: int, one_sample: int) -> dict[str, int]:
-    """Bytes of the minibatches that later passes take again; `batch`: a rank's part, views of the whole's tensors."""
-    if s.reference_passes == 1:
-        return {}
-    numbers = 20  # t, w and a, and the draw's index
-    return {"draws kept": s.draws * (s.batch * (2 * one_sample + numbers) + batch * one_sample)}
 
 
 def resident_bytes() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orwcfm_fast.control.memory import halving
+from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.errors import RewardError, UserError, WorkError
 from orwcfm_fast.method.weighting import standardize
 from orwcfm_fast.networks.prompts import Prompt
@@ -74,13 +74,11 @@ class RewardSum:
     """Σ weight_k · reward_k of decoded samples [B, …] → [B]; `terms` are (name, weight, function).
 
     Attributes:
-        at_once: maximum batch size of a reward call, 0 for all samples; halved on out-of-memory, and `on_halved` is
-            called with the new size.
+        sizes: maximum batch size of a reward call (`reward_batch`).
     """
 
     terms: list[tuple[str, float, Reward]]
-    at_once: int = 0
-    on_halved: Callable[[int], None] = field(default=lambda size: None, repr=False)
+    sizes: BatchSizes = field(default_factory=lambda: BatchSizes(0, 0), repr=False)
 
     @property
     def name(self) -> str:
@@ -128,15 +126,11 @@ class RewardSum:
 
         n = max(1, len(samples))
         try:
-            return halving(asked, min(self.at_once or n, n), "reward batch", self._halved)
+            return self.sizes.fit("reward_batch", asked, n)
         except RewardError:
             raise
         except WorkError as error:
             raise RewardError(f"reward {name}{', ' + where if where else ''}: {error}") from None
-
-    def _halved(self, size: int) -> None:
-        self.at_once = size
-        self.on_halved(size)
 
     def __call__(self, samples: Tensor) -> Tensor:
         return self.scores(samples).total
@@ -176,7 +170,7 @@ def make_reward(
         if names.count(name) > 1:
             raise UserError(f"reward '{name}': named twice; give it one weight, e.g. {name}=2")
     terms = [(name, weight, _function(name, options)) for name, weight in split]
-    return RewardSum(terms, options.reward_batch)
+    return RewardSum(terms, BatchSizes(0, 0, options.reward_batch))
 
 
 def user_code(specs: Sequence[str]) -> list[str]:

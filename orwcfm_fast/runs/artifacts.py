@@ -9,6 +9,7 @@ from torch import Tensor
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.features import decoded_features
 from orwcfm_fast.evaluation.held_out import Evaluator
+from orwcfm_fast.evaluation.probe import Probe
 from orwcfm_fast.files import read_small, write_text
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.reporting.pictures import save_curves, save_samples
@@ -31,7 +32,7 @@ class RunArtifacts:
     def save_round_samples(self) -> None:
         """The probe as it is after the trainer's rounds so far."""
         number = self.trainer.round
-        probe = self._picture_samples(self.trainer.probe.samples)
+        probe = self._picture_samples(self.trainer.find(Probe).samples)
         save_samples(self.run.samples / f"round_{number:03d}.png", {f"round {number}": probe})
 
     def first_round_messages(self, record: dict[str, Any]) -> list[str]:
@@ -50,7 +51,7 @@ class RunArtifacts:
 
     def save_results(self, result: Result, about: list[str]) -> None:
         """Pictures, curves, report and summary of the whole run; `about`: what it was, in words."""
-        probe = self.trainer.probe
+        probe = self.trainer.find(Probe)
         pictures = {
             "before": self._picture_samples(probe.of_reference),
             "after": self._picture_samples(probe.samples),
@@ -79,15 +80,14 @@ class RunArtifacts:
         reference, trainer = self.trainer.reference, self.trainer
         if (prompts := reference.conditions) and len(prompts) > 1:
             return MANY_PROMPTS
-        assert trainer.rollout
+        assert trainer.last
         try:
-            control = trainer.oversight.control
-            own = self.settings.model_copy(update={"alpha": control.alpha, "tau": control.tau})
+            own = self.settings.model_copy(update={"alpha": trainer.alpha, "tau": trainer.tau})
             with torch.inference_mode():
                 found = forecast_run(
-                    trainer.rollout,
+                    trainer.last.rollout,
                     own,
-                    lambda x: decoded_features(reference, self.evaluator.features, x, control.chunk),
+                    lambda x: decoded_features(reference, self.evaluator.features, x, trainer.sizes.chunk),
                 )
         except UserError as error:  # a forecast is a comment on the run, never its end
             return f"no forecast: {error}"

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from orwcfm_fast.checkpoints import checkpoint, retention
+from orwcfm_fast.checkpoints.trainer_state import restore_trainer, save_trainer
+from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.runs.resume import finetune_resume_command
@@ -10,7 +12,7 @@ from orwcfm_fast.runs.run import Run
 
 
 class CheckpointManager:
-    """What a run keeps of its trainer.
+    """Saves, loads and prunes the checkpoints of a run.
 
     Args:
         run: its directory, locked by this process.
@@ -48,13 +50,28 @@ class CheckpointManager:
         if self.ranks.first and (anew or not checkpoint.is_checkpoint(path)):
             try:
                 self.folder.mkdir(exist_ok=True)  # its parent gone: the run was taken away
-                self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
+                self.write(path)
                 self.prune()
             except OSError as error:
                 raise self.run.write_failed(
                     error, finetune_resume_command(self.run, self.settings)
                 ) from error
         return path
+
+    def write(self, path: Path) -> None:
+        """The state of trainer and controller."""
+        controller = self.trainer.find(RunController)
+        more = {"settings": self.settings.model_dump(), "seed": self.settings.seed, **controller.to_state()}
+        save_trainer(self.trainer, path, more)
+
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Continue from a checkpoint, with the α, τ and batch sizes that were in force.
+
+        Raises:
+            UserError: it is of another kind or another model.
+        """
+        self.trainer.find(RunController).restore(found.state, str(found.path))
+        restore_trainer(self.trainer, found)
 
     def save_together(self) -> Path:
         """`save`, for which all ranks wait: a launcher ends the others as soon as one leaves."""

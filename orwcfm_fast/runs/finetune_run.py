@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from orwcfm_fast.checkpoints import checkpoint, retention
+from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.control.guard import Fault
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
 from orwcfm_fast.evaluation.evaluate import evaluate
 from orwcfm_fast.evaluation.held_out import Evaluator, evaluator_for
+from orwcfm_fast.method.callbacks import Progress, ReportProgress
 from orwcfm_fast.method.samplers import times as solver_times
-from orwcfm_fast.method.trainer import Progress, Trainer
 from orwcfm_fast.reporting.tracking import Log, check_loggers, loggers
 from orwcfm_fast.rewards import RewardSum, check_code_named, make_holdout, make_reward
 from orwcfm_fast.runs.artifacts import RunArtifacts
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.checkpointing import CheckpointManager
 from orwcfm_fast.runs.interrupt import SignalHandler, StopRequested
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
@@ -51,7 +53,7 @@ class Finetuning:
 
         # what it trains, the others find in the cache
         reward, holdout, self.evaluator = ranks.in_turn(make_evaluator)
-        self.trainer = Trainer(
+        self.trainer = build_trainer(
             loaded.policy,
             reward,
             settings,
@@ -60,10 +62,11 @@ class Finetuning:
             ranks=ranks,
         )
         self.reference = self.trainer.reference
-        self.work_in(run)
+        self.controller = self.trainer.find(RunController)
+        self._work_in(run)
 
-    def work_in(self, run: Run) -> None:
-        self.run, self.kept = run, CheckpointManager(run, self.trainer, self.ranks)
+    def _work_in(self, run: Run) -> None:
+        self.run, self.checkpoints = run, CheckpointManager(run, self.trainer, self.ranks)
         self.artifacts = RunArtifacts(run, self.trainer, self.evaluator)
 
     @classmethod
@@ -130,7 +133,7 @@ class Finetuning:
         path = ranks.from_first(lambda: out or next_run_path(run_name(settings)))
         task = cls(settings, loaded, Run(path), ranks)
         with ranks.together():
-            task.work_in(Run.create(path, overwrite) if ranks.first else ReadOnlyRun(path))
+            task._work_in(Run.create(path, overwrite) if ranks.first else ReadOnlyRun(path))
         try:
             with ranks.together():
                 task._begin()
@@ -159,7 +162,7 @@ class Finetuning:
         """What the user should know before the first round."""
         if not self.resumed:
             return self.about()
-        more = f" and {len(self.trainer.begun.losses)} steps" if self.trainer.begun else ""
+        more = f" and {len(self.trainer.current.losses)} steps" if self.trainer.current else ""
         return [*self.about(), f"resumed after round {self.trainer.round}{more}"]
 
     def about(self) -> list[str]:
@@ -189,9 +192,9 @@ class Finetuning:
     def _go_on(self) -> None:
         """Go on from the newest whole checkpoint; rounds after it are forgotten."""
         self.resumed = True
-        newest = self.kept.newest(set_aside=True)
+        newest = self.checkpoints.newest(set_aside=True)
         if newest:
-            self.trainer.restore(newest)
+            self.checkpoints.restore(newest)
         with self.ranks.together():
             self.run.truncate_metrics(self.trainer.round)
             if not newest:
@@ -199,7 +202,7 @@ class Finetuning:
             elif self.ranks.first:
                 self.run.write_config("finetune", self.settings)
                 self.artifacts.discard_unreadable_forecast()
-                self.kept.prune()  # a kill may have come between the last save and this
+                self.checkpoints.prune()  # a kill may have come between the last save and this
 
     def train(
         self,
@@ -214,20 +217,19 @@ class Finetuning:
                 is saved.
             Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         """
-        if watch:
-            self.trainer.watch = watch
         on_line = on_line or (lambda text: None)
-        self.trainer.oversight.tell(on_line)
+        self.controller.report_to(on_line)
         s, resume = self.settings, finetune_resume_command(self.run, self.settings)
         try:
             with SignalHandler(f"left at once; {resume}" if self.ranks.first else "") as signals:
                 try:
-                    self.trainer.pause = signals.raise_if_stopped
+                    self.trainer.callbacks += [ReportProgress(watch)] if watch else []
+                    self.trainer.callbacks.append(signals)
                     logs = s.log if self.ranks.first else []
                     with loggers(logs, self.run.path, self.run.path.name, s.model_dump()) as log:
                         self._train(log, on_round, on_line)
                 except StopRequested:
-                    where = f"interrupted {self.trainer.where()}, saved at {self.kept.save_together()}"
+                    where = f"interrupted {self.trainer.where()}, saved at {self.checkpoints.save_together()}"
                     raise Interrupted(f"{where}; {resume}", signals.exit_code) from None
         except (RewardError, UserError) as error:
             # found while a round was drawn or weighed: the policy is still that of the last whole round
@@ -236,7 +238,7 @@ class Finetuning:
                     with self.ranks.together():
                         self.run.discard()
                 raise
-            raise type(error)(f"{error}; the run is saved at {self.kept.save_together()}") from error
+            raise type(error)(f"{error}; the run is saved at {self.checkpoints.save_together()}") from error
         except OSError as error:
             raise self.run.write_failed(error, resume) from error
         finally:
@@ -244,13 +246,13 @@ class Finetuning:
                 self.run.unlock()
 
     def _train(self, log: Log, on_round: Log | None, on_line: Callable[[str], None]) -> None:
-        for record in self._standing():
+        for record in self._accepted_rounds():
             with self.ranks.together():
                 if self.ranks.first:
-                    self._keep(record, log, on_round, on_line)
-                self.trainer.pause()
+                    self._record_round(record, log, on_round, on_line)
+                self.trainer.boundary_here()
 
-    def _keep(
+    def _record_round(
         self, record: dict[str, Any], log: Log, on_round: Log | None, on_line: Callable[[str], None]
     ) -> None:
         """Write and show what a round leaves."""
@@ -261,14 +263,14 @@ class Finetuning:
         self.artifacts.save_round_samples()
         lines = self.artifacts.first_round_messages(record) if self.trainer.round == 1 else []
         if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
-            self.kept.save()
+            self.checkpoints.save()
         self.run.delete_replaced()
         if on_round:
             on_round(record)
         for line in lines:
             on_line(line)
 
-    def _standing(self) -> Iterator[dict[str, Any]]:
+    def _accepted_rounds(self) -> Iterator[dict[str, Any]]:
         """The records of the rounds that stand; the others are taken back or end the run, as --guard says."""
         while self.trainer.round < self.settings.rounds:
             try:
@@ -277,10 +279,10 @@ class Finetuning:
                 try:
                     if self.settings.guard != "rollback":
                         raise
-                    self.trainer.take_back(fault, self._back)
+                    self.controller.roll_back(fault, self._return)
                     with self.ranks.together():
                         if self.trainer.round:
-                            self.kept.save(anew=True)  # with the α and τ that hold from here on
+                            self.checkpoints.save(anew=True)  # with the α and τ that hold from here on
                 except Fault:
                     self.run.append(fault.record)
                     self.run.delete_replaced()
@@ -289,13 +291,13 @@ class Finetuning:
                     where = f"the last good checkpoint is {good[0]}" if good else "no round was good yet"
                     raise WorkError(f"{fault}; stopped, {where}") from None
 
-    def _back(self) -> int:
+    def _return(self) -> int:
         """To the newest checkpoint, or the start where there is none; the round it holds."""
-        newest = self.kept.newest(every=self.kept.every)
+        newest = self.checkpoints.newest(every=self.checkpoints.every)
         if newest:
-            self.trainer.restore(newest)
+            self.checkpoints.restore(newest)
         else:
-            self.trainer.start_over()
+            self.trainer.reset()
         self.run.truncate_metrics(self.trainer.round)
         return self.trainer.round
 
@@ -316,16 +318,15 @@ class Finetuning:
 
     def _finish(self, began: float) -> Result | None:
         s, trainer = self.settings, self.trainer
-        oversight = trainer.oversight
         measured = evaluate(
             {"before": self.reference, "after": trainer.policy}, self.reference, self.evaluator, s, s.eval_n,
-            oversight.control.chunk, ranks=self.ranks, on_halved=oversight.set_chunk,
+            trainer.sizes, ranks=self.ranks,
         )  # fmt: skip
         with self.ranks.together():
             if not self.ranks.first:
                 return None
             records, seconds = self.run.read_metrics(), time.perf_counter() - began
-            result = Result(self.run, s, measured[0], measured[1], records, seconds, self.kept.best())
+            result = Result(self.run, s, measured[0], measured[1], records, seconds, self.checkpoints.best())
             self.artifacts.save_results(
                 result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()]
             )

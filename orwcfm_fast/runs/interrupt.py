@@ -5,6 +5,8 @@ import signal
 import threading
 from types import FrameType
 
+from orwcfm_fast.method.callbacks import Callback
+
 SHOW_CURSOR = b"\x1b[?25h"  # a live bar hides it
 
 
@@ -12,7 +14,7 @@ class StopRequested(Exception):
     """Raised by `SignalHandler.raise_if_stopped`; what is being trained can be saved as it stands."""
 
 
-class SignalHandler:
+class SignalHandler(Callback):
     """Within `with`, the first SIGINT or SIGTERM waits for `raise_if_stopped`, which raises it as StopRequested.
 
     A second Ctrl-C leaves the process at once with exit code 130. Outside the main thread, where Python
@@ -49,6 +51,10 @@ class SignalHandler:
         """Where work can be left: raises StopRequested once a signal has come."""
         if self.signal is not None:
             raise StopRequested
+
+    def on_boundary(self, trainer) -> None:
+        """As a trainer's callback: leave the round here."""
+        self.raise_if_stopped()
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         # os.write: a handler may run in the middle of a buffered one

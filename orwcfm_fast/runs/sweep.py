@@ -13,8 +13,8 @@ from typing import Any
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.errors import Interrupted, UserError, WorkError
 from orwcfm_fast.files import write_text
+from orwcfm_fast.method.callbacks import Progress
 from orwcfm_fast.method.samplers import times as solver_times
-from orwcfm_fast.method.trainer import Progress
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.reporting.fronts import Outcome, plain_forecast, write_fronts
 from orwcfm_fast.reporting.tracking import check_loggers

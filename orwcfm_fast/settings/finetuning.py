@@ -63,17 +63,6 @@ class Finetune(Training, Sampling, RewardOptions, OnlineMethod):
         ge=0,
         le=1,
     )
-    reference_passes: int = setting(
-        1,
-        panel="Training",
-        help="passes over the draws of a round; the reference is evaluated in the first alone",
-        ge=1,
-    )
-    pair: bool = setting(
-        False,
-        panel="Training",
-        help="evaluate policy and reference in one batched call; slower on every CPU measured",
-    )
     graph: bool = setting(
         False,
         panel="Training",
@@ -135,11 +124,6 @@ class Finetune(Training, Sampling, RewardOptions, OnlineMethod):
         help="log to tensorboard, wandb or wandb:PROJECT as well; may be repeated",
         metavar="LOGGER",
     )
-
-    @property
-    def draws(self) -> int:
-        """Minibatches drawn in a round; its other gradient steps take them again."""
-        return -(-self.steps_per_round // self.reference_passes)
 
 
 class Sweep(MethodGrid, Finetune):  # type: ignore[misc]

@@ -9,10 +9,12 @@ import torch
 
 from orwcfm_fast.checkpoints import checkpoint, retention
 from orwcfm_fast.control.guard import MAX_ROLLBACKS, Guard
-from orwcfm_fast.control.values import Control
+from orwcfm_fast.control.values import read_values
 from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.evaluation.probe import Probe
 from orwcfm_fast.method.rollout import sample
 from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 
 HEALTHY = dict(
@@ -85,7 +87,7 @@ def test_non_finite_values_stop_the_run_under_every_choice_but_rollback(two_gaus
         policy = two_gaussians.frozen_copy()
         s = Finetune(**COLLAPSE | {"lr": 1e30, "warmup": 0, "guard": choice})
         with pytest.raises(WorkError, match=r"round 1: .*is not finite"):
-            Trainer(policy, right, s).one_round()
+            build_trainer(policy, right, s).one_round()
 
 
 def finetune(run_cli, out: str, *more, base="base", **settings):
@@ -164,8 +166,8 @@ def test_a_round_that_is_not_finite_is_taken_back_to_the_last_good_checkpoint(ba
     assert [r["round"] for r in found] == [1, 2, 3] and found[1]["guard"] == []
     assert found[2]["guard"] == [
         "the loss is not finite; lower --lr or raise --alpha",
-        "round 3 is taken back to where round 2 ended",
-        "goes on with τ 0.5 → 0.25",
+        "round 3 is rolled back to the end of round 2",
+        "continues with τ 0.5 → 0.25",
     ]
     assert found[2]["tau"] == 0.25 and math.isfinite(found[2]["loss_fm"])
 
@@ -173,11 +175,12 @@ def test_a_round_that_is_not_finite_is_taken_back_to_the_last_good_checkpoint(ba
 @pytest.mark.parametrize("lora", [0, 4])
 def test_taken_back_to_the_start_the_policy_is_its_reference_and_trains_as_at_first(two_gaussians, lora):
     settings = Finetune(**COLLAPSE | {"lora": lora, "steps_per_round": 5})
-    loop = Trainer(two_gaussians, right, settings)
+    loop = build_trainer(two_gaussians, right, settings)
     first = loop.one_round()
     assert first["w2_coupled"] > 0
-    loop.start_over()
-    assert torch.equal(sample(loop.policy, loop.probe.noise, settings, 64), loop.probe.of_reference)
+    loop.reset()
+    probe = loop.find(Probe)
+    assert torch.equal(sample(loop.policy, probe.noise, settings, 64), probe.of_reference)
     again = loop.one_round()
     assert {k: again[k] for k in ("loss_fm", "loss_w2", "w2_coupled", "ess")} == {
         k: first[k] for k in ("loss_fm", "loss_w2", "w2_coupled", "ess")
@@ -197,7 +200,7 @@ def test_it_gives_up_after_a_number_of_rollbacks_and_says_what_it_tried(base, ru
     )
     assert result.code == 1 and "stopped, no round was good yet" in result.err
     (last,) = records("run")
-    assert sum("goes on with α" in text for text in last["guard"]) == MAX_ROLLBACKS
+    assert sum("continues with α" in text for text in last["guard"]) == MAX_ROLLBACKS
 
 
 def test_linear_weights_have_no_tau_to_halve(base, run_cli):
@@ -214,4 +217,4 @@ def test_a_damaged_control_in_state_json_is_refused():
                 {"alpha": 1, "tau": 1, "micro_batch": 1, "chunk": 1, "reward_batch": -1},
                 {"alpha": 1, "tau": 1, "micro_batch": 0, "chunk": 1}):  # fmt: skip
         with pytest.raises(UserError, match=r"state\.json: control"):
-            Control.of_state(bad, Finetune(), "here")
+            read_values(bad, Finetune(), "here")

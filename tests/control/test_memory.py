@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from orwcfm_fast.checkpoints import retention
-from orwcfm_fast.control.memory import halving, out_of_memory
+from orwcfm_fast.control.memory import MemoryFallback
+from orwcfm_fast.device import out_of_memory
 from orwcfm_fast.errors import RewardError, WorkError
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.models import VelocityMLP
@@ -43,10 +44,10 @@ def test_halving_ends_at_one_and_lets_other_errors_through():
         raise RuntimeError(CPU)
 
     with pytest.raises(WorkError, match="out of memory even with a chunk of 1"):
-        halving(work, 6, "chunk", lambda size: None)
+        MemoryFallback(8, 6).fit("chunk", work, 64)
     assert sizes == [6, 3, 1]
     with pytest.raises(RuntimeError, match="shapes"):
-        halving(lambda size: (_ for _ in ()).throw(RuntimeError("shapes")), 6, "chunk", lambda size: None)
+        MemoryFallback(8, 6).fit("chunk", lambda size: (_ for _ in ()).throw(RuntimeError("shapes")), 6)
 
 
 def limited(training: int, sampling: int):
@@ -77,7 +78,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_half_and_records_it(base, mo
     monkeypatch.setattr(VelocityMLP, "forward", limited(training=10, sampling=30))
     lines: list[str] = []
     little = run("little", lines)
-    for text in ("micro-batch of 16", "micro-batch of 8", "24 samples at once in a rollout"):
+    for text in ("micro-batch of 16", "micro-batch of 8", "chunk of 24"):
         assert sum(text in line for line in lines) == 1, lines
         assert any(text in said for said in little[0]["guard"])
     assert [(r["micro_batch"], r["chunk"]) for r in little] == [(8, 24)] * 3
@@ -115,7 +116,7 @@ class Narrow:
 
 
 def trainer(two_gaussians, reward, **settings) -> Trainer:
-    return Trainer(
+    return build_trainer(
         two_gaussians, reward, Finetune(**{k: v for k, v in SMALL.items() if k != "reward"} | settings)
     )
 
@@ -125,21 +126,19 @@ def test_a_reward_that_runs_out_of_memory_is_asked_of_half_and_so_from_then_on(t
     loop = trainer(two_gaussians, reward)
     first, second = loop.train(2)
     assert reward.sizes == [64, 32, 16, 16, 16, 16] + [16] * 4
-    assert [text for text in first["guard"] if "16 samples at once for a reward" in text] and not second[
-        "guard"
-    ]
+    assert [text for text in first["guard"] if "reward batch of 16" in text] and not second["guard"]
     assert first["reward_batch"] == second["reward_batch"] == 16
-    noises = (loop.scores.total - loop.rollout.x1[:, 0]) / 0.1
+    noises = (loop.last.scores.total - loop.last.rollout.x1[:, 0]) / 0.1
     assert len(noises.round(decimals=3).unique()) > 40, "each part draws random numbers of its own"
 
 
 def test_held_out_and_trained_rewards_go_on_with_what_both_hold(two_gaussians):
     narrow, wide = Narrow(20), Narrow(40)
-    loop = Trainer(
+    loop = build_trainer(
         two_gaussians, narrow, Finetune(**SMALL | {"reward": []}), holdout=make_reward(wide, name="wide")
     )
     [*loop.train(2)]
-    assert wide.sizes == [64, 32, 32] + [16] * 4 and loop.oversight.control.reward_batch == 16
+    assert wide.sizes == [16] * 8 and loop.sizes.reward_batch == 16
 
 
 def test_a_reward_batch_beyond_the_samples_is_all_of_them_and_halves_from_there(two_gaussians):
@@ -161,7 +160,7 @@ def test_a_reward_too_large_for_one_sample_ends_with_one_line(two_gaussians):
     ):
         trainer(two_gaussians, Narrow(0)).one_round()
     with pytest.raises(WorkError, match="chunk of 1: MemoryError"):
-        halving(lambda size: (_ for _ in ()).throw(MemoryError), 1, "chunk", lambda size: None)
+        MemoryFallback(1, 1).fit("chunk", lambda size: (_ for _ in ()).throw(MemoryError), 1)
 
 
 LITTLE = """

@@ -11,7 +11,7 @@ from orwcfm_fast.control.target_w2 import W2Steering
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.drift import coupled_w2
 from orwcfm_fast.method.rollout import Rollout, sample, start_noise
-from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.theory import GaussianMixture, exact_recursion
 
@@ -67,7 +67,7 @@ LOOP = dict(
 def test_the_loop_ends_within_a_tenth_of_the_target_and_its_alphas_do_so_in_theory(target, two_gaussians):
     torch.set_num_threads(1)
     s = Finetune(**LOOP, target_w2=target)
-    loop = Trainer(two_gaussians, right, s)
+    loop = build_trainer(two_gaussians, right, s)
     alphas = [record["alpha"] for record in loop.train(s.rounds)]
     x0 = start_noise(two_gaussians, 8192, 9)
     reached = coupled_w2(sample(two_gaussians, x0, s, 8192), sample(loop.reference, x0, s, 8192))

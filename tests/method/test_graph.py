@@ -76,7 +76,7 @@ def test_where_memory_runs_out_for_a_recording_half_is_run_once_and_then_recorde
     sizes = []
 
     def record(body):
-        sizes.append(learner.micro_batch)
+        sizes.append(learner.sizes.micro_batch)
         if len(sizes) == 1:
             raise torch.OutOfMemoryError("no room")
         return recorded_late(body)
@@ -85,7 +85,7 @@ def test_where_memory_runs_out_for_a_recording_half_is_run_once_and_then_recorde
     learner = learner_of("cpu")
     learner.graph = graph.StepGraph()
     results(learner, [batch_of(0), batch_of(1)])
-    assert sizes == [8] and learner.micro_batch == 4, "the second step was run as it is, in halves"
+    assert sizes == [8] and learner.sizes.micro_batch == 4, "the second step was run as it is, in halves"
     results(learner, [batch_of(2)])
     assert sizes == [8, 4]
 

@@ -17,6 +17,7 @@ from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import make_policy
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune, Pretrain
 from orwcfm_fast.theory import GridDensity, exact_recursion, refit
 
@@ -69,7 +70,7 @@ def run(base, reward=right, **settings):
     """Train a copy of the base; what it samples [20,000, 1], and the exact recursion."""
     policy = base[0].trainable_copy()
     s = Finetune(**LOOP | settings)
-    loop = Trainer(policy, reward, s)
+    loop = build_trainer(policy, reward, s)
     for _ in loop.train(s.rounds):
         pass
     x = sample(policy, start_noise(policy, 20_000, 9), s, 20_000)
@@ -226,11 +227,11 @@ def test_seen_reference_with_gradient(base, monkeypatch):
 def test_seen_rollout_never_refreshed(base, monkeypatch):
     fresh = Trainer.draw_and_score
 
-    def stale(self, number):
-        if number == 0:
-            self.kept = fresh(self, 0)
+    def stale(self):
+        if self.round == 0:
+            self.first = fresh(self)
         with self.phases("rollout"), self.phases("reward"):
-            return self.kept
+            return replace(self.first, losses=[])
 
     monkeypatch.setattr(Trainer, "draw_and_score", stale)
     x, exact = run(base, alpha=0.0, rounds=3)
@@ -278,7 +279,7 @@ def with_dropout(policy):
 def anchor_loss_at_rest(base) -> float:
     """The anchor's loss over a round with τ = 0, which exactly stays 0."""
     policy = with_dropout(base[0])
-    return Trainer(policy, right, Finetune(**LOOP | {"tau": 0.0})).one_round()["loss_w2"]
+    return build_trainer(policy, right, Finetune(**LOOP | {"tau": 0.0})).one_round()["loss_w2"]
 
 
 def test_dropout_in_the_network_is_off_in_the_loop(base):

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.checkpoints.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method import noise
+from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.coupling import couple
 from orwcfm_fast.method.rollout import draw, sample, start_conditions, start_noise
-from orwcfm_fast.method.step import PolicyOptimizer
-from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.method.weighting import weigh, weigh_within
 from orwcfm_fast.networks import embeddings, lora
 from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune, Sample
 
@@ -96,9 +97,10 @@ def test_a_rollouts_prompts_are_those_of_its_global_numbers_and_reach_reward_pol
         seen.extend(zip(prompts, metadata, strict=True))
         return images.flatten(1).mean(1)
 
-    trainer = Trainer(policy, reward, s)
-    rollout = trainer.draw_and_score(2)
-    expected = policy.conditions.draw(torch.tensor(s.seed), torch.arange(24, 36))
+    trainer = build_trainer(policy, reward, s)
+    trainer.round = 2
+    rollout = trainer.draw_and_score().rollout
+    expected = start_conditions(policy, 12, s, 24)
     assert torch.equal(rollout.condition, expected)
     assert torch.equal(draw(policy, 12, 2, s.seed, s, 5).condition, expected)  # in chunks of any size
     assert seen == [(p.text, p.metadata) for p in policy.conditions.of(expected)]
@@ -107,30 +109,32 @@ def test_a_rollouts_prompts_are_those_of_its_global_numbers_and_reach_reward_pol
         here = [i for i in range(12) if torch.equal(rollout.x1[i], x1)]
         assert c in rollout.condition[here]
     v = policy.velocity(batch.t, batch.x_t, batch.condition)
-    assert torch.equal(trainer.learner.anchor(batch), v)  # adapters start at zero
-    other = replace(batch, condition=(batch.condition + 1) % 3)
-    assert not torch.equal(trainer.learner.anchor(other), v)
+    reference = trainer.reference
+    assert torch.equal(reference.velocity(batch.t, batch.x_t, batch.condition), v)  # adapters start at zero
+    other = (batch.condition + 1) % 3
+    assert not torch.equal(reference.velocity(batch.t, batch.x_t, other), v)
 
 
 def test_a_round_left_between_its_steps_goes_on_bit_for_bit(trained_on, tmp_path):
     def trainer():
         s, policy = trained_on("flux", lora=4, rounds=2, steps_per_round=3)
-        return Trainer(policy, lambda x: x.flatten(1).mean(1), s)
+        return build_trainer(policy, lambda x: x.flatten(1).mean(1), s)
 
     class Left(Exception):
         pass
 
-    def leave():
-        if left.round == 1 and left.begun and left.begun.losses:
-            raise Left
+    class Leave(Callback):
+        def on_boundary(self, trainer):
+            if trainer.round == 1 and trainer.current and trainer.current.losses:
+                raise Left
 
     whole, left, again = trainer(), trainer(), trainer()
     list(whole.train(2))
-    left.pause = leave
+    left.callbacks.append(Leave())
     with pytest.raises(Left):
         list(left.train(2))
-    left.save(tmp_path / "step_4", {})
-    again.restore(checkpoint.load(tmp_path / "step_4"))
+    save_trainer(left, tmp_path / "step_4", {})
+    restore_trainer(again, checkpoint.load(tmp_path / "step_4"))
     list(again.train(2))
     one, two = (lora.lora_state(t.policy.network) for t in (whole, again))
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -138,11 +142,11 @@ def test_a_round_left_between_its_steps_goes_on_bit_for_bit(trained_on, tmp_path
 
 def test_with_groups_weights_compare_within_the_prompt_alone(trained_on):
     s, policy = trained_on(lora=4, group=3, weights="advantage", tau=1.0)
-    trainer = Trainer(policy, lambda x: x.flatten(1).mean(1), s)
-    rollout = trainer.draw_and_score(0)
-    w, _ = trainer.oversight.begin_round(rollout)
+    trainer = build_trainer(policy, lambda x: x.flatten(1).mean(1), s)
+    rollout = trainer.draw_and_score().rollout
+    w = trainer.weigh(rollout)
     shifted = replace(rollout, reward=rollout.reward + 10.0 * rollout.condition)  # easy prompts and hard ones
-    assert torch.allclose(trainer.oversight.begin_round(shifted)[0], w, atol=1e-3)
+    assert torch.allclose(trainer.weigh(shifted), w, atol=1e-3)
     for c in rollout.condition.unique():
         mine = rollout.condition == c
         assert torch.allclose(w[mine], weigh(rollout.reward[mine], 1.0, "advantage"))
@@ -165,13 +169,12 @@ def test_gradient_checkpointing_changes_no_gradient(kind, trained_on):
     found = []
     for checkpointing in (False, True):
         s, policy = trained_on(kind, lora=4, gradient_checkpointing=checkpointing)
-        trainer = Trainer(policy, lambda x: x.flatten(1).mean(1), s)
+        trainer = build_trainer(policy, lambda x: x.flatten(1).mean(1), s)
         disturb(policy.network)
         seed, index = torch.tensor(0), noise.indices(0, 4, CPU)
         batch = couple(start_noise(policy, 4, 1), torch.ones(4), 1.0, seed, index)
-        learner: PolicyOptimizer = trainer.learner
-        learner.gradient(replace(batch, condition=torch.tensor([0, 1, 2, 0])), seed, 2)
-        found.append([p.grad for p in learner.parameters])
+        trainer.optimizer.gradient(replace(batch, condition=torch.tensor([0, 1, 2, 0])), seed, 2)
+        found.append([p.grad for p in trainer.optimizer.parameters])
         assert policy.network.transformer.gradient_checkpointing == checkpointing
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*found, strict=True))
 
@@ -182,7 +185,7 @@ def test_bf16_holds_the_base_in_bf16_and_the_adapters_in_fp32(trained_on, pipeli
     x, c = start_noise(policy, 2, 0), torch.tensor([0, 1])
     v, near = exact.velocity(0.3, x, c), policy.velocity(0.3, x, c).float()
     assert (near - v).norm() <= 0.05 * v.norm()
-    record = Trainer(policy, lambda x: x.flatten(1).mean(1), s).one_round()
+    record = build_trainer(policy, lambda x: x.flatten(1).mean(1), s).one_round()
     kinds = Counter((p.dtype, p.requires_grad) for p in policy.network.parameters())
     assert kinds.keys() == {(torch.bfloat16, False), (torch.float32, True)}
     assert record["w2_coupled"] > 0
@@ -231,4 +234,4 @@ def test_clip_without_a_prompt_of_its_own_scores_each_image_against_its_own(trai
 def test_ot_coupling_across_prompts_is_refused(trained_on):
     s, policy = trained_on(coupling="ot", lora=4)
     with pytest.raises(UserError, match="across prompts"):
-        Trainer(policy, lambda x: x.flatten(1).mean(1), s)
+        build_trainer(policy, lambda x: x.flatten(1).mean(1), s)

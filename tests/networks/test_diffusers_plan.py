@@ -21,6 +21,7 @@ from orwcfm_fast.planning.allocations import record_allocations
 from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules
 from orwcfm_fast.planning.pipeline import Meter, plan_pipeline
 from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune
 
@@ -35,7 +36,7 @@ def measured(s: Finetune) -> int:
     before = sum(x.nbytes for x in parts) + policy.conditions.nbytes
 
     def rounds():
-        loop = Trainer(policy, make_reward("brightness"), s)
+        loop = build_trainer(policy, make_reward("brightness"), s)
         for _ in range(2):
             loop.one_round()
 

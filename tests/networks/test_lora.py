@@ -8,10 +8,10 @@ import torch
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.rollout import sample, start_noise
-from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks import lora
 from orwcfm_fast.networks.models import build_network
 from orwcfm_fast.networks.policy import make_policy
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune
 
@@ -96,7 +96,7 @@ def test_only_adapters_learn_and_their_gradients_are_those_of_the_sum(model):
 def test_a_run_leaves_the_base_alone_and_its_checkpoint_is_a_plain_model(tmp_path):
     policy = policy_of("unet-digits")
     base = {k: v.clone() for k, v in policy.network.state_dict().items()}
-    trainer = Trainer(policy, brighter, SMALL)
+    trainer = build_trainer(policy, brighter, SMALL)
     records = [*trainer.train(2)]
     assert records[-1]["w2_coupled"] > 0
     assert all(torch.equal(v, base[k]) for k, v in trainer.reference.weights().items())
@@ -110,12 +110,12 @@ def test_a_run_leaves_the_base_alone_and_its_checkpoint_is_a_plain_model(tmp_pat
 
 
 def test_resume_is_exact(tmp_path):
-    whole = Trainer(policy_of("unet-digits"), brighter, SMALL)
+    whole = build_trainer(policy_of("unet-digits"), brighter, SMALL)
     [*whole.train(2)]
-    half = Trainer(policy_of("unet-digits"), brighter, SMALL)
+    half = build_trainer(policy_of("unet-digits"), brighter, SMALL)
     [*half.train(1)]
     half.save(tmp_path / "step_3", {})
-    again = Trainer(policy_of("unet-digits"), brighter, SMALL)
+    again = build_trainer(policy_of("unet-digits"), brighter, SMALL)
     again.restore(checkpoint.load(tmp_path / "step_3"))
     [*again.train(2)]
     one, two = (lora.lora_state(t.policy.network) for t in (whole, again))

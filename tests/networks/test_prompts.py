@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from orwcfm_fast.errors import RewardError, UserError
-from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.networks.prompts import Conditions, Prompt, read_prompts
 from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_a_reward_in_another_process_is_told_the_prompts(tmp_path):
 def test_a_reward_that_wants_prompts_of_a_model_without_says_so():
     s = Finetune(rollout=8, batch=4, steps_per_round=1, probe=4)
     with pytest.raises(RewardError, match="prompts"):
-        Trainer(make_policy("mlp", "moons", (2,), CPU), lambda x, prompts: x[:, 0], s).one_round()
+        build_trainer(make_policy("mlp", "moons", (2,), CPU), lambda x, prompts: x[:, 0], s).one_round()
 
 
 @pytest.mark.parametrize(

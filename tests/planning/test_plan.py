@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from orwcfm_fast.data.datasets import source
-from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.planning.allocations import AllocationProfile, record_allocations
 from orwcfm_fast.planning.network import make_plan, plan_run
 from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def measured(model: str, data: str, **settings) -> int:
     weights = sum(x.numel() * x.element_size() for x in policy.network.state_dict().values())
 
     def rounds():
-        loop = Trainer(policy, reward, s)
+        loop = build_trainer(policy, reward, s)
         for _ in range(2):
             loop.one_round()
 
@@ -103,7 +103,7 @@ def test_predicted_seconds_are_those_of_a_round():
     settings = dict(batch=512, rollout=4096, steps_per_round=40, nfe=14, probe=128)
     plan = predicted("mlp", "moons", **settings)
     policy, reward, s = made("mlp", "moons", **settings)
-    loop = Trainer(policy, reward, s)
+    loop = build_trainer(policy, reward, s)
     loop.one_round()
     seconds = []
     for _ in range(3):
@@ -162,11 +162,11 @@ from orwcfm_fast.data import source
 from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.runs.build import build_trainer
 
 s = Finetune(**eval(sys.argv[1]))
 policy = make_policy(s.model, s.data, source(s.data)[0].shape, torch.device("cpu"), "fp32")
-loop = Trainer(policy, make_reward([source(s.data)[0].reward], s), s)
+loop = build_trainer(policy, make_reward([source(s.data)[0].reward], s), s)
 for _ in range(2):
     loop.one_round()
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

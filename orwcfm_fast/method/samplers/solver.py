@@ -13,6 +13,7 @@ from typing import cast
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.networks.policy import OWN
 from orwcfm_fast.registry import Registry, unknown
 
 Velocity = Callable[[float, Tensor], Tensor]
@@ -21,7 +22,6 @@ SampleFunction = Callable[[Velocity, Tensor, Sequence[float]], Tensor]
 Grid = str | Callable[[int], list[float]]
 
 SOLVERS = Registry("solver", package="orwcfm_fast.method.samplers")
-OWN = "own"
 
 
 class Solver:

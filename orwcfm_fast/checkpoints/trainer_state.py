@@ -1,0 +1,52 @@
+"""What a checkpoint holds of a trainer, and how the trainer continues from it."""
+
+from pathlib import Path
+from typing import Any
+
+from orwcfm_fast.checkpoints import checkpoint, partial_round
+from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.networks.lora import load_lora
+
+
+def save_trainer(trainer: Trainer, path: str | Path, more: dict[str, Any]) -> None:
+    """Write a checkpoint from which `restore_trainer` continues: bit for bit on a CPU.
+
+    Args:
+        more: JSON values to keep beside the trainer's own.
+    """
+    state = {"kind": "finetune", "round": trainer.round, "step": trainer.steps_taken}
+    current: dict[str, checkpoint.Tensors] = {}
+    if trainer.current and trainer.current.losses:
+        trainer.phases.add(seconds := trainer.phases.read())
+        current["begun"], state["begun"] = partial_round.to_state(trainer.current, seconds)
+    checkpoint.save(
+        path,
+        {**state, **trainer.policy.describe(), **more},
+        optimizer=checkpoint.optimizer_tensors(trainer.optimizer.optimizer),
+        **trainer.policy.tensors(),
+        **current,
+    )
+
+
+def restore_trainer(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
+    """Continue from a checkpoint written by `save_trainer`.
+
+    Raises:
+        UserError: it is of another kind or another model.
+    """
+    policy, where = trainer.policy, str(found.path)
+    with checkpoint.reading(found):
+        if trainer.settings.lora:
+            load_lora(policy.network, found.tensors.get(policy.lora_file, {}), where)
+        else:
+            checkpoint.load_weights(policy.network, found.tensors["model"], where)
+        checkpoint.load_optimizer(trainer.optimizer.optimizer, found.tensors["optimizer"], where)
+        number, step = int(found.state["round"]), int(found.state["step"])
+        current = None
+        if "begun" in found.tensors:
+            current, seconds = partial_round.from_state(found, number, trainer)
+            trainer.phases.add(seconds)
+        taken = number * trainer.settings.steps_per_round + (len(current.losses) if current else 0)
+        if taken != step or not 0 <= step < 2**62:
+            raise ValueError("its round and its step do not agree")
+    trainer.continue_from(number, current)

@@ -1,0 +1,44 @@
+"""A trainer with what watches it: the probe, the controller, the fallback for memory."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from orwcfm_fast.control.controller import RunController
+from orwcfm_fast.control.memory import MemoryFallback
+from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
+from orwcfm_fast.evaluation.probe import Probe
+from orwcfm_fast.method.callbacks import Callback
+from orwcfm_fast.method.rollout import Reward
+from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.rewards import RewardSum
+from orwcfm_fast.settings import Finetune
+
+
+def build_trainer(
+    policy: Policy,
+    reward: Reward,
+    settings: Finetune,
+    *,
+    reward_name: str = "reward",
+    holdout: RewardSum | None = None,
+    reference: Policy | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    callbacks: Sequence[Callback] = (),
+    ranks: ProcessGroup = SINGLE_PROCESS,
+) -> Trainer:
+    """The trainer that `orwcfm finetune` runs; its records have all keys of metrics.jsonl.
+
+    Args:
+        features: decoded samples → features [B, F] in which diversity is measured; pixels where None.
+        callbacks: called after the probe and the controller.
+        the others: as for `Trainer`.
+    """
+    trainer = Trainer(
+        policy, reward, settings, reward_name=reward_name, holdout=holdout, reference=reference,
+        sizes=MemoryFallback.of(settings), ranks=ranks,
+    )  # fmt: skip
+    probe = Probe(trainer, features or (lambda x: x))
+    trainer.callbacks += [probe, RunController(trainer, probe), *callbacks]
+    return trainer
