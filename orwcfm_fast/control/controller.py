@@ -8,7 +8,6 @@ from orwcfm_fast.control.memory import MemoryFallback
 from orwcfm_fast.control.target_w2 import W2Steering
 from orwcfm_fast.control.values import read_values
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.evaluation.probe import Probe
 from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.rollout import Rollout
 from orwcfm_fast.method.trainer import Trainer
@@ -19,16 +18,15 @@ class RunController(Callback):
     """Applies guard, target W2 and memory fallback between the parts of a trainer's rounds.
 
     Args:
-        trainer: whose α, τ and batch sizes it may change.
-        probe: of the same trainer; it must be called first.
+        trainer: whose α, τ and batch sizes it may change; its probe must be called first.
 
     Attributes:
         notes: lines since the last record; on_note: called with each line at once.
     """
 
-    def __init__(self, trainer: Trainer, probe: Probe) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.settings = trainer, trainer.settings
-        self.guard = Guard(self.settings, probe.spread)
+        self.guard = Guard(self.settings)
         self.steering = W2Steering.of(self.settings)
         self.notes: list[str] = []
         self.on_note: Callable[[str], None] = lambda text: None

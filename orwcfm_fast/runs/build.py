@@ -39,6 +39,8 @@ def build_trainer(
         policy, reward, settings, reward_name=reward_name, holdout=holdout, reference=reference,
         sizes=MemoryFallback.of(settings), ranks=ranks,
     )  # fmt: skip
+    controller = RunController(trainer)
     probe = Probe(trainer, features or (lambda x: x))
-    trainer.callbacks += [probe, RunController(trainer, probe), *callbacks]
+    controller.guard.spread = probe.spread
+    trainer.callbacks += [probe, controller, *callbacks]
     return trainer

@@ -128,7 +128,7 @@ def test_rollback_lowers_tau_raises_alpha_and_a_resumed_run_carries_both_on(base
     found = records("whole")
     assert [r["round"] for r in found] == [1, 2, 3, 4]
     texts = [text for r in found for text in r["guard"]]
-    assert any("is taken back" in text for text in texts) and any("τ 20 → 10" in text for text in texts)
+    assert any("is rolled back" in text for text in texts) and any("τ 20 → 10" in text for text in texts)
     assert found[-1]["tau"] < 20 and found[-1]["alpha"] > 0
     assert all(r["diversity_share"] >= 0.85 and r["w2_coupled"] < 1.4 for r in found)
     for text in texts:

@@ -78,17 +78,17 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_half_and_records_it(base, mo
     monkeypatch.setattr(VelocityMLP, "forward", limited(training=10, sampling=30))
     lines: list[str] = []
     little = run("little", lines)
-    for text in ("micro-batch of 16", "micro-batch of 8", "chunk of 24"):
+    for text in ("micro-batch of 16", "micro-batch of 8", "chunk of 20"):
         assert sum(text in line for line in lines) == 1, lines
         assert any(text in said for said in little[0]["guard"])
-    assert [(r["micro_batch"], r["chunk"]) for r in little] == [(8, 24)] * 3
+    assert [(r["micro_batch"], r["chunk"]) for r in little] == [(8, 20)] * 3
     assert [(r["micro_batch"], r["chunk"]) for r in plenty] == [(32, 48)] * 3
     for ours, theirs in zip(little, plenty, strict=True):
         for key in ("reward_mean", "loss_fm", "loss_w2", "w2_coupled", "grad_norm_max"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
     newest = retention.steps(Path("little/checkpoints"))[0]
     control = json.loads((newest / "state.json").read_text())["control"]
-    assert (control["micro_batch"], control["chunk"]) == (8, 24)
+    assert (control["micro_batch"], control["chunk"]) == (8, 20)
 
 
 def test_a_resumed_run_starts_with_the_sizes_that_fitted(base, monkeypatch):
@@ -99,7 +99,7 @@ def test_a_resumed_run_starts_with_the_sizes_that_fitted(base, monkeypatch):
     lines: list[str] = []
     task.train(on_line=lines.append)
     last = task.run.read_metrics()[-1]
-    assert last["round"] == 4 and (last["micro_batch"], last["chunk"]) == (8, 24) and lines == []
+    assert last["round"] == 4 and (last["micro_batch"], last["chunk"]) == (8, 20) and lines == []
 
 
 class Narrow:

@@ -62,7 +62,7 @@ def test_a_step_is_recorded_anew_where_the_optimisers_state_becomes_another(monk
     learner.graph = graph.StepGraph()
     state = learner.optimizer.state_dict()
     for again in (
-        learner.start_over,
+        learner.reset,
         lambda: learner.optimizer.load_state_dict(state) or learner.go_on_from(2),
     ):
         results(learner, [batch_of(0), batch_of(1), batch_of(2)])

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from orwcfm_fast.distributed import SINGLE_PROCESS
 from orwcfm_fast.method import noise, step
 from orwcfm_fast.method.minibatches import Minibatches
 from orwcfm_fast.method.rollout import draw
@@ -44,7 +45,7 @@ def parts_of_a_round(policy, settings):
     """Everything between a round's first draw and its last step but the rewards, ready to be run."""
     learner = step.PolicyOptimizer(policy, policy.frozen_copy(), settings)
     seed = noise.seed_on(settings.seed, policy.device)
-    minibatches = Minibatches(learner, settings, seed)
+    minibatches = Minibatches(policy, settings, seed, SINGLE_PROCESS)
 
     def run():
         rollout = draw(policy, settings.rollout, 0, settings.seed, settings, settings.chunk)
@@ -68,7 +69,7 @@ def permutation(n, seed, *rest, real=noise.permutation):
     return real(n, seed, *rest) if seed.is_cuda else types.SimpleNamespace(tolist=lambda: [*range(n)])
 
 
-@pytest.mark.parametrize("change", [{}, {"lora": 4}, {"reference_passes": 3}, {"micro_batch": 3}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"lora": 4}, {"micro_batch": 3}], ids=str)
 def test_a_round_never_waits_for_the_device(monkeypatch, change):
     monkeypatch.setattr(
         step, "Phases", lambda device: Phases(CPU)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.checkpoints.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.networks import lora
@@ -100,7 +101,7 @@ def test_a_run_leaves_the_base_alone_and_its_checkpoint_is_a_plain_model(tmp_pat
     records = [*trainer.train(2)]
     assert records[-1]["w2_coupled"] > 0
     assert all(torch.equal(v, base[k]) for k, v in trainer.reference.weights().items())
-    trainer.save(tmp_path / "step_6", {})
+    save_trainer(trainer, tmp_path / "step_6", {})
     loaded = Loader(CPU, "fp32").load(str(tmp_path / "step_6")).policy
     x0 = start_noise(policy, 8, 3)
     assert torch.allclose(sample(loaded, x0, SMALL, 8), sample(policy, x0, SMALL, 8), atol=1e-4)
@@ -114,9 +115,9 @@ def test_resume_is_exact(tmp_path):
     [*whole.train(2)]
     half = build_trainer(policy_of("unet-digits"), brighter, SMALL)
     [*half.train(1)]
-    half.save(tmp_path / "step_3", {})
+    save_trainer(half, tmp_path / "step_3", {})
     again = build_trainer(policy_of("unet-digits"), brighter, SMALL)
-    again.restore(checkpoint.load(tmp_path / "step_3"))
+    restore_trainer(again, checkpoint.load(tmp_path / "step_3"))
     [*again.train(2)]
     one, two = (lora.lora_state(t.policy.network) for t in (whole, again))
     assert all(torch.equal(one[k], two[k]) for k in one)
