@@ -151,7 +151,7 @@ def evaluate(
         evaluator,
         s,
         s.n,
-        BatchSizes(0, s.chunk),
+        BatchSizes(chunk=s.chunk),
         target=target,
         against_reference=s.against == "reference",
     )

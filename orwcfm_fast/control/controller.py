@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orwcfm_fast.control.guard import MAX_ROLLBACKS, Fault, Finding, Guard, milder
-from orwcfm_fast.control.memory import MemoryFallback
 from orwcfm_fast.control.target_w2 import W2Steering
 from orwcfm_fast.control.values import read_values
 from orwcfm_fast.errors import UserError
@@ -32,8 +31,7 @@ class RunController(Callback):
         self.on_note: Callable[[str], None] = lambda text: None
         self.early: list[Finding] = []  # what the guard found in the round's weights
         self.rollbacks, self.refused_round = 0, 0  # rollbacks since a round after the last refused one stood
-        if isinstance(trainer.sizes, MemoryFallback):
-            trainer.sizes.on_change = self.note
+        trainer.sizes.on_change = self.note
 
     def note(self, text: str) -> None:
         """Report a line now, and keep it for the round's record."""
@@ -69,7 +67,7 @@ class RunController(Callback):
 
     def on_measure(self, trainer: Trainer, rollout: Rollout, record: dict[str, Any]) -> None:
         """The smallest batch sizes of any process are everybody's, and so are the notes."""
-        notes, sizes = zip(*trainer.ranks.all((self.notes, trainer.sizes)), strict=True)
+        notes, sizes = zip(*trainer.ranks.all((self.notes, trainer.sizes.values())), strict=True)
         for text in dict.fromkeys(text for lines in notes for text in lines):
             if text not in self.notes:
                 self.note(text)
@@ -108,10 +106,10 @@ class RunController(Callback):
             Fault: the same, after MAX_ROLLBACKS in a row or where there is nothing left to change.
         """
         trainer, rollbacks = self.trainer, self.rollbacks + 1
-        alpha, tau, sizes = trainer.alpha, trainer.tau, vars(trainer.sizes).copy()
+        alpha, tau, sizes = trainer.alpha, trainer.tau, trainer.sizes.values()
         back = restore()
         trainer.alpha, trainer.tau = alpha, tau
-        vars(trainer.sizes).update(sizes)
+        trainer.sizes.shrink_to([sizes])
         self.rollbacks, self.refused_round = rollbacks, fault.number
         self.notes = [*(fault.record["guard"] or [])]
         self.note(f"round {fault.number} is rolled back to the end of round {back}")
@@ -120,10 +118,7 @@ class RunController(Callback):
 
     def values(self) -> dict[str, Any]:
         """α, τ and batch sizes in force."""
-        t = self.trainer
-        return {"alpha": t.alpha, "tau": t.tau} | {
-            name: getattr(t.sizes, name) for name in ("micro_batch", "chunk", "reward_batch")
-        }
+        return {"alpha": self.trainer.alpha, "tau": self.trainer.tau, **self.trainer.sizes.values()}
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint must hold of it."""

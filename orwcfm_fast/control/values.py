@@ -16,7 +16,7 @@ def read_values(state: Any, s: Finetune, where: str) -> dict[str, Any]:
     Raises:
         UserError: values of other kinds or out of bounds.
     """
-    start = {"alpha": s.alpha, "tau": s.tau, **vars(BatchSizes.of(s))}
+    start = {"alpha": s.alpha, "tau": s.tau, **BatchSizes.of(s).values()}
     if state is None:
         return start
     try:

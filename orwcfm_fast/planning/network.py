@@ -54,6 +54,10 @@ def plan_run(s: Finetune, ranks: int = 1) -> Plan:
     return make_plan(policy, reward, s, ranks=ranks)
 
 
+def _stop_halving(text: str) -> None:
+    raise MemoryError(text)
+
+
 def make_plan(
     policy: Policy, reward: RewardSum, s: Finetune, limit: int | None = None, ranks: int = 1
 ) -> Plan:
@@ -101,7 +105,7 @@ def make_plan(
     noised = profile_allocations(lambda size: start_noise(policy, size, s.seed), rollout, device)
     samples = policy.decode(start_noise(policy, max(2, rollout // 2), s.seed))
     asked = min(s.reward_batch or rollout, rollout)
-    undivided = replace(reward, sizes=BatchSizes(0, 0))
+    undivided = replace(reward, sizes=BatchSizes(on_change=_stop_halving))
     scored = profile_allocations(lambda size: undivided(samples[:size]), asked, device)
 
     one_sample = 4 * start_noise(policy, 1, s.seed).numel()

@@ -78,7 +78,7 @@ class RewardSum:
     """
 
     terms: list[tuple[str, float, Reward]]
-    sizes: BatchSizes = field(default_factory=lambda: BatchSizes(0, 0), repr=False)
+    sizes: BatchSizes = field(default_factory=BatchSizes, repr=False)
 
     @property
     def name(self) -> str:
@@ -170,7 +170,7 @@ def make_reward(
         if names.count(name) > 1:
             raise UserError(f"reward '{name}': named twice; give it one weight, e.g. {name}=2")
     terms = [(name, weight, _function(name, options)) for name, weight in split]
-    return RewardSum(terms, BatchSizes(0, 0, options.reward_batch))
+    return RewardSum(terms, BatchSizes(reward_batch=options.reward_batch))
 
 
 def user_code(specs: Sequence[str]) -> list[str]:

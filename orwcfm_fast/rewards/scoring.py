@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orwcfm_fast.control.memory import out_of_memory
+from orwcfm_fast.device import out_of_memory
 from orwcfm_fast.errors import RewardError, UserError
 from orwcfm_fast.networks.prompts import Prompt
 from orwcfm_fast.rewards.isolation import describe, isolated

@@ -1,18 +1,16 @@
-"""A trainer with what watches it: the probe, the controller, the fallback for memory."""
+"""A trainer with its probe and its controller."""
 
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from orwcfm_fast.control.controller import RunController
-from orwcfm_fast.control.memory import MemoryFallback
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.evaluation.probe import Probe
 from orwcfm_fast.method.callbacks import Callback
-from orwcfm_fast.method.rollout import Reward
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.rewards import RewardSum
+from orwcfm_fast.rewards import Reward, RewardSum
 from orwcfm_fast.settings import Finetune
 
 
@@ -37,7 +35,7 @@ def build_trainer(
     """
     trainer = Trainer(
         policy, reward, settings, reward_name=reward_name, holdout=holdout, reference=reference,
-        sizes=MemoryFallback.of(settings), ranks=ranks,
+        ranks=ranks,
     )  # fmt: skip
     controller = RunController(trainer)
     probe = Probe(trainer, features or (lambda x: x))

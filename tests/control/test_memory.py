@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.checkpoints import retention
-from orwcfm_fast.control.memory import MemoryFallback
 from orwcfm_fast.device import out_of_memory
 from orwcfm_fast.errors import RewardError, WorkError
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.models import VelocityMLP
 from orwcfm_fast.rewards import combine, make_reward, score
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.settings import Finetune
 
@@ -44,10 +45,10 @@ def test_halving_ends_at_one_and_lets_other_errors_through():
         raise RuntimeError(CPU)
 
     with pytest.raises(WorkError, match="out of memory even with a chunk of 1"):
-        MemoryFallback(8, 6).fit("chunk", work, 64)
+        BatchSizes(8, 6).fit("chunk", work, 64)
     assert sizes == [6, 3, 1]
     with pytest.raises(RuntimeError, match="shapes"):
-        MemoryFallback(8, 6).fit("chunk", lambda size: (_ for _ in ()).throw(RuntimeError("shapes")), 6)
+        BatchSizes(8, 6).fit("chunk", lambda size: (_ for _ in ()).throw(RuntimeError("shapes")), 6)
 
 
 def limited(training: int, sampling: int):
@@ -160,7 +161,7 @@ def test_a_reward_too_large_for_one_sample_ends_with_one_line(two_gaussians):
     ):
         trainer(two_gaussians, Narrow(0)).one_round()
     with pytest.raises(WorkError, match="chunk of 1: MemoryError"):
-        MemoryFallback(1, 1).fit("chunk", lambda size: (_ for _ in ()).throw(MemoryError), 1)
+        BatchSizes(1, 1).fit("chunk", lambda size: (_ for _ in ()).throw(MemoryError), 1)
 
 
 LITTLE = """

@@ -38,7 +38,7 @@ def test_what_a_reward_writes_into_its_input_reaches_nobody(name):
 def test_a_reward_that_returns_one_buffer_again_and_again_keeps_its_scores():
     buffer = torch.empty(2)
     reward = make_reward(lambda x: torch.sum(x, 1, out=buffer))
-    reward.at_once = 2
+    reward.sizes.reward_batch = 2
     assert reward(torch.arange(4.0)[:, None]).tolist() == [0, 1, 2, 3]
 
 

@@ -104,7 +104,7 @@ def test_scores_are_those_of_the_function_called_here(spec):
 def test_a_worker_that_runs_out_of_memory_is_asked_of_half(spec):
     reward = make_reward(spec("narrow"))
     x = torch.randn(48, 2)
-    assert torch.allclose(reward(x), x.sum(1), atol=1e-6) and reward.at_once == 12
+    assert torch.allclose(reward(x), x.sum(1), atol=1e-6) and reward.sizes.reward_batch == 12
     reward.close()
 
 
