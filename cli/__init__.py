@@ -14,6 +14,9 @@ def main() -> None:
     import signal
     import sys
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without ± or α shows ? in their place
+            stream.reconfigure(errors="replace")
     # outside training too, what was begun is undone on the way out
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load_app()()

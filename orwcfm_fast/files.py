@@ -1,4 +1,4 @@
-"""Small files: read no more than was bargained for, written whole or not at all."""
+"""Small files: a size limit when reading, whole or not at all when writing."""
 
 import errno
 import os
@@ -25,6 +25,24 @@ def read_small(path: Path, most: int) -> bytes:
         if size > most:
             raise OSError(errno.EFBIG, f"over {most:,} bytes")
         return file.read(size)
+
+
+def read_text(path: Path, most: int) -> str:
+    """The text of a regular file in UTF-8; a byte-order mark at its start is no part of it.
+
+    Raises:
+        OSError: no such file, not a file, or more than `most` bytes.
+        ValueError: not text in UTF-8.
+    """
+    text = read_small(path, most).decode("utf-8-sig")
+    if "\0" in text:  # of UTF-16 without a byte-order mark, whose bytes are UTF-8 as well
+        raise ValueError("holds NUL characters, so it is not text in UTF-8")
+    return text
+
+
+def lines(text: str) -> list[str]:
+    """Lines end with \\n or \\r\\n alone: str.splitlines would also split at U+0085, U+2028, \\x0b and others."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -280,7 +280,7 @@ def png(width: int, height: int) -> bytes:
 def test_hostile_pictures_are_one_line(data):
     Path("pictures").mkdir()
     Path("pictures/a.png").write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.png is not an image") as refused:
+    with pytest.raises(UserError, match=r"cannot be read as an image: pictures.a\.png") as refused:
         load_data("folder:pictures")
     assert "\n" not in str(refused.value)
 

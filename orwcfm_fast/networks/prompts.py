@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.files import read_small
+from orwcfm_fast.files import lines, read_text
 
 MAX_PROMPTS_BYTES = 8 << 20
 ON_DEVICE_BYTES = 1 << 30  # larger tables stay in main memory
@@ -36,6 +36,10 @@ class Prompt:
             raise ValueError('should be an object with a text "prompt"')
         if strange := values.keys() - {"prompt", "weight", "metadata"}:
             raise ValueError(f"knows prompt, weight and metadata, not '{min(strange)}'")
+        try:
+            values["prompt"].encode()
+        except UnicodeEncodeError:
+            raise ValueError("its prompt has half of a surrogate pair, which is no character") from None
         weight, metadata = values.get("weight", 1.0), values.get("metadata", {})
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError("weight should be a number above 0")
@@ -54,25 +58,36 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         UserError: no such file, a line that is no prompt, or none at all.
     """
     try:
-        text = read_small(Path(path), MAX_PROMPTS_BYTES).decode("utf-8")
+        text = read_text(Path(path), MAX_PROMPTS_BYTES)
     except OSError as error:
         raise UserError(f"--prompts {path}: {error.strerror or error}") from None
     except ValueError:
         raise UserError(
             f"--prompts {path}: not text in UTF-8, or over {MAX_PROMPTS_BYTES >> 20} MiB"
         ) from None
-    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
+    written = [(n, line.strip()) for n, line in enumerate(lines(text), 1) if line.strip()]
+    if not written:
         raise UserError(f"--prompts {path}: holds no prompt; write one a line")
-    if not lines[0][1].startswith("{"):
-        return [Prompt(line) for _, line in lines]
+    if _is_json_array(text):
+        raise UserError(
+            f"--prompts {path}: is one JSON array; write JSON lines, an object with a prompt each"
+        )
+    if not written[0][1].startswith("{"):
+        return [Prompt(line) for _, line in written]
     found = []
-    for n, line in lines:
+    for n, line in written:
         try:
             found.append(Prompt.of(json.loads(line)))
         except (ValueError, RecursionError) as error:
             raise UserError(f"--prompts {path}: line {n}: {error}") from None
     return found
+
+
+def _is_json_array(text: str) -> bool:
+    try:
+        return text.lstrip().startswith("[") and isinstance(json.loads(text), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 class Conditions:

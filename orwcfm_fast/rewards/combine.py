@@ -1,6 +1,7 @@
 """From what the user asked for, NAME[:ARG][=WEIGHT] once or more, to one reward."""
 
 import math
+import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -215,13 +216,19 @@ def make_holdout(options: RewardOptions) -> RewardSum | None:
 
 
 def split_weight(spec: str) -> tuple[str, float]:
-    """NAME[=WEIGHT] to its parts."""
+    """NAME[=WEIGHT] to its parts; an = within a path or before a file's ending is part of the name.
+
+    Raises:
+        UserError: what follows = is neither a finite number nor part of a path.
+    """
     head, equals, tail = spec.rpartition("=")
     if not equals:
         return spec, 1.0
     try:
         weight = float(tail)
     except ValueError:
+        if re.search(r"[/\\:]|\.[A-Za-z]\w*$", tail):
+            return spec, 1.0
         raise UserError(f"reward '{spec}': the weight after = should be a number, e.g. {head}=0.5") from None
     if not math.isfinite(weight):
         raise UserError(f"reward '{spec}': the weight after = should be finite")

@@ -8,7 +8,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.files import read_small
+from orwcfm_fast.files import read_text
 from orwcfm_fast.registry import unknown
 
 MAX_TOML_BYTES = 24 << 10  # tomllib takes time quadratic in the length of a dotted key
@@ -46,7 +46,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         UserError: the file is missing, too large or not TOML.
     """
     try:
-        text = read_small(Path(path), MAX_TOML_BYTES).decode("utf-8")
+        text = read_text(Path(path), MAX_TOML_BYTES)
         return {k.replace("-", "_"): v for k, v in tomllib.loads(text).items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None

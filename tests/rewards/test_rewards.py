@@ -7,6 +7,7 @@ import torch
 
 from orwcfm_fast.errors import RewardError, UserError
 from orwcfm_fast.rewards import make_reward, score
+from orwcfm_fast.rewards.combine import split_weight
 
 
 def images(n=4, c=3, size=16):
@@ -105,6 +106,16 @@ def test_a_users_file_and_module(tmp_path, monkeypatch):
         assert torch.allclose(make_reward(spec)(x), x.flatten(1).sum(1))
     with pytest.raises(UserError, match=r"no function 'scor' \(has: score\)"):
         make_reward("mine_reward.py:scor")
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "weight"),
+    [("runs/a=1/mine.py:f", "runs/a=1/mine.py:f", 1.0), ("runs/a=1/mine.py:f=0.5", "runs/a=1/mine.py:f", 0.5),
+     ("aesthetic:lr=2.safetensors", "aesthetic:lr=2.safetensors", 1.0), ("brightness=-1e-3", "brightness", -1e-3),
+     (r"C:\a=b\mine.py:f", r"C:\a=b\mine.py:f", 1.0), ("classifier:x:w=3.pt:0,2", "classifier:x:w=3.pt:0,2", 1.0)],
+)  # fmt: skip
+def test_an_equals_sign_within_a_path_is_no_weight(spec, name, weight):
+    assert split_weight(spec) == (name, weight)
 
 
 @pytest.mark.parametrize(
