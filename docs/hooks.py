@@ -9,11 +9,15 @@ import re
 from pathlib import Path, PurePosixPath
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "kernels.md": "kernels/README.md"}
+LOADED = re.compile(
+    r"""<(?:script|img|iframe)\b[^>]*\bsrc="(?:https?:)?//|<link\b[^>]*rel="stylesheet"[^>]*"(?:https?:)?//"""
+)
 LINK = re.compile(r"(?<!`)(\]\()([^)#\s:]+)(#[^)\s]*)?(\))")
 
 
@@ -43,6 +47,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match.group(0) if moved is None else f"{opening}{moved}{anchor or ''}{closing}"
 
     return LINK.sub(rewrite, markdown)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Fails where opening a page would load something from a server."""
+    for page in Path(config.site_dir).rglob("*.html"):
+        if found := LOADED.search(page.read_text("utf-8")):
+            raise PluginError(f"{page.name} loads from a server: {found.group(0)}")
 
 
 def command_page() -> str:

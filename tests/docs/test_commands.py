@@ -108,7 +108,14 @@ def new_on(page: str) -> list[Command]:
     return [c for c in commands(page) if c.is_run and c.words[0] == "orwcfm" and c.line not in before]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if new_on(page)])
+PAGES_TO_RUN = [
+    pytest.param(page, marks=() if page == "README.md" else pytest.mark.slow)
+    for page in PAGES
+    if new_on(page)
+]
+
+
+@pytest.mark.parametrize("page", PAGES_TO_RUN)
 def test_commands_in_the_order_of_the_page(page, run_cli, finished_run):
     """Each as written, made cheap by flags behind it, where the README's first command has been run."""
     for command in new_on(page):
