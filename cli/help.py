@@ -26,7 +26,8 @@ def write_sections(formatter, order: tuple[str, ...], rows: Iterable[tuple[str, 
 class SectionedCommand(TyperCommand):
     """A command whose options stand in sections; both forms of a switch are one entry, `--[no-]flag`."""
 
-    def format_options(self, ctx, formatter) -> None:
+    def rows(self, ctx) -> list[tuple[str, str, str]]:
+        """(section, name, help) of each option; the manual's page of commands is made of them too."""
         rows = []
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
@@ -40,4 +41,7 @@ class SectionedCommand(TyperCommand):
             elif param.secondary_opts:
                 name = f"--[no-]{param.opts[0][2:]}"
             rows.append((section, name, record[1]))
-        write_sections(formatter, SECTIONS, rows)
+        return rows
+
+    def format_options(self, ctx, formatter) -> None:
+        write_sections(formatter, SECTIONS, self.rows(ctx))

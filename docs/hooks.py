@@ -62,23 +62,19 @@ def command_page() -> str:
     from typer.main import get_command
 
     from orwcfm_fast.cli import load_app
+    from orwcfm_fast.cli.help import COMMAND_SECTIONS, SECTIONS
 
-    group = get_command(load_app())
+    commands = get_command(load_app()).commands.values()
     lines = ["# Commands and settings", "", "As `orwcfm COMMAND --help` prints them.", ""]
-    for name, command in group.commands.items():
-        context = Context(command, info_name=name)
-        lines += [f"## orwcfm {name}", "", command.help or "", ""]
-        panels: dict[str, list[tuple[str, str]]] = {}
-        for parameter in command.get_params(context):
-            if record := parameter.get_help_record(context):
-                panel = getattr(parameter, "rich_help_panel", None) or "Options"
-                panels.setdefault(panel, []).append(record)
-        for panel, records in panels.items():
-            lines += [f"| {panel} | |", "|---|---|"]
-            lines += [f"| `{flag.replace('|', chr(92) + '|')}` | {_cell(text)} |" for flag, text in records]
-            lines.append("")
+    for command in sorted(commands, key=lambda c: COMMAND_SECTIONS.index(c.rich_help_panel)):
+        lines += [f"## orwcfm {command.name}", "", command.help or "", ""]
+        rows = command.rows(Context(command, info_name=command.name))
+        for title in SECTIONS:
+            found = [f"| `{name}` | {_cell(text)} |" for section, name, text in rows if section == title]
+            if found:
+                lines += [f"| {title} | |", "|---|---|", *found, ""]
     return "\n".join(lines)
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"([|\[\]*_])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([|\[\]*_<])", r"\\\1", " ".join(text.split()))
