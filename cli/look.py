@@ -1,12 +1,13 @@
 """Section Look of the commands: sample, evaluate."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from orwcfm_fast.cli import console
+from orwcfm_fast.cli import console, effects
 from orwcfm_fast.cli.app import command
 from orwcfm_fast.cli.common import (
     Config,
@@ -22,25 +23,41 @@ from orwcfm_fast.cli.common import (
     settings,
 )
 from orwcfm_fast.cli.console import progress, say
+from orwcfm_fast.cli.effects import check_effect
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.settings import REWARD_CALL, Evaluation, RewardOptions, Sample, Settings
+from orwcfm_fast.settings import (
+    Evaluation,
+    RewardOptions,
+    RewardsWithHoldout,
+    Sample,
+    Settings,
+    build,
+    read_toml,
+)
 
 if TYPE_CHECKING:
-    from orwcfm_fast.rewards import RewardSum
     from orwcfm_fast.runs.load import Loaded, Loader
 
 SECTION = "Look"
+R = TypeVar("R", bound=RewardOptions)
 
 
 def load(loader: "Loader", spec: str, quiet: bool) -> "Loaded":
-    """The model; a bar while the digits model is pretrained."""
+    """Load a model, with a progress bar while the digits model is pretrained.
+
+    Raises:
+        UserError: there is no such model; a setting has no effect on it.
+    """
     from dataclasses import replace
 
+    from orwcfm_fast.runs.resolve import check_conditions
+
     with progress(1, "pretraining the digits model, once", quiet) as bar:
-        return replace(loader, watch=lambda step, steps, loss: bar.at(step / steps, f"loss {loss:.4f}")).load(
-            spec
-        )
+        loader = replace(loader, watch=lambda step, steps, loss: bar.at(step / steps, f"loss {loss:.4f}"))
+        found = loader.load(spec)
+    check_conditions(loader.how, found.policy, found.name)
+    return found
 
 
 @command(SECTION)
@@ -65,6 +82,16 @@ def sample(
     from orwcfm_fast.runs.load import Loader
 
     s = settings(Sample, config, given)
+    check_effect(
+        effects.SAMPLE,
+        given,
+        s,
+        models=[model] if model else [],
+        preset=preset,
+        data=data,
+        out=out,
+        overwrite=overwrite,
+    )
     times(s.nfe, s.solver, s.grid)
     if out:
         check_target(out, overwrite)
@@ -118,6 +145,14 @@ def evaluate(
 
     quiet = quiet or as_json
     s = settings(Evaluation, config, given)
+    check_effect(
+        effects.EVALUATE,
+        given,
+        s,
+        models=[*(models or []), *([reference] if reference else [])],
+        preset=preset,
+        data=data,
+    )
     times(s.nfe, s.solver, s.grid)
     loader = Loader(resolve_device(s.device), s.precision, preset, data, how=s)
     if s.reward:  # the model may bring prompts
@@ -133,11 +168,11 @@ def evaluate(
                 f"{item.name}: samples {item.policy.shape}, {first.name} has {first.policy.shape}"
             )
     with_run = first.run if first.run and first.run.reference.is_dir() else None
-    named = reference or (str(with_run.reference) if with_run else "")
+    compared = reference or (str(with_run.reference) if with_run else "")
     # a pipeline under adapters is its own reference, at no further memory
     shared = first.policy.pipeline and not reference and adapters_of(first.policy.network)
-    anchor = first.policy.frozen_copy() if shared else loader.load(named).policy if named else None
-    options = reward_options(s, first)
+    anchor = first.policy.frozen_copy() if shared else loader.load(compared).policy if compared else None
+    options = reward_options(s, first, given)
     reward, holdout = make_reward(options.reward, options), make_holdout(options)
     policies = {item.name: item.policy for item in found}
     if anchor and not reference:
@@ -161,28 +196,30 @@ def evaluate(
         console.out.print(console.measures_table(measures, reward.name))
 
 
-def reward_options(s: RewardOptions, found: "Loaded") -> RewardOptions:
-    """The reward that was asked for, else that of the model's run, with all it needs; else the data's."""
+def reward_options(s: R, found: "Loaded", given: Iterable[str]) -> R:
+    """The settings with a reward: the one that the user named, else that of the model's run, else that of its data.
+
+    The run's reward comes with all the run set for it; what the user set stays.
+
+    Args:
+        given: names of the settings that were set on the command line.
+
+    Raises:
+        UserError: the run's reward is code; an option of the command line has no effect on the reward.
+    """
     from orwcfm_fast.rewards import check_code_named
     from orwcfm_fast.runs.resolve import own_reward
-    from orwcfm_fast.settings import build, read_toml
 
     if not s.reward and found.run:
         config = found.run.config
-        names = RewardOptions.model_fields.keys() - Settings.model_fields.keys()
-        keep = REWARD_CALL & s.model_fields_set | ({"holdout_reward"} if s.holdout_reward else set())
-        written = {k: v for k, v in read_toml(config).items() if k in names - keep}
-        written = {k: v for k, v in build(RewardOptions, written, where=f"{config}: ") if k in written}
+        names = RewardsWithHoldout.model_fields.keys() & type(s).model_fields.keys()
+        names -= Settings.model_fields.keys() | (s.model_fields_set - {"reward"})
+        written = {k: v for k, v in read_toml(config).items() if k in names}
+        checked = build(type(s), written, where=f"{config}: ")
         for key in ("reward", "holdout_reward"):
             check_code_named(written.get(key, []), (), config, key)
-        s = s.model_copy(update=written)
+        s = s.model_copy(update={key: getattr(checked, key) for key in written})
     s = s.with_prompts() if found.policy.conditions else s
-    return s if s.reward else s.model_copy(update={"reward": [own_reward(found.policy)]})
-
-
-def reward_for(s: RewardOptions, found: "Loaded") -> "RewardSum":
-    """The reward of `reward_options`."""
-    from orwcfm_fast.rewards import make_reward
-
-    options = reward_options(s, found)
-    return make_reward(options.reward, options)
+    s = s if s.reward else s.model_copy(update={"reward": [own_reward(found.policy)]})
+    check_effect(effects.REWARDS, given, s)
+    return s

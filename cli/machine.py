@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orwcfm_fast.cli import console
+from orwcfm_fast.cli import console, effects
 from orwcfm_fast.cli.app import command
 from orwcfm_fast.cli.common import Config, Debug, Json, option, settings
 from orwcfm_fast.cli.completion import REGISTRIES, choices, registry
 from orwcfm_fast.cli.console import say
+from orwcfm_fast.cli.effects import check_effect
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Finetune
@@ -84,7 +85,9 @@ def doctor(
     import json
 
     if plan:
-        _plan(settings(Finetune, config, given), gpu_gib, ranks, as_json)
+        s = settings(Finetune, config, given)
+        check_effect(effects.FINETUNE, given, s)
+        _plan(s, gpu_gib, ranks, as_json)
         return
     if given or config or gpu_gib or ranks > 1:
         raise UserError("settings say what to plan: give --plan as well")

@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from orwcfm_fast.cli import console
+from orwcfm_fast.cli import console, effects
 from orwcfm_fast.cli.app import command
 from orwcfm_fast.cli.common import Config, Data, Debug, Json, Model, Preset, Quiet, option, settings
 from orwcfm_fast.cli.console import plain_table, say
-from orwcfm_fast.cli.look import load, reward_for
+from orwcfm_fast.cli.effects import check_effect
+from orwcfm_fast.cli.look import load, reward_options
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.reporting.table import number
-from orwcfm_fast.settings import REWARD_CALL, Finetune, Predict
+from orwcfm_fast.settings import Finetune, Predict, RewardOptions
 
 if TYPE_CHECKING:
     from orwcfm_fast.theory import Recursion
@@ -32,7 +33,7 @@ Versus = Annotated[
     Path | None, option(panel="Method", help="compare a finished run with its forecast", metavar="RUN")
 ]
 Plot = Annotated[
-    Path,
+    Path | None,
     option("--out", panel="Output", help="picture of the front  [default: forecast.png]", metavar="FILE"),
 ]
 
@@ -47,7 +48,7 @@ def predict(
     preset: Preset = "",
     data: Data = "",
     config: Config = None,
-    out: Plot = Path("forecast.png"),
+    out: Plot = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -64,6 +65,18 @@ def predict(
     if not s.alpha or not s.tau or min(s.alpha) < 0:
         raise UserError("--alpha: should be 0 or more")
     times(s.nfe, s.solver, s.grid)
+    check_effect(
+        effects.PREDICT,
+        given,
+        s,
+        models=[model] if model else [],
+        exact=exact,
+        versus=versus,
+        preset=preset,
+        data=data,
+        out=out,
+    )
+    out = out or Path("forecast.png")
     if out.suffix != ".png" or not out.parent.is_dir():
         raise UserError(f"--out {out}: should be a .png in a folder that is there")
     loader = Loader(resolve_device(s.device), s.precision, preset, data, how=s)
@@ -71,7 +84,12 @@ def predict(
 
         def reward_of(run: Finetune) -> RewardSum:
             check_code_named(run.reward, s.reward, versus)
-            own = {key: getattr(s, key) for key in REWARD_CALL & s.model_fields_set}
+            if s.reward and s.reward != run.reward:
+                raise UserError(
+                    f"--reward has no effect: --versus takes that of the run, {', '.join(run.reward)}"
+                )
+            check_effect(effects.REWARDS, given, run)
+            own = {key: getattr(s, key) for key in s.model_fields_set & RewardOptions.model_fields.keys()}
             return make_reward(run.reward, run.model_copy(update=own))
 
         found = prediction.versus(versus, lambda spec: loader.load(spec).policy, reward_of, s)
@@ -79,14 +97,16 @@ def predict(
         return
     if exact and data:
         name, shown = data, f"the density of {data}"
-        reward = make_reward(s.reward or [source(name)[0].reward], s)
+        s = s.model_copy(update={"reward": s.reward or [source(name)[0].reward]})
+        check_effect(effects.REWARDS, given, s)
     else:
         loaded = load(loader, model, quiet or as_json)
         policy, name, shown = loaded.policy, loaded.policy.data, loaded.name
         # a run is forecast from where it started
         if loaded.run and loaded.run.reference.is_dir() and not exact:
             policy, shown = loader.load(str(loaded.run.reference)).policy, f"the reference of {shown}"
-        reward = reward_for(s, loaded)
+        s = reward_options(s, loaded, given)
+    reward = make_reward(s.reward, s)
     say(f"model: {shown}; reward {reward.name}", quiet or as_json)
     if exact:
         _show_exact(prediction.exact_grid(prediction.known_density(name), reward, s), as_json)

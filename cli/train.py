@@ -4,9 +4,11 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+from orwcfm_fast.cli import effects
 from orwcfm_fast.cli.app import command
 from orwcfm_fast.cli.common import Config, Debug, Out, Overwrite, Quiet, Recipe, option, settings
 from orwcfm_fast.cli.console import closing, one_voice, progress, round_line, say
+from orwcfm_fast.cli.effects import check_effect
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.reporting.table import interval
@@ -41,7 +43,9 @@ def pretrain(
         _only_resume(config, out, overwrite, recipe)
         task = PretrainRun.resume(Run(resume), given)
     else:
-        task = PretrainRun.new(settings(Pretrain, config, given, ingredients), out, overwrite)
+        s = settings(Pretrain, config, given, ingredients)
+        check_effect(effects.PRETRAIN, given, s, out=out, overwrite=overwrite)
+        task = PretrainRun.new(s, out, overwrite)
     say(f"run {task.run.path}: {task.settings.model} on {task.settings.data}", quiet)
     with progress(task.settings.steps, "pretraining", quiet) as bar:
         loss = task.train(lambda step, loss: bar.at(step, f"loss {loss:.4f}"))
@@ -73,12 +77,15 @@ def finetune(
 def _finetune(ranks, given, recipe, config, out, overwrite, resume, quiet) -> None:
     from orwcfm_fast.runs.finetune_run import Finetuning
 
-    began = time.perf_counter()
+    began, new = time.perf_counter(), None
     if resume:
         _only_resume(config, out, overwrite, recipe)
+    else:
+        new = _finetune_settings(recipe, config, given)
+        check_effect(effects.FINETUNE, given, new, out=out, overwrite=overwrite)
     with progress(Pretrain().steps, "pretraining the digits model, once", quiet) as bar:
         task = Finetuning.prepare(
-            None if resume else _finetune_settings(recipe, config, given),
+            new,
             given,
             resume=resume,
             out=out,
@@ -114,13 +121,18 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Fine-tune over a grid of α, τ and other settings, and draw the fronts; the same --out continues a sweep."""
+    from orwcfm_fast.runs.run import read_command
     from orwcfm_fast.runs.sweep import Sweeping
+    from orwcfm_fast.runs.sweep_grid import grid
     from orwcfm_fast.settings import read_toml
 
+    s = settings(Sweep, config, given)
+    if overwrite or not out or read_command(out) != "sweep":  # or it has settings of its own
+        check_effect(effects.FINETUNE, given, *grid(s).values(), out=out, overwrite=overwrite)
     given = (read_toml(config) if config else {}) | given
     with progress(Pretrain().steps, "pretraining the digits model, once", quiet) as bar:
         task = Sweeping.prepare(
-            settings(Sweep, None, given),
+            s,
             given,
             out,
             overwrite,

@@ -19,7 +19,7 @@ from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.registry import REWARDS, Reward
 from orwcfm_fast.rewards.scoring import score
 from orwcfm_fast.rewards.user import is_user_reward, load_user_reward
-from orwcfm_fast.settings import RewardOptions
+from orwcfm_fast.settings import RewardOptions, RewardsWithHoldout
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def check_code_named(
         raise UserError(f"{where}: its {key} is code, which runs only if you name it too: add {again}")
 
 
-def make_holdout(options: RewardOptions) -> RewardSum | None:
+def make_holdout(options: RewardsWithHoldout) -> RewardSum | None:
     """The rewards of --holdout-reward, measured but never trained on; None without any.
 
     Raises:

@@ -11,7 +11,7 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.networks.diffusers import PREFIX, is_pipeline
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.runs.load import DEFAULT, Loaded
-from orwcfm_fast.settings import Finetune
+from orwcfm_fast.settings import Conditioned, Finetune, Settings
 
 FILLED = ("checkpoint", "reward", "model", "data", "precision")  # by the model, where not given
 
@@ -34,11 +34,15 @@ def anchored(s: Finetune) -> str:
     return f"α={s.alpha:g}" if s.target_w2 is None else f"α for a coupled W2 of {s.target_w2:g},"
 
 
+def anchor_name(s: Finetune) -> str:
+    """a1 for α = 1, or w1.5 for a target of 1.5 for the coupled W2; a part of the name of a run."""
+    return f"a{s.alpha:g}" if s.target_w2 is None else f"w{s.target_w2:g}"
+
+
 def run_name(settings: Finetune) -> str:
     """<data>-<reward>-a1-t0.5, for a run's directory."""
-    anchored = f"a{settings.alpha:g}" if settings.target_w2 is None else f"w{settings.target_w2:g}"
     rewards = re.sub(r"[^:+]*/", "", "+".join(settings.reward))[:100]  # without the folders of files
-    name = f"{settings.data}-{rewards}-{anchored}-t{settings.tau:g}"
+    name = f"{settings.data}-{rewards}-{anchor_name(settings)}-t{settings.tau:g}"
     return "".join(c if c.isalnum() or c in "-+.=" else "-" for c in name)
 
 
@@ -53,9 +57,28 @@ def own_reward(policy: Policy) -> str:
     return source(policy.data)[0].reward
 
 
+def check_conditions(s: Settings, policy: Policy, name: str) -> None:
+    """Settings of a pipeline do nothing for another model.
+
+    Args:
+        name: what the model is called in the message.
+
+    Raises:
+        UserError: the model has no prompts, and one of these settings is not as it is by default.
+    """
+    if policy.pipeline:
+        return
+    fields = type(s).model_fields
+    for key in (*(Conditioned.model_fields.keys() - Settings.model_fields.keys()), "gradient_checkpointing"):
+        if key in fields and getattr(s, key) != fields[key].default:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(f"{flag} has no effect: {name} is no pipeline with prompts")
+
+
 def resolved(settings: Finetune, loaded: Loaded) -> Finetune:
     """The settings with everything filled in that the loaded model decides."""
     policy = loaded.policy
+    check_conditions(settings, policy, loaded.name)
     filled = {
         "checkpoint": settings.checkpoint or (policy.model if policy.pipeline else DEFAULT),
         "reward": settings.reward or [own_reward(policy)],

@@ -6,6 +6,7 @@ from typing import Any
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import unknown
+from orwcfm_fast.runs.resolve import anchor_name
 from orwcfm_fast.settings import Finetune, Sweep, build
 
 # of the model that is loaded once, and of the machine
@@ -25,26 +26,42 @@ ONE_FOR_ALL = (*OF_THE_MODEL, "device", "precision", "log")
 def grid(s: Sweep) -> dict[str, Finetune]:
     """The settings of every run by the run's name: all combinations of --tau, --alpha and --set.
 
+    With --target-w2, which chooses α itself, α is no axis.
+
     Raises:
-        UserError: an axis that is empty, unknown or not to be varied; a value out of bounds.
+        UserError: an axis that is empty, unknown or not to be varied; a value out of bounds; two runs that would be
+            the same.
     """
     if not s.alpha or not s.tau:
         raise UserError("sweep: give at least one --alpha and one --tau")
     axes = [_axis(text) for text in s.set]
-    axes += [("tau", [*s.tau]), ("alpha", [*s.alpha])]
     names = [key for key, _ in axes]
     if len(set(names)) < len(names):
         raise UserError("--set: name every setting once, KEY=V1,V2")
+    steered = s.target_w2 is not None or "target_w2" in names
+    axes += [("tau", [*s.tau]), ("alpha", [Finetune().alpha] if steered else [*s.alpha])]
     common = s.model_dump(exclude={"alpha", "tau", "set"})
     runs = {}
     for values in itertools.product(*(values for _, values in axes)):
-        point = dict(zip(names, values, strict=True))
-        more = [f"{key.replace('_', '-')}={_plain(point[key])}" for key in names[:-2]]
-        name = "-".join([f"a{point['alpha']:g}", f"t{point['tau']:g}", *more])
-        runs["".join(c if c.isalnum() or c in "-+.=" else "_" for c in name)] = build(
-            Finetune, common, point, where="sweep: "
-        )
+        point = dict(zip((key for key, _ in axes), values, strict=True))
+        settings = build(Finetune, common, point, where="sweep: ")
+        more = [f"{key.replace('_', '-')}={_plain(point[key])}" for key in names]
+        name = "-".join([anchor_name(settings), f"t{settings.tau:g}", *more])
+        runs["".join(c if c.isalnum() or c in "-+.=" else "_" for c in name)] = settings
+    _check_distinct(runs)
     return runs
+
+
+def _check_distinct(runs: dict[str, Finetune]) -> None:
+    seen: dict[str, str] = {}
+    for name, s in runs.items():
+        if s.weights == "linear":  # uses neither
+            s = s.model_copy(update={"tau": 0.0, "normalize_weights": True})
+        first = seen.setdefault(s.model_dump_json(), name)
+        if first != name:
+            raise UserError(
+                f"sweep: {first} and {name} would be the same run: --weights linear does not use τ"
+            )
 
 
 def _plain(value: Any) -> str:

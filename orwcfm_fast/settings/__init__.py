@@ -5,13 +5,12 @@ from orwcfm_fast.settings.finetuning import Best, Finetune, Sweep
 from orwcfm_fast.settings.layers import S, build, read_toml, to_toml
 from orwcfm_fast.settings.measuring import Evaluation, Predict
 from orwcfm_fast.settings.method import Weights
-from orwcfm_fast.settings.rewards import REWARD_CALL, RewardOptions
+from orwcfm_fast.settings.rewards import RewardOptions, RewardsWithHoldout
 from orwcfm_fast.settings.sampling import Conditioned, Sample, Sampling
 from orwcfm_fast.settings.training import Pretrain, Training
 
 __all__ = [
     "PANELS",
-    "REWARD_CALL",
     "Best",
     "Conditioned",
     "Evaluation",
@@ -19,6 +18,7 @@ __all__ = [
     "Predict",
     "Pretrain",
     "RewardOptions",
+    "RewardsWithHoldout",
     "S",
     "Sample",
     "Sampling",

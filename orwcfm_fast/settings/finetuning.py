@@ -4,14 +4,14 @@ from typing import Literal
 
 from orwcfm_fast.settings.declare import setting
 from orwcfm_fast.settings.method import MethodGrid, OnlineMethod
-from orwcfm_fast.settings.rewards import RewardOptions
+from orwcfm_fast.settings.rewards import RewardsWithHoldout
 from orwcfm_fast.settings.sampling import Sampling
 from orwcfm_fast.settings.training import Training
 
 Best = Literal["reward_mean", "reward_max", "ess", "diversity", "w2_coupled", "none"]
 
 
-class Finetune(Training, Sampling, RewardOptions, OnlineMethod):
+class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
     """Settings of `orwcfm finetune`."""
 
     checkpoint: str = setting(

@@ -4,11 +4,11 @@ from typing import Literal
 
 from orwcfm_fast.settings.declare import setting
 from orwcfm_fast.settings.method import MethodGrid
-from orwcfm_fast.settings.rewards import RewardOptions
+from orwcfm_fast.settings.rewards import RewardOptions, RewardsWithHoldout
 from orwcfm_fast.settings.sampling import Sampling
 
 
-class Evaluation(Sampling, RewardOptions):
+class Evaluation(Sampling, RewardsWithHoldout):
     """Settings of `orwcfm evaluate`."""
 
     n: int = setting(

@@ -6,9 +6,6 @@ from pydantic import PrivateAttr
 
 from orwcfm_fast.settings.declare import DataFolder, setting
 
-REWARD_CALL = {"reward_batch", "reward_timeout"}
-"""Settings of how a reward is called; they do not change its values."""
-
 
 class RewardOptions(DataFolder):
     """Which reward, and what some rewards need besides their name."""
@@ -21,13 +18,6 @@ class RewardOptions(DataFolder):
         help="reward to raise: NAME[:ARGUMENT][=WEIGHT], file.py:function or package.module:function; "
         "repeat the option to add several up",
         default_text="the one of the data",
-        metavar="NAME",
-        complete="rewards",
-    )
-    holdout_reward: list[str] = setting(
-        [],
-        panel="Reward",
-        help="reward that is measured every round and never trained on, to show reward hacking; may be repeated",
         metavar="NAME",
         complete="rewards",
     )
@@ -97,3 +87,15 @@ class RewardOptions(DataFolder):
         changed = self.model_copy()
         changed._with_prompts = True
         return changed
+
+
+class RewardsWithHoldout(RewardOptions):
+    """The same with rewards that are measured and never trained on."""
+
+    holdout_reward: list[str] = setting(
+        [],
+        panel="Reward",
+        help="reward that is measured every round and never trained on, to show reward hacking; may be repeated",
+        metavar="NAME",
+        complete="rewards",
+    )

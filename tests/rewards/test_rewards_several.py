@@ -8,7 +8,7 @@ import torch
 
 from orwcfm_fast.errors import RewardError, UserError
 from orwcfm_fast.rewards import make_holdout, make_reward
-from orwcfm_fast.settings import RewardOptions
+from orwcfm_fast.settings import RewardsWithHoldout
 
 SMALL = ("--rounds", 2, "--rollout", 64, "--batch", 32, "--steps-per-round", 3, "--eval-n", 64, "--probe", 16)
 SMALL += ("--checkpoint", "base")
@@ -40,7 +40,7 @@ def test_named_twice_or_held_out_and_trained_on_is_refused():
     with pytest.raises(UserError, match="'right': named twice"):
         make_reward(["right", "right=2"])
     with pytest.raises(UserError, match="holdout-reward 'right': is trained on as well"):
-        make_holdout(RewardOptions(reward=["right=2"], holdout_reward=["right"]))
+        make_holdout(RewardsWithHoldout(reward=["right=2"], holdout_reward=["right"]))
 
 
 def test_each_reward_is_logged_measured_and_timed(run_cli, tiny_run):
