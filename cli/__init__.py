@@ -1,8 +1,8 @@
-"""The command line: parses, calls the library, prints."""
+"""The command line: parses options, calls the library and prints the results."""
 
 
 def load_app():
-    """The Typer app with every panel's commands."""
+    """The Typer app with all commands."""
     from orwcfm_fast.cli import look, machine, plan, train  # noqa: F401  (each registers its commands)
     from orwcfm_fast.cli.app import app
 
@@ -17,6 +17,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without ± or α shows ? in their place
             stream.reconfigure(errors="replace")
-    # outside training too, what was begun is undone on the way out
+    # SIGTERM runs the clean-up code of the command; training handles it itself
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load_app()()

@@ -1,4 +1,4 @@
-"""What users see: one-line errors, progress, and the closing tables."""
+"""The output of the commands: plain lines, progress bars and tables."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False, soft_wrap=True)
 if not out.is_terminal:
-    out.width = 200  # tables on a pipe are not cut
-# of several processes of one launch, one a machine says what is wrong before they know each other
+    out.width = 200  # so that no table is cut on a pipe
+# before the processes of a launch are connected, the first one of each machine reports errors
 err = Console(stderr=True, highlight=False, soft_wrap=True, quiet=os.environ.get("LOCAL_RANK", "0") != "0")
 
 
 @contextmanager
-def one_voice(ranks: "ProcessGroup") -> Iterator[None]:
-    """Of several ranks the first speaks, and of an error whichever meets it first."""
+def report_once(ranks: "ProcessGroup") -> Iterator[None]:
+    """Only the first rank prints results, and only the rank that meets an error first prints it."""
     out.quiet = not ranks.first
     try:
         yield
@@ -35,14 +35,14 @@ def one_voice(ranks: "ProcessGroup") -> Iterator[None]:
 
 
 def say(text: str, quiet: bool = False) -> None:
-    """A plain line; square brackets are not markup."""
+    """Print a line as it is: square brackets are no markup."""
     if not quiet:
         out.print(text, markup=False)
 
 
 @contextmanager
 def progress(total: int, label: str, quiet: bool) -> Iterator["Bar"]:
-    """A live bar on a terminal; on a pipe only what `Bar.line` says."""
+    """A progress bar on a terminal; on a pipe only the lines of `Bar.line` are printed."""
     shown = out.is_terminal and not quiet
     columns = (
         TextColumn("{task.description}"),
@@ -58,24 +58,25 @@ def progress(total: int, label: str, quiet: bool) -> Iterator["Bar"]:
 
 
 class Bar:
-    """Handle on a running bar."""
+    """A progress bar that is shown."""
 
     def __init__(self, bar: Progress, task, shown: bool, quiet: bool) -> None:
         self._bar, self._task, self._shown, self._quiet = bar, task, shown, quiet
 
     def at(self, done: float, note: str | None = None) -> None:
+        """Move to `done`, in the units of the bar's total."""
         self._bar.update(self._task, completed=done)
         if note is not None:
             self._bar.update(self._task, note=note)
 
     def line(self, text: str) -> None:
-        """A line that stays, above the bar."""
+        """Print a line that stays above the bar."""
         if not self._quiet:
             self._bar.console.print(text, markup=False)
 
 
 def round_line(record: dict[str, Any], rounds: int) -> str:
-    """One round in one line."""
+    """The record of a round as one line."""
     holdout = f"  holdout {record['holdout_mean']:.4g}" if "holdout_mean" in record else ""
     return (
         f"round {record['round']:>3}/{rounds}  reward {record['reward_mean']:.4g}{holdout}  "
@@ -86,7 +87,7 @@ def round_line(record: dict[str, Any], rounds: int) -> str:
 
 
 def plain_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """Texts in columns, without lines."""
+    """A table without rules; the first column is aligned left, the others right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
@@ -96,7 +97,7 @@ def plain_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
 
 
 def measures_table(measures: list["Measures"], reward: str) -> Table:
-    """Models side by side, one figure a row."""
+    """A table with a column for each model and a row for each measure."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for m in measures:
@@ -107,7 +108,7 @@ def measures_table(measures: list["Measures"], reward: str) -> Table:
 
 
 def closing(result: "Result") -> None:
-    """The end of `finetune`: what came out, where the time went, where the files are, what to type next."""
+    """Print what a fine-tuning run reached, where its time went, where its files are and what to do next."""
     out.print()
     out.print(measures_table([result.before, result.after], "+".join(result.settings.reward)))
     summary = result.summary()

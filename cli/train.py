@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from orwcfm_fast.cli import effects
 from orwcfm_fast.cli.app import command
 from orwcfm_fast.cli.common import Config, Debug, Out, Overwrite, Quiet, Recipe, option, settings
-from orwcfm_fast.cli.console import closing, one_voice, progress, round_line, say
+from orwcfm_fast.cli.console import closing, progress, report_once, round_line, say
 from orwcfm_fast.cli.effects import check_effect
 from orwcfm_fast.cli.options import options_of
 from orwcfm_fast.errors import UserError
@@ -15,6 +15,7 @@ from orwcfm_fast.reporting.table import interval
 from orwcfm_fast.settings import Finetune, Pretrain, Sweep
 
 SECTION = "Train"
+PRETRAINING = "pretraining the digits model, once"
 Resume = Annotated[
     Path | None,
     option(panel="Safety", help="continue this run with its own settings", metavar="RUN"),
@@ -70,7 +71,7 @@ def finetune(
     """Fine-tune a model online with a reward; without options, make more even digits on any machine."""
     from orwcfm_fast.distributed import joined
 
-    with joined() as ranks, one_voice(ranks):
+    with joined() as ranks, report_once(ranks):
         _finetune(ranks, given, recipe, config, out, overwrite, resume, quiet or not ranks.first)
 
 
@@ -83,7 +84,7 @@ def _finetune(ranks, given, recipe, config, out, overwrite, resume, quiet) -> No
     else:
         new = _finetune_settings(recipe, config, given)
         check_effect(effects.FINETUNE, given, new, out=out, overwrite=overwrite)
-    with progress(Pretrain().steps, "pretraining the digits model, once", quiet) as bar:
+    with progress(Pretrain().steps, PRETRAINING, quiet) as bar:
         task = Finetuning.prepare(
             new,
             given,
@@ -130,7 +131,7 @@ def sweep(
     if overwrite or not out or read_command(out) != "sweep":  # or it has settings of its own
         check_effect(effects.FINETUNE, given, *grid(s).values(), out=out, overwrite=overwrite)
     given = (read_toml(config) if config else {}) | given
-    with progress(Pretrain().steps, "pretraining the digits model, once", quiet) as bar:
+    with progress(Pretrain().steps, PRETRAINING, quiet) as bar:
         task = Sweeping.prepare(
             s,
             given,
@@ -157,7 +158,7 @@ def sweep(
 
 
 def _finetune_settings(recipe: str, config: Path | None, given: dict[str, Any]) -> Finetune:
-    """A recipe starts from its own pretrained model, if no other is named."""
+    """The settings of a new run; a recipe starts from its own pretrained model unless another one is named."""
     if not recipe:
         return settings(Finetune, config, given)
     from orwcfm_fast.runs.recipe import RECIPES
@@ -170,5 +171,5 @@ def _finetune_settings(recipe: str, config: Path | None, given: dict[str, Any]) 
 def _only_resume(config: Path | None, out: Path | None, overwrite: bool, recipe: str) -> None:
     if config or out or overwrite or recipe:
         raise UserError(
-            "--resume takes its settings and place from the run; leave out --config, --out, --overwrite, --recipe"
+            "--resume takes the settings and the folder of the run; leave out --config, --out, --overwrite and --recipe"
         )

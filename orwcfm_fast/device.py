@@ -1,4 +1,4 @@
-"""Where to run, in what precision, and where to keep what is made once."""
+"""The device, the number format of a network, and the cache folder."""
 
 import os
 import platform
@@ -26,10 +26,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def resolve_device(name: str) -> torch.device:
-    """'auto', 'cpu', 'cuda' or 'cuda:N' to a device that is there, and torch's current one from now on.
+    """The torch device of a name: auto, cpu, cuda or cuda:N. A GPU that is named by number becomes the current one.
 
     Raises:
-        UserError: no such device here.
+        UserError: the name is no device, or this machine lacks it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,12 +44,12 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device '{name}': only cpu and cuda are supported")
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # events, streams and graphs are the current device's
+        torch.cuda.set_device(device)  # where events, streams and graphs are made
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and how many threads torch uses of it."""
+    """The name of the GPU, or of the processor with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -61,10 +61,10 @@ def device_name(device: torch.device) -> str:
 
 
 def fast_bf16(device: torch.device, parameters: int = 10**9) -> bool:
-    """Whether bfloat16 makes a network of that many parameters faster there.
+    """Whether a network of that many parameters computes faster in bfloat16 on the device.
 
-    On a CPU: with AMX from 200,000 parameters up; with AVX512-BF16 alone, where a product gains about 2×,
-    only where the products are large enough to outweigh the casts.
+    A GPU of compute capability 8.0 or a CPU with AMX gains from 200,000 parameters. A CPU with AVX512-BF16 alone
+    multiplies about twice as fast, which outweighs the casts from 10 million parameters.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0) and parameters >= 200_000
@@ -74,12 +74,12 @@ def fast_bf16(device: torch.device, parameters: int = 10**9) -> bool:
 
 
 def resolve_precision(name: str, device: torch.device, parameters: int) -> torch.dtype:
-    """'auto', 'fp32' or 'bf16' to a dtype; auto by what is faster for a network of that many parameters."""
+    """The dtype of auto, fp32 or bf16; auto is the faster one for a network of that many parameters."""
     if name == "auto":
         return torch.bfloat16 if fast_bf16(device, parameters) else torch.float32
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
 def cache_dir() -> Path:
-    """$ORWCFM_CACHE, by default ~/.cache/orwcfm."""
+    """The folder $ORWCFM_CACHE, by default ~/.cache/orwcfm."""
     return Path(os.environ.get("ORWCFM_CACHE") or Path.home() / ".cache" / "orwcfm")

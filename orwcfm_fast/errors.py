@@ -1,22 +1,22 @@
-"""The two ways a command ends badly; anything else is a bug and shows as one."""
+"""The errors that a user sees as one line; any other exception is a bug and shows its type."""
 
 import sys
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: an argument, a value, a file. One line; exit code 2."""
+    """A wrong argument, value or file of the user. The command prints one line and exits with code 2."""
 
 
 class WorkError(RuntimeError):
-    """A failure at work, with everything before it saved. One line; exit code 1."""
+    """A failure during the work; what was done before it is saved. The command prints one line and exits with 1."""
 
 
 class RewardError(WorkError):
-    """The reward raised, or returned what is no reward."""
+    """A reward raised an exception, or returned something else than one finite number for each sample."""
 
 
 class Interrupted(RuntimeError):
-    """Ctrl-C or SIGTERM; says what is saved. Exit code 130 or 143."""
+    """Ctrl-C or SIGTERM ended the work; the message tells what is saved. Exit code 130 or 143."""
 
     def __init__(self, text: str, code: int = 130) -> None:
         super().__init__(text)
@@ -24,5 +24,5 @@ class Interrupted(RuntimeError):
 
 
 def warn(text: str) -> None:
-    """One line on standard error; the work goes on."""
+    """Print one line to standard error; the work continues."""
     print(f"warning: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Seconds by phase, without a host sync inside a round."""
+"""Seconds of each phase of a round, measured without making the host wait for the GPU during the round."""
 
 import time
 from collections import defaultdict
@@ -9,7 +9,7 @@ import torch
 
 
 class Phases:
-    """Adds up seconds by name: wall clock on a CPU, CUDA events (read at the end of a round) on a GPU."""
+    """Seconds by name of phase: wall-clock time on a CPU; on a GPU, CUDA events that are read after a round."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -18,7 +18,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        if self._cuda and torch.cuda.is_current_stream_capturing():  # nothing runs now
+        if self._cuda and torch.cuda.is_current_stream_capturing():  # kernels are recorded, none runs
             yield
         elif self._cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -32,12 +32,12 @@ class Phases:
             self._seconds[name] += time.perf_counter() - begin
 
     def add(self, seconds: dict[str, float]) -> None:
-        """Count seconds spent elsewhere: those of a round's part before it was interrupted."""
+        """Add the seconds of the part of a round that ran before it was interrupted."""
         for name, value in seconds.items():
             self._seconds[name] += value
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase since the last read, 0 for a phase that never was; waits for the device once."""
+        """Seconds of each phase since the last read, 0 for a phase that did not occur; waits for the device once."""
         if self._events:
             self._events[-1][2].synchronize()
         for name, start, end in self._events:

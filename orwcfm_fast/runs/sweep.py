@@ -1,4 +1,4 @@
-"""A grid of fine-tuning runs over one loaded model; what `orwcfm sweep` calls."""
+"""A grid of fine-tuning runs that start from one loaded model; what `orwcfm sweep` calls."""
 
 import copy
 import json
@@ -15,32 +15,30 @@ from orwcfm_fast.errors import Interrupted, UserError, WorkError
 from orwcfm_fast.files import write_text
 from orwcfm_fast.method.callbacks import Progress
 from orwcfm_fast.method.samplers import times as solver_times
-from orwcfm_fast.registry import unknown
 from orwcfm_fast.reporting.fronts import Outcome, plain_forecast, write_fronts
 from orwcfm_fast.reporting.tracking import check_loggers
-from orwcfm_fast.rewards import check_code_named, make_reward, user_code
+from orwcfm_fast.rewards import make_reward, user_code
 from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
-from orwcfm_fast.runs.resolve import FILLED, agrees, resolved
+from orwcfm_fast.runs.resolve import FILLED, resolved
 from orwcfm_fast.runs.run import Run, is_run, next_run_path, read_command, resume_command
-from orwcfm_fast.runs.sweep_grid import grid
-from orwcfm_fast.settings import Finetune, Predict, RewardOptions, Settings, Sweep, build, read_toml
+from orwcfm_fast.runs.sweep_grid import check_named, grid, widened
+from orwcfm_fast.settings import Finetune, Predict, RewardOptions, Settings, Sweep
 from orwcfm_fast.theory.forecast import forecast_many
 from orwcfm_fast.theory.prediction import FORECAST_ROUNDS, MANY_PROMPTS, Reference, draw_reference
 
-PLACE = ("device", "log", "graph")  # where it runs
-MAY_CHANGE = ("alpha", "tau", *PLACE)
 REWARD_KEYS = [key for key in RewardOptions.model_fields if key not in Settings.model_fields]
 
 
 class Sweeping:
-    """All runs of one grid in one directory; made by `prepare`, which may find some of them done.
+    """All runs of a grid in one directory; made by `prepare`, which finds the runs that are done.
 
     Args:
-        runs: by name, resolved.
+        runs: the resolved settings of each run by its name.
         base: the pretrained model, loaded once; every run trains a copy.
-        run: the sweep's own directory; each run is a directory in it.
-        new: made now; where no run comes to anything, it goes and what it replaced comes back.
+        run: the directory of the sweep, in which every run is a directory.
+        new: whether this process made the directory; it is removed, and what it replaced put back, where no run
+            begins.
     """
 
     def __init__(self, settings: Sweep, runs: dict[str, Finetune], base: Loaded, run: Run, new: bool) -> None:
@@ -55,19 +53,24 @@ class Sweeping:
         overwrite: bool = False,
         watch_pretraining: Watch | None = None,
     ) -> "Sweeping":
-        """Check the whole grid, load the model, make the directory or find what is done in it.
+        """Check the whole grid, load the model, and make the directory or find what is done in it.
 
-        A sweep that lies at `out` already goes on, with its own settings and the values of α and τ added.
+        A sweep that exists at `out` continues with its own settings, to which values of α and τ may be added.
+
+        Args:
+            settings: of a new sweep.
+            given: the settings that the user set, which a sweep that exists must agree with.
+            watch_pretraining: called while the digits model is pretrained.
 
         Raises:
-            UserError: anything wrong with what the user gave; nothing is left behind.
+            UserError: a wrong setting, reward, model or directory; nothing is left behind.
         """
         begun = out if out and not overwrite and read_command(out) == "sweep" else None
         if begun:
-            settings = _widened(begun, given)
+            settings = widened(begun, given)
         runs = grid(settings)
         if begun:
-            _check_named(runs, given, begun)
+            check_named(runs, given, begun)
         solver_times(settings.nfe, settings.solver, settings.grid)
         check_loggers(settings.log)
         if settings.reward:
@@ -89,22 +92,22 @@ class Sweeping:
         return task
 
     def finished(self) -> list[str]:
-        """Names of the runs of this grid that are done."""
+        """The names of the runs that are done."""
         return [name for name in self.runs if (self.run.path / name / "summary.json").is_file()]
 
     def forecast(self) -> str:
-        """Forecast every run from common samples of the model; one line. Kept for the next time."""
+        """Forecast every run from common samples of the model, into forecast.json; what was done, as one line."""
         if (prompts := self.base.policy.conditions) and len(prompts) > 1:
             return MANY_PROMPTS
         found = self._forecasts()
         groups: dict[tuple, list[str]] = {}
         for name, s in self.runs.items():
-            known = s.target_w2 is None and not s.standardize_rewards  # no forecast knows those
+            known = s.target_w2 is None and not s.standardize_rewards  # these cannot be forecast
             if known and name not in found:
                 rewards = tuple(str(getattr(s, key)) for key in REWARD_KEYS)
                 groups.setdefault((rewards, s.rounds, s.weights, s.normalize_weights), []).append(name)
         if not groups:
-            return "forecasts are there"
+            return "all runs are forecast already"
         s = self.settings
         how = Predict(solver=s.solver, nfe=s.nfe, grid=s.grid, chunk=s.chunk, seed=s.seed)
         references: dict[tuple, Reference] = {}
@@ -138,14 +141,15 @@ class Sweeping:
         watch: Callable[[str, float], None] | None = None,
         on_result: Callable[[Outcome], None] | None = None,
     ) -> None:
-        """Every run that is not done, one after the other; fronts are written after each.
+        """Train every run that is not done, one after the other, and write the fronts after each.
 
         Args:
-            watch: called with a run's name and the share of it that is done.
+            watch: called with the name of a run and the share of it that is done.
+            on_result: called with the outcome of each run.
 
         Raises:
             WorkError: some runs failed; the others are done.
-            Interrupted: finished runs are kept.
+            Interrupted: Ctrl-C or SIGTERM; finished runs stay.
         """
         try:
             with self._or_nothing():
@@ -156,7 +160,7 @@ class Sweeping:
 
     @contextmanager
     def _or_nothing(self) -> Iterator[None]:
-        """A new sweep that fails before any run has begun leaves nothing behind."""
+        """Leave nothing behind where a new sweep fails before any run has begun."""
         try:
             yield
         except BaseException:
@@ -173,7 +177,7 @@ class Sweeping:
             try:
                 self._train(name, watch)
             except (WorkError, UserError) as error:
-                failed[name] = str(error)  # itself it would hold the run's networks, by its frames
+                failed[name] = str(error)  # the exception itself would keep the networks of the run in memory
                 continue
             except (KeyboardInterrupt, Interrupted) as stopped:
                 left = len(self.runs) - len(self.finished())
@@ -213,7 +217,7 @@ class Sweeping:
             task.run.unlock()
 
     def _task(self, name: str) -> Finetuning:
-        """The run as it stands: new, or to go on with."""
+        """A new run, or the one that was begun."""
         policy = replace(self.base.policy, network=copy.deepcopy(self.base.policy.network))
         loaded = replace(self.base, policy=policy)
         path = self.run.path / name
@@ -223,36 +227,9 @@ class Sweeping:
         return Finetuning.begin(self.runs[name], loaded, path)
 
     def write(self) -> list[Outcome]:
-        """fronts.csv, fronts.png and report.html of the runs that are done; what they show."""
+        """Write fronts.csv, fronts.png and report.html of the runs that are done; their outcomes."""
         forecasts = self._forecasts()
         outcomes = [Outcome.read(self.run.path / name, forecasts.get(name)) for name in self.finished()]
         if outcomes:
             write_fronts(self.run, self.settings, outcomes)
         return outcomes
-
-
-def _check_named(runs: dict[str, Finetune], given: dict[str, Any], path: Path) -> None:
-    """A sweep that is found runs no code of its own: a reward of a file or module must be named again."""
-    for key in ("reward", "holdout_reward"):
-        rewards = [*dict.fromkeys(name for s in runs.values() for name in getattr(s, key))]
-        check_code_named(rewards, given.get(key, []), path / "config.toml", key)
-
-
-def _widened(path: Path, given: dict[str, Any]) -> Sweep:
-    """The settings of a sweep that goes on: its own, with the values of α and τ that were given added.
-
-    Raises:
-        UserError: another setting given differs from the sweep's.
-    """
-    written = read_toml(path / "config.toml")
-    own = build(Sweep, written, where=f"{path / 'config.toml'}: ")
-    for key, value in given.items():
-        if key not in Sweep.model_fields:
-            raise unknown("setting", key, Sweep.model_fields)
-        if key not in MAY_CHANGE and not agrees(key, value, getattr(own, key)):
-            flag = f"--{key.replace('_', '-')}"
-            raise UserError(
-                f"--out {path}: this sweep has {flag} {getattr(own, key)}, not {value}; use another --out"
-            )
-    added = {key: [*dict.fromkeys([*getattr(own, key), *given.get(key, [])])] for key in ("alpha", "tau")}
-    return build(Sweep, written, {k: given[k] for k in PLACE if k in given}, added)

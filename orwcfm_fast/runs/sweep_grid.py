@@ -1,15 +1,17 @@
-"""The grid of a sweep: every combination of --alpha, --tau and --set, each under a name that says it."""
+"""The grid of a sweep: every combination of --alpha, --tau and --set, each with a name that tells its values."""
 
 import itertools
 import tomllib
+from pathlib import Path
 from typing import Any
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import unknown
-from orwcfm_fast.runs.resolve import anchor_name
-from orwcfm_fast.settings import Finetune, Sweep, build
+from orwcfm_fast.rewards import check_code_named
+from orwcfm_fast.runs.resolve import agrees, anchor_name
+from orwcfm_fast.settings import Finetune, Sweep, build, read_toml
 
-# of the model that is loaded once, and of the machine
+# settings of the model, which is loaded once
 OF_THE_MODEL = (
     "checkpoint",
     "model",
@@ -21,6 +23,8 @@ OF_THE_MODEL = (
     "vae_chunk",
 )
 ONE_FOR_ALL = (*OF_THE_MODEL, "device", "precision", "log")
+PLACE = ("device", "log", "graph")  # of the machine, not of the method
+MAY_CHANGE = ("alpha", "tau", *PLACE)
 
 
 def grid(s: Sweep) -> dict[str, Finetune]:
@@ -38,8 +42,7 @@ def grid(s: Sweep) -> dict[str, Finetune]:
     names = [key for key, _ in axes]
     if len(set(names)) < len(names):
         raise UserError("--set: name every setting once, KEY=V1,V2")
-    steered = s.target_w2 is not None or "target_w2" in names
-    axes += [("tau", [*s.tau]), ("alpha", [Finetune().alpha] if steered else [*s.alpha])]
+    axes += [("tau", [*s.tau]), ("alpha", [Finetune().alpha] if chooses_alpha(s) else [*s.alpha])]
     common = s.model_dump(exclude={"alpha", "tau", "set"})
     runs = {}
     for values in itertools.product(*(values for _, values in axes)):
@@ -50,6 +53,11 @@ def grid(s: Sweep) -> dict[str, Finetune]:
         runs["".join(c if c.isalnum() or c in "-+.=" else "_" for c in name)] = settings
     _check_distinct(runs)
     return runs
+
+
+def chooses_alpha(s: Sweep) -> bool:
+    """Whether every run has a --target-w2, which chooses α itself."""
+    return s.target_w2 is not None or any(_axis(text)[0] == "target_w2" for text in s.set)
 
 
 def _check_distinct(runs: dict[str, Finetune]) -> None:
@@ -70,7 +78,11 @@ def _plain(value: Any) -> str:
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:
-    """'KEY=V1,V2' as the setting and its values."""
+    """KEY=V1,V2 as the name of the setting and its values.
+
+    Raises:
+        UserError: another form, or a setting that cannot be varied.
+    """
     key, _, rest = text.partition("=")
     key = key.strip().lstrip("-").replace("-", "_")
     values = [v.strip() for v in rest.split(",")]
@@ -79,7 +91,7 @@ def _axis(text: str) -> tuple[str, list[Any]]:
     if key in ("alpha", "tau"):
         raise UserError(f"--set {text}: give --{key} for each value")
     if key in ONE_FOR_ALL:
-        raise UserError(f"--set {text}: --{key} is one for all runs of a sweep")
+        raise UserError(f"--set {text}: --{key} is the same for all runs of a sweep")
     if key not in Finetune.model_fields:
         raise UserError(f"--set {text}: {unknown('setting', key, Finetune.model_fields)}")
     kind = Finetune.model_fields[key].annotation
@@ -97,4 +109,33 @@ def _parsed(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text  # the settings say what would be right
+        return text  # the settings tell what would be right
+
+
+def check_named(runs: dict[str, Finetune], given: dict[str, Any], path: Path) -> None:
+    """A sweep that exists may come from anyone: a reward that is code runs only if the user names it again."""
+    for key in ("reward", "holdout_reward"):
+        rewards = [*dict.fromkeys(name for s in runs.values() for name in getattr(s, key))]
+        check_code_named(rewards, given.get(key, []), path / "config.toml", key)
+
+
+def widened(path: Path, given: dict[str, Any]) -> Sweep:
+    """The settings of a sweep that continues: its own, with the given values of α and τ added.
+
+    Raises:
+        UserError: another given setting differs from that of the sweep.
+    """
+    written = read_toml(path / "config.toml")
+    own = build(Sweep, written, where=f"{path / 'config.toml'}: ")
+    for key, value in given.items():
+        if key not in Sweep.model_fields:
+            raise unknown("setting", key, Sweep.model_fields)
+        if key not in MAY_CHANGE and not agrees(key, value, getattr(own, key)):
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(
+                f"--out {path}: this sweep has {flag} {getattr(own, key)}, not {value}; use another --out"
+            )
+    if chooses_alpha(own) and not set(given.get("alpha", [])) <= set(own.alpha):
+        raise UserError(f"--alpha has no effect: --target-w2 of the sweep {path} chooses α itself")
+    added = {key: [*dict.fromkeys([*getattr(own, key), *given.get(key, [])])] for key in ("alpha", "tau")}
+    return build(Sweep, written, {k: given[k] for k in PLACE if k in given}, added)

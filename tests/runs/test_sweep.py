@@ -14,8 +14,7 @@ import pytest
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.runs.finetune_run import Finetuning
-from orwcfm_fast.runs.sweep import _widened
-from orwcfm_fast.runs.sweep_grid import grid
+from orwcfm_fast.runs.sweep_grid import grid, widened
 from orwcfm_fast.settings import Sweep
 
 ORWCFM = Path(sys.executable).with_name("orwcfm")
@@ -44,7 +43,7 @@ def test_grid_is_every_combination_under_names_that_say_it():
         ({"set": ["lr=1e-3,"]}, "write KEY=V1,V2"),
         ({"set": ["learning=1"]}, "unknown setting 'learning'"),
         ({"set": ["alpha=1,2"]}, "give --alpha for each value"),
-        ({"set": ["data=moons"]}, "one for all runs"),
+        ({"set": ["data=moons"]}, "the same for all runs"),
         ({"set": ["lr=1", "lr=2"]}, "name every setting once"),
         ({"set": ["lr=fast"]}, "lr = 'fast'"),
         ({"set": ["batch=1.5"]}, "batch = 1.5"),
@@ -124,7 +123,7 @@ def test_sweep_keeps_what_is_done_goes_on_and_widens(run_cli, tiny_run, monkeypa
     more = run_cli("sweep", "--out", "s", "--alpha", 3, "--quiet")
     assert more.code == 0 and begun[3:] == ["a3-t0.5"], more.err
     assert [r["alpha"] for r in rows(Path("s"))[1:]] == ["0.0", "1.0", "3.0"]
-    assert _widened(Path("s"), {"graph": True}).graph, "of the machine, as --device is"
+    assert widened(Path("s"), {"graph": True}).graph, "of the machine, as --device is"
     other = run_cli("sweep", "--out", "s", "--rounds", 5)
     assert other.code == 2 and "has --rounds 2, not 5" in other.err and other.err.count("\n") == 1
     taken = run_cli("sweep", "--out", "run", "--checkpoint", "base", *SMALL)
