@@ -72,12 +72,6 @@ def _clip_has_text(v: Any) -> bool:
     return bool(clip) and all(":" in spec for spec in clip)
 
 
-def _small_probe(v: Any) -> bool:
-    from orwcfm_fast.control.target_w2 import probe_size
-
-    return probe_size(v) > v.probe
-
-
 def _no_file(v: Any) -> bool:
     """No model is a .pt file, whose network and data must be named; a pipeline may be named by --model alone."""
     from orwcfm_fast.networks.diffusers import is_pipeline
@@ -133,7 +127,6 @@ FINETUNE = (
     ),
     Rule(("guard_ess", "guard_w2", "guard_diversity"), lambda v: v.guard == "off", "--guard is off"),
     Rule(("micro_batch",), lambda v: v.micro_batch >= v.batch, "a batch of {batch} is no larger"),
-    Rule(("probe",), _small_probe, "--target-w2 follows W2 on more samples than {probe}"),
     Rule(
         (*CONDITIONS, "gradient_checkpointing"), _digits_model, "the digits model is no pipeline with prompts"
     ),

@@ -171,5 +171,5 @@ def _finetune_settings(recipe: str, config: Path | None, given: dict[str, Any]) 
 def _only_resume(config: Path | None, out: Path | None, overwrite: bool, recipe: str) -> None:
     if config or out or overwrite or recipe:
         raise UserError(
-            "--resume takes the settings and the folder of the run; leave out --config, --out, --overwrite and --recipe"
+            "--resume takes the settings and the folder of the run; leave out --config, --out, --overwrite, --recipe"
         )

@@ -109,7 +109,8 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
     probe: int = setting(
         128,
         panel="Output",
-        help="number of samples, from the same noise every round, on which W2 and the pictures are made",
+        help="number of samples, from the same noise every round, on which W2 and the pictures are made; "
+        "at least 1,024 with --target-w2",
         ge=2,
     )
     eval_n: int = setting(2048, panel="Output", help="number of held-out samples of the closing table", ge=4)

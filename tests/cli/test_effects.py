@@ -87,7 +87,7 @@ FINETUNE = {
     "--guard-ess": [("--guard-ess", 0.5, "--guard", "off", "--guard is off")],
     "--guard-w2": [("--guard-w2", 5, "--guard", "off", "--guard is off")],
     "--guard-diversity": [("--guard-diversity", 0.5, "--guard", "off", "--guard is off")],
-    "--probe": [("--probe", 64, "--target-w2", 1, "on more samples than 64")],
+    "--probe": ALWAYS,
     "--eval-n": ALWAYS, "--save-every": ALWAYS, "--keep": ALWAYS, "--best": ALWAYS, "--log": ALWAYS,
 }  # fmt: skip
 

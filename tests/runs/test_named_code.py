@@ -21,8 +21,8 @@ def stranger(run_cli, tiny_run):
     """A run as one might be sent: its config names a reward that is code, and the code lies beside."""
     Path("song.py").write_text(SINGS)
     config = (tiny_run / "config.toml").read_text()
-    assert 'reward = ["right"]' in config
-    (tiny_run / "config.toml").write_text(config.replace('reward = ["right"]', 'reward = ["song.py:f"]'))
+    assert '"right"' in config
+    (tiny_run / "config.toml").write_text(config.replace('"right"', '"song.py:f"'))
     return tiny_run
 
 
@@ -62,7 +62,7 @@ def test_code_in_other_places_of_a_runs_config_is_held_back_too(run_cli, strange
         result = run_cli(*args)
         assert result.code == 2 and "add --holdout-reward song.py:f" in result.err
     worker = f"process:{sys.executable}:song.py:f"
-    config.write_text(text.replace('reward = ["right"]', f'reward = ["{worker}"]', 1))
+    config.write_text(text.replace('"right"', f'"{worker}"'))
     result = run_cli("finetune", "--resume", stranger, "--rounds", 3)
     assert result.code == 2 and f"add --reward {worker}" in result.err
     small = (
@@ -81,10 +81,10 @@ def test_code_in_other_places_of_a_runs_config_is_held_back_too(run_cli, strange
     )
     assert run_cli("sweep", "--checkpoint", "base", *small, "--alpha", 1, "--quiet", "--out", "s").code == 0
     own = Path("s/config.toml")
-    own.write_text(own.read_text().replace('reward = ["right"]', 'reward = ["song.py:f"]', 1))
+    own.write_text(own.read_text().replace('"right"', '"song.py:f"'))
     result = run_cli("sweep", "--out", "s", "--alpha", 2)
     assert result.code == 2 and "add --reward song.py:f" in result.err
-    text = own.read_text().replace('reward = ["song.py:f"]', 'reward = ["right"]', 1)
+    text = own.read_text().replace('"song.py:f"', '"right"')
     own.write_text(text.replace("set = []", 'set = ["reward=song.py:f"]', 1))
     assert 'set = ["reward' in own.read_text()
     result = run_cli("sweep", "--out", "s")
