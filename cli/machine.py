@@ -1,4 +1,4 @@
-"""Section Machine of the commands: bench, list, doctor."""
+"""Section Machine of the commands: list, doctor and bench."""
 
 import shutil
 from pathlib import Path
@@ -90,7 +90,7 @@ def doctor(
         _plan(s, gpu_gib, ranks, as_json)
         return
     if given or config or gpu_gib or ranks > 1:
-        raise UserError("settings say what to plan: give --plan as well")
+        raise UserError("settings are for a plan: give --plan as well")
     from orwcfm_fast.planning.doctor import examine
 
     found = examine()
@@ -109,14 +109,14 @@ def _plan(s: Finetune, gpu_gib: float | None, ranks: int, as_json: bool) -> None
 
     from orwcfm_fast.networks.diffusers import is_pipeline
 
-    with console.progress(1, "probing", as_json):
+    with console.progress(1, "planning", as_json):
         if is_pipeline(s.model):
             from orwcfm_fast.planning.pipeline import plan_pipeline
 
             plans = plan_pipeline(s, gpu_gib, ranks)
         elif gpu_gib:
             raise UserError(
-                "--gpu-gib: plans a diffusers pipeline; other models are probed on the device here"
+                "--gpu-gib: plans a diffusers pipeline; any other model is measured on this machine"
             )
         else:
             from orwcfm_fast.planning.network import plan_run
@@ -148,7 +148,7 @@ def _show_plan(found: "Plan", s: Finetune) -> None:
         ]
     rows += [["Python, torch, libraries", f"{found.process / 2**20:.1f}"]] if found.process else []
     rows += [[f"peak, in the {max(found.phases, key=found.phases.__getitem__)}", f"{found.peak / 2**20:.1f}"],
-             [f"there is, on {found.device}", f"{found.limit / 2**20:.1f}"]]  # fmt: skip
+             [f"available on {found.device}", f"{found.limit / 2**20:.1f}"]]  # fmt: skip
     console.out.print(console.plain_table(["memory", "MiB"], rows))
     if found.seconds:
         seconds = ", ".join(f"{name} {value:.2g}" for name, value in found.seconds.items())

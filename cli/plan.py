@@ -78,7 +78,7 @@ def predict(
     )
     out = out or Path("forecast.png")
     if out.suffix != ".png" or not out.parent.is_dir():
-        raise UserError(f"--out {out}: should be a .png in a folder that is there")
+        raise UserError(f"--out {out}: should be a .png file in a folder that exists")
     loader = Loader(resolve_device(s.device), s.precision, preset, data, how=s)
     if versus:
 
@@ -146,7 +146,7 @@ def _show_forecasts(forecasts: list["Forecast"], as_json: bool) -> None:
 
 
 def _shown(rounds: int) -> list[int]:
-    """At most six rounds, the last among them, so that the table fits."""
+    """The numbers of at most six rounds with the last one, so that the table fits."""
     step = max(1, -(-(rounds - 1) // 6))
     return sorted({*range(rounds - 1, 0, -step)})
 

@@ -216,26 +216,6 @@ def test_an_option_without_effect_is_one_clear_line(run_cli, tiny_run, command, 
     assert not any(name.startswith("runs") for name in map(str, tiny_run.parent.iterdir()))
 
 
-def test_a_sweep_towards_one_w2_trains_one_run_for_each_temperature():
-    from orwcfm_fast.runs.sweep_grid import grid
-    from orwcfm_fast.settings import Sweep
-
-    assert [*grid(Sweep(target_w2=1.5, tau=[0.5, 1.0]))] == ["w1.5-t0.5", "w1.5-t1"]
-    assert [*grid(Sweep(set=["target-w2=1.0,2.0"]))] == ["w1-t0.5-target-w2=1", "w2-t0.5-target-w2=2"]
-
-
-def test_no_alpha_is_added_to_a_sweep_towards_one_w2(tmp_path):
-    from orwcfm_fast.errors import UserError
-    from orwcfm_fast.runs.run import Run
-    from orwcfm_fast.runs.sweep_grid import widened
-    from orwcfm_fast.settings import Sweep
-
-    Run(tmp_path).write_config("sweep", Sweep(target_w2=1.5))
-    assert widened(tmp_path, {"tau": [2.0]}).tau == [0.5, 2.0]
-    with pytest.raises(UserError, match="--alpha has no effect"):
-        widened(tmp_path, {"alpha": [3.0]})
-
-
 def test_what_a_toml_file_says_for_another_use_is_no_error(run_cli, tiny_run):
     """The settings of a run hold an α, which --target-w2 on top of them replaces."""
     made = run_cli(

@@ -14,6 +14,7 @@ import pytest
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.runs.finetune_run import Finetuning
+from orwcfm_fast.runs.run import Run
 from orwcfm_fast.runs.sweep_grid import grid, widened
 from orwcfm_fast.settings import Sweep
 
@@ -56,6 +57,18 @@ def test_a_wrong_grid_is_one_clear_line_before_any_work(change, message):
     with pytest.raises(UserError, match=message) as error:
         grid(Sweep(**change))
     assert "\n" not in str(error.value)
+
+
+def test_a_sweep_towards_one_w2_trains_one_run_for_each_temperature():
+    assert [*grid(Sweep(target_w2=1.5, tau=[0.5, 1.0]))] == ["w1.5-t0.5", "w1.5-t1"]
+    assert [*grid(Sweep(set=["target-w2=1.0,2.0"]))] == ["w1-t0.5-target-w2=1", "w2-t0.5-target-w2=2"]
+
+
+def test_no_alpha_is_added_to_a_sweep_towards_one_w2(tmp_path):
+    Run(tmp_path).write_config("sweep", Sweep(target_w2=1.5))
+    assert widened(tmp_path, {"tau": [2.0]}).tau == [0.5, 2.0]
+    with pytest.raises(UserError, match="--alpha has no effect"):
+        widened(tmp_path, {"alpha": [3.0]})
 
 
 def test_sweep_keeps_what_is_done_goes_on_and_widens(run_cli, tiny_run, monkeypatch):
