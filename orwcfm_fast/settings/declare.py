@@ -43,7 +43,7 @@ def setting(
 class Settings(BaseModel):
     """Base of all settings: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     seed: int = setting(0, panel="Machine", help="seed of all random numbers", ge=-(2**63), lt=2**63)
     device: str = setting("auto", panel="Machine", help="auto, cpu, cuda or cuda:N", metavar="DEVICE")

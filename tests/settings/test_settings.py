@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tomllib
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +34,7 @@ values = st.dictionaries(
 )
 
 
+@hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @given(values)
 def test_what_is_written_as_toml_reads_back_equal(written):
     assert tomllib.loads(to_toml(written)) == {k: v for k, v in written.items() if v is not None}
