@@ -1,49 +1,59 @@
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?=
 
-.PHONY: demo test test-slow lint typed docs soak bench clean
-demo: .venv/installed
+.PHONY: demo test test-slow test-lowest test-versions lint typed docs soak bench clean
+demo: $(VENV)/installed
 	$(BIN)/orwcfm finetune --alpha 1 --tau 0.5
 
-test: .venv/installed-dev
+test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist loadfile -m "not slow and not soak"
 
-test-slow: .venv/installed-dev
+test-slow: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist loadfile -m "slow and not soak" --durations=15
 
-soak: .venv/installed-dev
+# the ends and the middle of pyproject.toml's ranges; an environment each under .versions/, made where it is missing
+test-lowest:
+	$(MAKE) test VENV=.versions/lowest CONSTRAINTS=constraints/lowest.txt
+
+test-versions: test-lowest
+	$(MAKE) test VENV=.versions/torch-2.14 CONSTRAINTS=constraints/torch-2.14.txt
+	$(MAKE) test VENV=.versions/newest
+
+soak: $(VENV)/installed-dev
 	$(BIN)/pytest tests -m soak -o faulthandler_timeout=5400
 
-bench: .venv/installed-dev
+bench: $(VENV)/installed-dev
 	$(BIN)/orwcfm bench
 
 # types are checked on an installed copy: in the repository kernels/, cli/ and benchmarks/ stand outside the package
-lint: .venv/installed-dev typed
+lint: $(VENV)/installed-dev typed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd .venv && MYPYPATH=typed bin/mypy --config-file ../pyproject.toml -p orwcfm_fast
+	cd $(VENV) && MYPYPATH=typed bin/mypy --config-file $(CURDIR)/pyproject.toml -p orwcfm_fast
 
-typed: | .venv/bin/python
-	rm -rf .venv/typed && $(BIN)/pip install -q --no-deps --target .venv/typed .
+typed: | $(VENV)/bin/python
+	rm -rf $(VENV)/typed && $(BIN)/pip install -q --no-deps --target $(VENV)/typed .
 
 # the manual, into site/: open site/index.html; a broken link fails
-docs: .venv/installed-docs typed
+docs: $(VENV)/installed-docs typed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
 
-.venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install -q -e .
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q $(CONSTRAINTS:%=-c %) -e .
 	touch $@
 
-.venv/installed-dev: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install -q -e '.[test,dev]'
-	touch $@ .venv/installed
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q $(CONSTRAINTS:%=-c %) -e '.[test,dev]'
+	touch $@ $(VENV)/installed
 
-.venv/installed-docs: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install -q -e '.[docs]'
-	touch $@ .venv/installed
+$(VENV)/installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q $(CONSTRAINTS:%=-c %) -e '.[docs]'
+	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv .versions build site *.egg-info

@@ -87,7 +87,7 @@ def compile_launch(launch: Launch, target: int):
             constants[name], signature[name] = value, "constexpr"
             continue
         if isinstance(value, torch.Tensor):
-            signature[name], number = "*" + _TYPES[value.dtype], value.data_ptr()
+            signature[name], number = "*" + _TYPES[value.dtype], 0  # a launcher's own allocation
         elif isinstance(value, int):
             signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
         else:

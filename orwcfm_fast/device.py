@@ -68,9 +68,10 @@ def fast_bf16(device: torch.device, parameters: int = 10**9) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0) and parameters >= 200_000
-    if torch.cpu._is_amx_tile_supported():
+    can = torch.cpu.get_capabilities()
+    if can.get("amx_tile"):
         return parameters >= 200_000
-    return torch.cpu._is_avx512_bf16_supported() and parameters >= 10_000_000
+    return bool(can.get("avx512_bf16")) and parameters >= 10_000_000
 
 
 def resolve_precision(name: str, device: torch.device, parameters: int) -> torch.dtype:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.kernels.interpolate import interpolate
@@ -77,7 +78,7 @@ class Pretrainer:
         self.optimizer.zero_grad(set_to_none=True)
         # the average forgets the first steps' weights faster than its final decay
         decay = min(s.ema, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
+        get_ema_multi_avg_fn(decay)(self.averages, self.parameters, self.steps)
         self.steps += 1
         return loss.detach()
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
+
+from orwcfm_fast.planning.torch_private import tree_map
 
 # of torch's list of CUDA ops that autocast to float32, those that transformers and VAEs have
 FLOAT32_OPS = {

@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from orwcfm_fast.device import resolve_device, resolve_precision
 from orwcfm_fast.distributed import bucket_bytes
@@ -35,6 +32,7 @@ from orwcfm_fast.planning.allocations import AllocationProfile
 from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules, recompute
 from orwcfm_fast.planning.evaluation_memory import EvaluationMemory
 from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, largest_fitting
+from orwcfm_fast.planning.torch_private import FakeTensorMode, TorchDispatchMode, tree_leaves
 from orwcfm_fast.settings import Finetune
 
 RANK = 16  # of the plan with adapters, where --lora names none
