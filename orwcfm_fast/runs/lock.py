@@ -1,60 +1,58 @@
-"""One process a run: a lock that the system takes back when its holder dies, so that none goes stale."""
+"""One process per run directory: a file lock that the system releases when its holder ends, however that happens."""
 
 import errno
-import fcntl
 import os
 import time
-import weakref
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from orwcfm_fast.errors import UserError, warn
+from orwcfm_fast.files import open_regular
 
 LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 class RunLock:
-    """Held from its making until `release` or the end of the process, by kill -9 too.
+    """The lock of a run directory, held from construction until `release` or the end of the process.
+
+    filelock keeps it out of forked children, so that a reward's worker processes cannot outlive their parent with it.
 
     Raises:
-        UserError: another process works in that folder; names it.
-        OSError: the folder is not there or not writable.
+        UserError: another process holds it; the message names that process.
+        OSError: the directory does not exist or is not writable.
     """
 
     def __init__(self, folder: Path) -> None:
         path = folder / LOCK
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        # the file stays after release: were it removed, two processes could each lock a file of that name
+        self._lock = FileLock(
+            path, blocking=False, thread_local=False, preserve_lock_file=True, on_acquired=_write_holder
+        )
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._handle, 100, 0).decode("ascii", "replace").strip() or "another process"
-            self.release()
-            raise UserError(f"run {folder}: {holder} is at work in it; wait for it or end it") from None
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"run {folder}: {_holder(path)} is at work in it; wait for it or end it"
+            ) from None
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
-                self.release()
                 raise
-            warn(f"{folder}: this file system has no locks; see to it that one process at a time works there")
-        else:
-            os.ftruncate(self._handle, 0)
-            began = time.strftime("%Y-%m-%d %H:%M:%S")
-            os.pwrite(self._handle, f"process {os.getpid()} (since {began})\n".encode(), 0)
-            _held.add(self)
+            warn(
+                f"{folder}: this file system has no locks; make sure that only one process at a time works there"
+            )
 
     def release(self) -> None:
-        """Let others in; the file stays, or two could each lock one of that name."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        """Let another process take the lock."""
+        self._lock.release()
 
 
-_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+def _write_holder(handle: int) -> None:
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})\n".encode(), 0)
 
 
-def _release_in_child() -> None:
-    # a reward's worker processes must not outlive their parent with its lock
-    for lock in _held:
-        lock.release()
-
-
-os.register_at_fork(after_in_child=_release_in_child)
+def _holder(path: Path) -> str:
+    with open_regular(path) as file:
+        return file.read(100).decode("ascii", "replace").strip() or "another process"

@@ -1,5 +1,6 @@
 """One process a run."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -80,6 +81,15 @@ def test_a_lock_is_never_written_through_a_link(tmp_path):
     with pytest.raises(OSError):
         RunLock(tmp_path / "run")
     assert (tmp_path / "precious").read_text() == "keep"
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def unsupported(handle, operation):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    RunLock(tmp_path).release()
+    assert "has no locks" in capsys.readouterr().err
 
 
 def test_a_finished_run_lets_go_in_the_same_process(run_cli, tiny_run):
