@@ -51,7 +51,7 @@ def pretrain(
     with progress(task.settings.steps, "pretraining", quiet) as bar:
         loss = task.train(lambda step, loss: bar.at(step, f"loss {loss:.4f}"))
     say(f"loss {loss:.4f}, {task.images_per_s():.0f} images/s", quiet)
-    say(f"samples in {task.picture}\nrun {task.run.path}", quiet)
+    say(f"samples in {task.samples_path}\nrun {task.run.path}", quiet)
     finetune = f"orwcfm finetune {f'--recipe {recipe} ' if recipe else ''}--checkpoint {task.run.path}"
     say(f"next: orwcfm sample · {finetune}", quiet)
 

@@ -1,4 +1,4 @@
-"""The paper's API: `ORWCFMTrainer` with its dict of settings, over the same trainer that the commands run."""
+"""The paper's API: `ORWCFMTrainer` with a dict of settings, on top of the trainer that the commands use."""
 
 import sys
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import FOREIGN_DATA
 from orwcfm_fast.settings import Finetune, build
 
-SAME = {
+RENAMED = {
     "learning_rate": "lr",
     "warmup_steps": "warmup",
     "w2_coefficient": "alpha",
@@ -32,8 +32,8 @@ SAME = {
     "grad_clip": "grad_clip",
     "batch_size": "batch",
 }
-OTHERS = ("text_prompts", "use_wandb", "wandb_project", "run_name", "savedir", "ref_path", "reward")
-PAPER = {
+PAPER_KEYS = ("text_prompts", "use_wandb", "wandb_project", "run_name", "savedir", "ref_path", "reward")
+PAPER_DEFAULTS = {
     "lr": 2e-4,
     "warmup": 5000,
     "batch": 64,
@@ -46,20 +46,24 @@ WITHOUT_EFFECT |= {"save_every", "keep", "best", "eval_n"}
 
 
 def settings_from(config: dict[str, Any]) -> Finetune:
-    """The dict of the paper's README as settings; any setting of ours may stand beside, by its own name.
+    """Settings from a dict with the keys of the paper's README; settings of orwcfm may be added under their own names.
 
-    Weights are raw, exp(τ·r), as in the paper. Without `reward`, `text_prompts` (what the image should show,
-    what not) selects the CLIP reward.
+    Weights are exp(τ·r), not normalised, as in the paper. Without `reward`, `text_prompts` (what the image should
+    show, and what it should not) selects the CLIP reward.
 
     Raises:
-        UserError: an unknown key (names the nearest), or a value out of bounds.
+        UserError: a key is unknown (the message names the nearest), or a value is out of bounds.
     """
-    known = [*SAME, *OTHERS, *(k for k in Finetune.model_fields if k not in WITHOUT_EFFECT)]
+    known = [*RENAMED, *PAPER_KEYS, *(k for k in Finetune.model_fields if k not in WITHOUT_EFFECT)]
     for key in config:
         if key not in known:
             raise UserError(str(unknown("key", key, known)))
-    values: dict[str, Any] = dict(PAPER)
-    values |= {SAME.get(key, key): value for key, value in config.items() if key in SAME or key not in OTHERS}
+    values: dict[str, Any] = dict(PAPER_DEFAULTS)
+    values |= {
+        RENAMED.get(key, key): value
+        for key, value in config.items()
+        if key in RENAMED or key not in PAPER_KEYS
+    }
     if config.get("reward") is not None:
         if not callable(config["reward"]):
             values["reward"] = (
@@ -69,19 +73,21 @@ def settings_from(config: dict[str, Any]) -> Finetune:
         prompts = list(config["text_prompts"])
         if len(prompts) != 2:
             raise UserError(
-                f"text_prompts: should be two, what the image shows and what not; got {len(prompts)}"
+                f"text_prompts: should be two, what the image should show and what it should not; got {len(prompts)}"
             )
         values |= {"reward": ["clip"], "prompt": prompts[:1], "negative": prompts[1:]}
     if config.get("use_wandb") and find_spec("wandb"):
         values["log"] = [f"wandb:{config.get('wandb_project') or 'orwcfm'}"]
-    elif config.get("use_wandb"):  # the paper's dict asks for it by default: no reason to refuse the run
+    elif config.get(
+        "use_wandb"
+    ):  # the paper's dict has it by default, so that refusing the run would be too strict
         print(
-            "warning: wandb is not installed (pip install 'orwcfm-fast[wandb]'); going on without",
+            "warning: wandb is not installed (pip install 'orwcfm-fast[wandb]'); continuing without it",
             file=sys.stderr,
         )
     if values.get("guard") == "rollback":
         raise UserError(
-            "guard: rollback goes back to a checkpoint of a run; with this trainer use warn, stop or off"
+            "guard: rollback needs the checkpoints of a run directory; with this trainer use warn, stop or off"
         )
     return build(Finetune, values)
 
@@ -93,7 +99,7 @@ class ORWCFMTrainer:
         model: torchcfm's UNetModelWrapper or any module v(t [B], x [B, *shape]).
         config: see `settings_from`; `reward` may be a callable from samples [B, …] to [B] numbers.
         device: torch device or its name.
-        shape: of one sample; by default recognised from the weights of a known preset, else (3, 32, 32).
+        shape: of one sample; by default that of the preset with the same weights, else (3, 32, 32).
     """
 
     def __init__(
@@ -121,10 +127,10 @@ class ORWCFMTrainer:
         self.history: list[dict[str, Any]] = []
 
     def load_pretrained(self, path: str | Path) -> None:
-        """Load `net_model` of a torchcfm checkpoint, or `ema_model` where that is all; it is the reference too.
+        """Load `net_model` of a torchcfm checkpoint, or `ema_model` if it has no other; this is the reference as well.
 
         Raises:
-            UserError: no such file, or one of another architecture.
+            UserError: there is no such file, or it holds another architecture.
         """
         weights = foreign_weights(read_pt(path), path, ("net_model", "ema_model"))
         checkpoint.load_weights(self.model, weights, f"checkpoint {path}")
@@ -134,11 +140,11 @@ class ORWCFMTrainer:
         """`num_epochs` rounds of `steps_per_epoch` steps, each on a fresh rollout of batch · steps samples.
 
         Returns:
-            the metrics of each round, as in metrics.jsonl.
+            the record of each round, with the keys of metrics.jsonl.
         """
         if self.trainer is not None and self.settings.steps_per_round != steps_per_epoch:
             raise UserError(
-                f"steps_per_epoch: began with {self.settings.steps_per_round}; a new trainer may change it"
+                f"steps_per_epoch: this trainer has {self.settings.steps_per_round}; make a new one to change it"
             )
         if self.trainer is None:
             rollout = self.settings.batch * steps_per_epoch
@@ -162,7 +168,7 @@ class ORWCFMTrainer:
         return self.history
 
     def save_checkpoint(self, path: str | Path) -> Path:
-        """Save: a `.pt` of the paper's keys where the name ends so, else a checkpoint directory."""
+        """Save a `.pt` file with the paper's keys if the name ends in .pt, else a checkpoint directory."""
         path = Path(path)
         if self.trainer is None:
             raise UserError("save_checkpoint: nothing trained yet; call train first")
@@ -175,7 +181,7 @@ class ORWCFMTrainer:
         weights = self.policy.weights()
         found = {
             "net_model": weights,
-            "last_policy": weights,  # a round ends with the behaviour policy brought up to date
+            "last_policy": weights,  # after a round, the next behaviour policy is the current one
             "optim": self.trainer.optimizer.optimizer.state_dict(),
             "sched": {
                 k: v for k, v in self.trainer.optimizer.schedule.state_dict().items() if k != "lr_lambdas"
@@ -189,7 +195,7 @@ class ORWCFMTrainer:
 
 
 def _recognise(model: nn.Module) -> tuple[str, tuple[int, ...]]:
-    """Preset and sample shape of a network by its parameters' shapes."""
+    """Preset and sample shape of a network, found by the shapes of its parameters."""
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     for name, shape in (
         ("unet-cifar10", (3, 32, 32)),

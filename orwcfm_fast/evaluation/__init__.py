@@ -1,1 +1,1 @@
-"""What is measured on samples."""
+"""Measures samples: reward, W2, diversity, fidelity, each with its interval."""

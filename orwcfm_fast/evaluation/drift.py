@@ -1,4 +1,4 @@
-"""How far a policy has moved from its reference, on shared noise."""
+"""Drift: how far a policy has moved from its reference, measured on shared noise."""
 
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ def sample_with_gap(
     """Samples of the policy from x0 [N, *shape], and ∫E‖v − v_ref‖² dt along the way (trapezoid).
 
     Args:
-        condition: as of `sample`.
+        condition: rows [N] of the prompts, as for `sample`.
     """
     ends, gaps = [], []
     with torch.inference_mode():
@@ -27,7 +27,7 @@ def sample_with_gap(
 
             def velocity(t: float, x: Tensor, own=own, anchor=anchor, seen=seen) -> Tensor:
                 v = own(t, x)
-                # a solver's first look at a time is the one on its trajectory
+                # a solver's first evaluation at a time is the one on its trajectory
                 if t not in seen:
                     seen[t] = (v.float() - anchor(t, x).float()).square().flatten(1).sum()
                 return v
@@ -38,7 +38,7 @@ def sample_with_gap(
 
 
 def _integral(values: dict[float, float]) -> float:
-    """∫ over [0, 1] of a function known at some times; constant beyond the first and last."""
+    """Integral over [0, 1] of a function known at some times, and constant before the first and after the last."""
     points = sorted(values.items())
     points = [(0.0, points[0][1]), *points, (1.0, points[-1][1])]
     return sum((t2 - t1) * (a + b) / 2 for (t1, a), (t2, b) in pairwise(points))

@@ -1,4 +1,4 @@
-"""Evaluation on held-out samples: reward, W2 three ways, diversity, confidence; models side by side."""
+"""Evaluation on held-out samples: reward, W2 measured in three ways, diversity, fidelity; models side by side."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -26,17 +26,21 @@ DIVERSITY_SAMPLES = 2048
 
 @dataclass(frozen=True)
 class Measures:
-    """One model's figures. W2 in the units of the samples, against the reference; None without one.
+    """What was measured of one model. W2 is against the reference, in units of the samples; None without a reference.
 
     Attributes:
-        reward: mean over the samples; w2_coupled: √E‖x − x_ref‖² on shared noise, at least W2;
-        w2_exact: exact W2 of the same two samples (POT); w2_floor: of two independent reference samples;
-        velocity_gap: ∫E‖v − v_ref‖² dt along the model's trajectories; lipschitz: largest local slope L of
-        v_ref met there, so that W2² ≤ e^{2L} · velocity_gap; diversity: mean pairwise distance in features;
-        vendi: Vendi score in those features, images only; fid, kid, precision, recall: in them, `against` data
-        or reference; modes, on_data: modes of labelled 1-D and 2-D data that are covered, share of samples on it;
-        pixel_std: mean over coordinates of the standard deviation; confidence: of the digits classifier;
-        rewards: each by itself where several add up; holdout: those that were not trained on.
+        reward: mean over the samples.
+        w2_coupled: √E‖x − x_ref‖² on shared noise, at least W2.
+        w2_exact: exact W2 of the same two sets of samples (POT).
+        w2_floor: exact W2 of two independent sets of reference samples.
+        velocity_gap: ∫E‖v − v_ref‖² dt along the model's trajectories.
+        lipschitz: largest local slope L of v_ref met on its trajectories; W2² ≤ e^{2L} · velocity_gap.
+        diversity: mean pairwise distance in `features`. vendi: Vendi score in them, of images only.
+        fid, kid, precision, recall: in `features`, `against` the data or the reference.
+        modes: number of modes of labelled 1-D and 2-D data that are covered. on_data: share of samples on that data.
+        pixel_std: standard deviation, averaged over coordinates.
+        confidence: mean probability of the most probable class. classes: share of the samples in each class.
+        rewards: each reward by itself where there are several. holdout: the rewards that were not trained on.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Measures:
     diversity: Interval
     pixel_std: float
     confidence: float | None
+    classes: dict[str, Interval] = field(default_factory=dict)
     rewards: dict[str, Interval] = field(default_factory=dict)
     holdout: dict[str, Interval] = field(default_factory=dict)
     features: str = ""
@@ -62,15 +67,20 @@ class Measures:
     modes: Interval | None = None
     on_data: Interval | None = None
 
+    @property
+    def of_images(self) -> bool:
+        """Whether the samples are images, of which alone the Vendi score is measured."""
+        return self.vendi is not None
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Measures":
-        """What `to_dict` gave."""
+        """The inverse of `to_dict`."""
         found: dict[str, Any] = dict(values)
         for key, value in values.items():
-            if key in ("rewards", "holdout"):
+            if key in ("classes", "rewards", "holdout"):
                 found[key] = {name: Interval(**v) for name, v in value.items()}
             elif isinstance(value, dict):
                 found[key] = Interval(**value)
@@ -79,9 +89,9 @@ class Measures:
 
 @dataclass(frozen=True)
 class FidelityTarget:
-    """What fidelity is measured against: real samples, with labels where there are some, or the reference's.
+    """What fidelity is measured against: real samples, with labels where the data has them, or the reference.
 
-    `strict`: asked for by the user, so that too few samples are an error.
+    `strict`: the user asked for it, so that too few samples are an error.
     """
 
     name: str
@@ -94,7 +104,7 @@ def target_for(against: str, data: str, n: int, data_dir: str = "") -> FidelityT
     """At most n real samples of the data; None where fidelity is not measured against data.
 
     Raises:
-        UserError: the data is not there, and cannot be had.
+        UserError: the data is missing and cannot be downloaded.
     """
     if against not in ("auto", "data") or (against == "auto" and data.partition(":")[0] not in SHIPPED):
         return None
@@ -115,16 +125,19 @@ def evaluate(
     against_reference: bool = False,
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Measures]:
-    """Measure each model on the same n start noises (those of `orwcfm sample` with that seed).
+    """Measure each model on the same n noises, which are those of `orwcfm sample` with the same seed.
 
     Args:
-        models: by the name to show.
-        reference: what W2 is measured against; a model that is the reference gets zeros.
-        how: solver, evaluations, seed.
-        sizes: samples drawn at once (`chunk`).
+        models: by name.
+        reference: what W2 is measured against; a model that is the reference itself has a W2 of 0.
+        how: solver, number of evaluations, seed.
+        sizes: its `chunk` is the number of samples drawn at once.
         target: real samples that fidelity is measured against.
-        against_reference: measure fidelity against the reference, on samples of other noise.
-        ranks: all of which call this and draw a share; the first measures, the others return an empty list.
+        against_reference: measure fidelity against samples of the reference from other noise instead.
+        ranks: every rank calls this and draws its share; the first measures, the others return an empty list.
+
+    Raises:
+        UserError: there is no reference to measure against, or there are too few samples.
     """
     if against_reference and reference is None:
         raise UserError("--against reference: these models have none; name one with --reference")
@@ -157,7 +170,7 @@ def evaluate(
         floor = slope = None
         if reference and x_ref is not None and other is not None:
             floor = exact_w2(x_ref[:EXACT_W2_SAMPLES], other[:EXACT_W2_SAMPLES])
-            # 70 evaluations of 64 samples in float32 are too many of a network that takes prompts
+            # its 70 evaluations of 64 samples in float32 take too long with a network that takes prompts
             if not reference.conditions:
                 slope = lipschitz(reference, start_noise(first, min(n, 64), how.seed), how)
         if real is not None:
@@ -171,14 +184,14 @@ def evaluate(
 
 
 def _draw_samples(policy: Policy, how: Sampling, which: slice, chunk: int) -> Tensor:
-    """Samples of a policy by their numbers."""
+    """The samples `which`, by their numbers, of a policy."""
     n = which.stop - which.start
     x0 = start_noise(policy, n, how.seed, noise.SAMPLE, which.start)
     return sample(policy, x0, how, chunk, condition=start_conditions(policy, n, how, which.start))
 
 
 def _features_like(samples: Tensor, drawn: HeldOutSamples, evaluator: Evaluator) -> Tensor:
-    """Features of real samples, which must be shaped as a model's decoded ones."""
+    """Features of real samples, which must have the shape of a model's decoded ones."""
     if samples.shape[1:] != drawn.decoded:
         shapes = ["×".join(map(str, shape)) for shape in (samples.shape[1:], drawn.decoded)]
         raise UserError(f"--against data: its samples are {shapes[0]}, the model's {shapes[1]}")
@@ -199,7 +212,8 @@ def _measure(name, drawn, evaluator, x_ref, floor, slope, target, real) -> Measu
         lipschitz=slope,
         diversity=mean_pairwise_distance(features[:DIVERSITY_SAMPLES]),
         pixel_std=drawn.std,
-        confidence=None if drawn.confidence is None else float(drawn.confidence.mean()),
+        confidence=None if drawn.probabilities is None else float(drawn.probabilities.max(1).values.mean()),
+        classes={} if drawn.probabilities is None else class_shares(drawn.probabilities),
         rewards=_intervals(drawn.scores) if len(drawn.scores.values) > 1 else {},
         holdout=_intervals(drawn.held_out) if drawn.held_out else {},
         features=evaluator.features.name,
@@ -213,7 +227,7 @@ def _vendi(features: Tensor) -> Interval:
 
 
 def _against(drawn: HeldOutSamples, real: Tensor, target: FidelityTarget) -> dict[str, Any]:
-    """The figures that compare with other samples, of features real [M, F]."""
+    """Everything that compares the samples with real ones, whose features are [M, F]."""
     found: dict[str, Any] = {"against": f"{len(real)} of the {target.name}"}
     if len(drawn.decoded) == 1 and drawn.decoded[0] <= 2 and target.labels is not None:
         assert target.samples is not None
@@ -221,6 +235,12 @@ def _against(drawn: HeldOutSamples, real: Tensor, target: FidelityTarget) -> dic
     if min(len(drawn.x), len(real)) < FIDELITY_MIN and not target.strict:
         return found
     return found | vars(fidelity(drawn.features, real, target.name, target.strict))
+
+
+def class_shares(probabilities: Tensor) -> dict[str, Interval]:
+    """Share of the samples in each class, by probabilities [N, K]."""
+    found = probabilities.argmax(1)
+    return {str(k): Interval.of((found == k).double()) for k in range(probabilities.shape[1])}
 
 
 def _intervals(scores: Scores) -> dict[str, Interval]:
@@ -244,7 +264,7 @@ def lipschitz(policy: Policy, x0: Tensor, how: Sampling, iterations: int = 6) ->
     """
     generator = torch.Generator().manual_seed(0)
     epsilon, largest = 1e-2, 0.0
-    exact = replace(policy, precision=torch.float32)  # differences are small
+    exact = replace(policy, precision=torch.float32)  # finite differences are small
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         x = x0
         for k in range(steps := 10):

@@ -1,4 +1,4 @@
-"""What samples are compared in: features of the digits classifier, CLIP or Inception, or the pixels themselves."""
+"""Features in which samples are compared: of the digits classifier, CLIP or Inception, or the pixels themselves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import RewardOptions
 
 CHUNK = 256
-SIDE = 64  # of the images that pixels are compared in
+SIDE = 64  # larger images are averaged down to this side before their pixels are compared
 
 
 @dataclass(frozen=True)
 class Features:
-    """Decoded samples [B, …] → features [B, F], and what to call them."""
+    """A map from decoded samples [B, …] to features [B, F], and its name."""
 
     name: str
     of: Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ class Features:
 
 
 def decoded_features(policy: Policy, features: Callable[[Tensor], Tensor], x: Tensor, chunk: int) -> Tensor:
-    """Features [N, F] of samples x [N, *shape], decoded a chunk at a time: no more images than these are there."""
+    """Features [N, F] of samples x [N, *shape], of which only a chunk is decoded at a time."""
     return torch.cat([features(policy.decode(part)) for part in x.split(chunk)])
 
 
@@ -40,14 +40,14 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def features_for(choice: str, data: str, options: RewardOptions | None = None) -> Features:
-    """The features of that name; auto: the classifier's for digits, else the samples themselves.
+    """The features of that name; "auto" is the classifier's for digits, else the pixels.
 
     Args:
-        data: dataset that the samples are like.
-        options: names CLIP's architecture and weights.
+        data: the dataset that the samples resemble.
+        options: with the architecture and weights of CLIP.
 
     Raises:
-        UserError: features that this data does not have; weights that cannot be loaded.
+        UserError: this data has no such features, or their weights cannot be loaded.
     """
     digits = data.partition(":")[0] == "digits"
     if choice == "auto":
@@ -68,7 +68,7 @@ def features_for(choice: str, data: str, options: RewardOptions | None = None) -
 
 
 def _clip(options: RewardOptions) -> Callable[[Tensor], Tensor]:
-    """open_clip's image embedding, as it comes, before it is scaled to unit length."""
+    """open_clip's image embedding, not normalised."""
     from orwcfm_fast.rewards.clip import clip_of
 
     return clip_of(options).embedding

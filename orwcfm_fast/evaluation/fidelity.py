@@ -1,6 +1,6 @@
-"""How near samples come to others (FID, KID, precision, recall), and how many kinds there are among them.
+"""Fidelity to other samples (FID, KID, precision, recall) and diversity (Vendi score, covered modes).
 
-Distances between feature sets are torch-fidelity's; every figure has an interval from halves of the samples.
+Distances between sets of features are torch-fidelity's. Every figure has an interval from random halves of the samples.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from orwcfm_fast.evaluation.intervals import Interval, from_halves, half_sampled
 
 REPEATS = 32
 NEIGHBOURS = 3
-FIDELITY_MIN = 2 * (NEIGHBOURS + 1)  # a half must hold more than the neighbours looked at
+FIDELITY_MIN = 2 * (NEIGHBOURS + 1)  # half of the samples must be more than the neighbours of one
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of n samples against m others; FID None where there are not enough of them for it."""
+    """Fidelity of n samples to m others; `fid` is None where there are too few samples for it."""
 
     fid: Interval | None
     kid: Interval
@@ -28,14 +28,14 @@ class Fidelity:
 
 
 def fidelity(x: Tensor, real: Tensor, against: str, strict: bool = False) -> Fidelity:
-    """Features x [N, F] of samples against features real [M, F].
+    """Fidelity of samples with features x [N, F] to others with features real [M, F].
 
     Args:
         against: what `real` is, for messages.
-        strict: refuse where FID has too few samples, instead of leaving it out.
+        strict: raise where there are too few samples for FID, instead of leaving it out.
 
     Raises:
-        UserError: fewer samples than a figure needs.
+        UserError: there are fewer samples than a figure needs.
     """
     least = min(len(x), len(real))
     if least < FIDELITY_MIN:
@@ -76,7 +76,7 @@ def kernel_distance(x: Tensor, real: Tensor) -> float:
 
 
 def precision_recall(x: Tensor, real: Tensor) -> tuple[float, float]:
-    """Share of x within reach of the data, and of the data within reach of x (Kynkäänniemi et al., NeurIPS 2019)."""
+    """Precision: share of x on the data's manifold; recall: the reverse (Kynkäänniemi et al., NeurIPS 2019)."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     found = prc_features_to_metric(
@@ -86,9 +86,10 @@ def precision_recall(x: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def vendi_score(x: Tensor) -> float:
-    """Effective number of different samples among x [N, F] (Friedman & Dieng, TMLR 2023), cosine similarity.
+    """Effective number of different samples among x [N, F] by cosine similarity (Friedman & Dieng, TMLR 2023).
 
-    exp of the entropy of the eigenvalues of K/N, which are those of the smaller XᵀX/N; between 1 and min(N, F).
+    The exponential of the entropy of the eigenvalues of K/N, which are those of the smaller XᵀX/N; between 1 and
+    min(N, F).
     """
     unit = F.normalize(x.flatten(1).double(), dim=1)
     gram = unit.T @ unit if unit.shape[1] < len(unit) else unit @ unit.T
@@ -97,13 +98,16 @@ def vendi_score(x: Tensor) -> float:
 
 
 def mode_coverage(x: Tensor, real: Tensor, labels: Tensor) -> tuple[Interval, Interval]:
-    """How many modes of labelled data the samples hold, and the share of them that lies on the data.
+    """Number of modes of labelled data that the samples cover, and the share of the samples on the data.
 
-    A sample is of the mode of its nearest real sample, and on the data if that is no farther than 99 % of real
-    samples are from their own nearest. A mode is covered by a tenth of the share that it has in the data.
+    A sample belongs to the mode of its nearest real sample. It is on the data if that distance is at most the one
+    within which 99 % of the real samples have a neighbour. A mode is covered if its share of the samples is at least
+    a tenth of its share of the data.
 
     Args:
-        x: [N, D]. real: [M, D]. labels: int [M].
+        x: samples [N, D].
+        real: real samples [M, D].
+        labels: their modes, int [M].
     """
     x, real, labels = x.cpu().double(), real.cpu().double(), labels.cpu()
     own = torch.cdist(real, real).fill_diagonal_(torch.inf).min(1).values

@@ -1,4 +1,4 @@
-"""Held-out samples, a share of them on each rank, and what the figures need of them; decoded ones are not kept."""
+"""Held-out samples: each rank draws, decodes and scores its share; the decoded ones are not kept."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,17 +16,24 @@ from orwcfm_fast.rewards import Reward, RewardSum, Scores, make_reward
 from orwcfm_fast.settings import RewardOptions, Sampling
 
 VELOCITY_GAP_SAMPLES = 512
-FLOAT64_CHUNK = 1 << 22  # values made float64 at once
+FLOAT64_CHUNK = 1 << 22  # values converted to float64 at once
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What measures: reward, features for diversity; the classifier's confidence and accuracy where there is one."""
+    """What held-out samples are evaluated with.
+
+    Attributes:
+        reward, holdout: the rewards that were trained on, and those that were not.
+        features: in which diversity and fidelity are measured.
+        probabilities: decoded samples → probabilities [B, K] of the K classes, where the data has a classifier.
+        accuracy: of that classifier, on held-out real data.
+    """
 
     reward: Reward
     reward_name: str
     features: Features
-    confidence: Callable[[Tensor], Tensor] | None = None
+    probabilities: Callable[[Tensor], Tensor] | None = None
     accuracy: float | None = None
     holdout: RewardSum | None = None
 
@@ -39,27 +46,27 @@ def evaluator_for(
     features: str = "auto",
     options: RewardOptions | None = None,
 ) -> Evaluator:
-    """Features by choice and data; confidence by the classifier for digits."""
+    """The evaluator of samples like `data`; only digits have a classifier."""
     found = features_for(features, data, options)
     if data.partition(":")[0] != "digits":
         return Evaluator(reward, name, found, holdout=holdout)
     from orwcfm_fast.rewards.digits import digit_classifier
 
     classifier = digit_classifier()
-
-    def confidence(x: Tensor) -> Tensor:
-        return classifier.probabilities(x).max(1).values
-
-    return Evaluator(reward, name, found, confidence, classifier.accuracy, holdout)
+    return Evaluator(reward, name, found, classifier.probabilities, classifier.accuracy, holdout)
 
 
 @dataclass(frozen=True)
 class HeldOutSamples:
-    """A model's N samples.
+    """N samples of one model, with everything that is measured of the decoded ones.
 
     Attributes:
-        x: [N, *shape]; features: [N, F] of them decoded; decoded: shape of one decoded.
-        moments: [1, 2, D] sums over the decoded samples of their values and of their squares, float64.
+        x: samples [N, *shape].
+        features: of the decoded samples, [N, F].
+        decoded: shape of one decoded sample.
+        moments: sums over the decoded samples of their values and of their squares, float64 [1, 2, D].
+        scores, held_out: of the rewards trained on, and of those that were not.
+        probabilities: of the classes, [N, K]; None without a classifier.
         gap: sum over the first VELOCITY_GAP_SAMPLES of ∫‖v − v_ref‖² dt; None without a reference.
     """
 
@@ -69,17 +76,17 @@ class HeldOutSamples:
     moments: Tensor
     scores: Scores
     held_out: Scores | None
-    confidence: Tensor | None
+    probabilities: Tensor | None
     gap: float | None
 
     @property
     def std(self) -> float:
-        """Mean over coordinates of the decoded samples' standard deviation."""
+        """Standard deviation of the decoded samples, averaged over coordinates."""
         n, (total, squares) = len(self.x), self.moments.sum(0)
         return float(((squares - total**2 / n).clamp_min(0) / (n - 1)).sqrt().mean())
 
     def gathered(self, ranks: ProcessGroup, n: int) -> "HeldOutSamples":
-        """All n, on every rank, each of which has its share."""
+        """All n samples on every rank, from the share that each rank has."""
 
         def whole(part: Tensor) -> Tensor:
             return ranks.gather(part, n)
@@ -91,7 +98,7 @@ class HeldOutSamples:
             moments=ranks.gather(self.moments, ranks.world),
             scores=self.scores.each(whole),
             held_out=self.held_out and self.held_out.each(whole),
-            confidence=None if self.confidence is None else whole(self.confidence),
+            probabilities=None if self.probabilities is None else whole(self.probabilities),
             gap=None if self.gap is None else sum(ranks.all(self.gap)),
         )
 
@@ -106,11 +113,13 @@ def draw_held_out(
     mine: slice,
     chunk: int,
 ) -> HeldOutSamples:
-    """Draws `mine` of a model's held-out samples, scored and featured.
+    """Draw the held-out samples `mine` of a model, and measure them.
 
     Args:
-        name: of the model, in messages.
-        x_ref: the reference's own of the same noise.
+        name: of the model, for messages.
+        x_ref: the reference's samples of the same noise, which are taken where the model is the reference itself.
+        mine: numbers of the samples that this rank draws.
+        chunk: samples drawn at once.
     """
     x0 = start_noise(policy, mine.stop - mine.start, how.seed, noise.SAMPLE, mine.start)
     condition = start_conditions(policy, len(x0), how, mine.start)
@@ -132,17 +141,17 @@ def draw_held_out(
 
 
 def _score(name, policy, x, condition, evaluator, gap, start, chunk) -> HeldOutSamples:
-    """Decodes the images of a pipeline `chunk` at a time; a reward sees those of a chunk together."""
+    """Decode and measure the samples x, those of a pipeline a chunk at a time; others in one reward call."""
     size = chunk if policy.pipeline else len(x)
     conditions = [None] if condition is None else condition.split(size)
     reward = make_reward(evaluator.reward, name=evaluator.reward_name)
-    features, confidence, scores, held_out = [], [], [], []
+    features, probabilities, scores, held_out = [], [], [], []
     moments: Tensor | float = 0.0
     for part, rows in zip(x.split(size), conditions, strict=True):
         seen, prompts = policy.decode(part), policy.prompts_of(rows)
         features.append(evaluator.features(seen))
         with torch.inference_mode():
-            confidence += [evaluator.confidence(seen)] if evaluator.confidence else []
+            probabilities += [evaluator.probabilities(seen)] if evaluator.probabilities else []
         scores.append(reward.scores(seen, name, start, prompts))
         held_out += [evaluator.holdout.scores(seen, name, start, prompts)] if evaluator.holdout else []
         moments = _moments(seen.flatten(1)) + moments
@@ -150,7 +159,7 @@ def _score(name, policy, x, condition, evaluator, gap, start, chunk) -> HeldOutS
     assert isinstance(moments, Tensor)
     return HeldOutSamples(
         x, torch.cat(features), tuple(seen.shape[1:]), moments[None], Scores.joined(scores),
-        Scores.joined(held_out) if held_out else None, torch.cat(confidence) if confidence else None, gap,
+        Scores.joined(held_out) if held_out else None, torch.cat(probabilities) if probabilities else None, gap,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""95 % intervals: of means by their standard error, of any other statistic by halves of the samples."""
+"""95 % confidence intervals: of a mean by its standard error, of other statistics by random halves of the samples."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ class Interval:
 
     @classmethod
     def of(cls, values: Tensor) -> "Interval":
-        """Of the mean of independent values [N]."""
+        """The interval of the mean of independent values [N]."""
         mean, half = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
         return cls(mean, mean - half, mean + half)
 
     def root(self) -> "Interval":
-        """Of the square root of what this is an interval of; nothing lies below 0."""
+        """The interval of the square root of this quantity; its ends are at least 0."""
         return Interval(*(math.sqrt(max(v, 0.0)) for v in (self.mean, self.low, self.high)))
 
 
@@ -39,8 +39,8 @@ def halves(n: int, repeats: int = REPEATS, seed: int = 0) -> Tensor:
 def from_halves(estimate: float, values: Tensor, n: int) -> Interval:
     """Interval of a statistic from its values [R] on random halves of the n samples.
 
-    The bootstrap without replacement (subsampling: Politis & Romano, Ann. Statist. 1994). With replacement a
-    sample would meet its own twin, which distances to nearest neighbours, the Vendi score and FID read as lost
+    The bootstrap without replacement (subsampling: Politis & Romano, Ann. Statist. 1994). With replacement
+    a sample would occur twice, which distances to nearest neighbours, the Vendi score and FID take for lost
     diversity. A half differs from the whole by as much as the whole differs from the truth:
     Var(θ_m − θ_n) = σ²(1/m − 1/n), with m = n/2 that is σ²/n.
     """
@@ -52,7 +52,7 @@ def from_halves(estimate: float, values: Tensor, n: int) -> Interval:
 def half_sampled(
     statistics: Callable[..., Sequence[float]], *samples: Tensor, repeats: int = REPEATS, seed: int = 0
 ) -> list[Interval]:
-    """Each of the `statistics` of all samples [N, …], with intervals from their values on random halves."""
+    """Every value of `statistics` on all samples [N, …], with an interval from its values on random halves."""
     rows = [halves(len(x), repeats, seed + i).to(x.device) for i, x in enumerate(samples)]
     values = torch.tensor(
         [[*statistics(*(x[row[r]] for x, row in zip(samples, rows, strict=True)))] for r in range(repeats)]

@@ -1,1 +1,1 @@
-"""Memory and time of a run, before it starts."""
+"""Plans the memory and time of a run before it starts."""

@@ -1,7 +1,8 @@
-"""What a piece of work allocates at any size, from two that were tried.
+"""Memory and time of a computation at any batch size, extrapolated from two sizes that were measured.
 
-A probe records every allocation of torch in order. The same work at another batch size allocates in the same
-order, each time an amount affine in the batch; so two probes give the whole course at any size, and its peak.
+Every allocation and release of torch is recorded in order. At another batch size the same computation allocates in
+the same order, and each amount is affine in the batch size. Two recordings therefore give the whole sequence at any
+batch size, and from it the peak.
 """
 
 import os
@@ -14,16 +15,17 @@ import torch
 
 from orwcfm_fast.device import out_of_memory
 
-PROFILE_SECONDS = 10.0  # for each thing probed
+PROFILE_SECONDS = 10.0  # spent at most on larger sizes of one computation
 
 
 @dataclass(frozen=True)
 class AllocationProfile:
-    """What one piece of work allocates and how long it takes, by its size.
+    """Memory and time of one computation as functions of its batch size.
 
     Args:
-        sizes: two sizes that were tried; changes: bytes of each allocation (+) and release (−) in order;
-            seconds: of each.
+        sizes: the two batch sizes that were measured.
+        changes: for each of them the bytes of every allocation (+) and release (−), in order.
+        seconds: for each of them the time that it took.
     """
 
     sizes: tuple[int, int]
@@ -31,7 +33,7 @@ class AllocationProfile:
     seconds: tuple[float, float]
 
     def peak(self, size: int) -> int:
-        """Most bytes at once, above those there before."""
+        """Peak memory in bytes at this batch size, on top of what was allocated before."""
         (a, b), (first, second) = self.sizes, self.changes
         share = (size - a) / (b - a)
         if len(first) == len(second):
@@ -42,15 +44,15 @@ class AllocationProfile:
         return int(low + (high - low) * share)
 
     def time(self, size: int) -> float:
-        """Seconds, on the line through both sizes that were tried."""
+        """Seconds at this batch size, on the line through the two that were measured."""
         (a, b), (first, second) = self.sizes, self.seconds
         slope = max(second - first, 0.0) / (b - a)
         return max(second + slope * (size - b), 0.0)
 
 
 def record_allocations(work: Callable[[], object], device: torch.device) -> list[int]:
-    """Bytes of every allocation (+) and release (−) that torch makes on the device during `work`, in order."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own lines say nothing of a plan
+    """Bytes of every allocation (+) and release (−) by torch on the device during `work`, in order."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's own log lines off the terminal
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -67,16 +69,20 @@ def record_allocations(work: Callable[[], object], device: torch.device) -> list
 
 
 def profile_allocations(work: Callable[[int], object], want: int, device: torch.device) -> AllocationProfile:
-    """Try `work` at growing sizes, at most half of `want` (or 2), while time and memory allow.
+    """Measure `work` at growing batch sizes and keep the two largest.
+
+    Args:
+        work: called with a batch size.
+        want: the batch size of interest; nothing beyond half of it (or 2) is tried, nor after PROFILE_SECONDS.
 
     Raises:
-        RuntimeError: out of memory at the least sizes.
+        RuntimeError: out of memory at the two smallest sizes.
     """
     tried: list[tuple[int, list[int], float]] = []
     size, began = 1, time.perf_counter()
     while size <= max(2, want // 2) and (len(tried) < 2 or time.perf_counter() - began < PROFILE_SECONDS):
         try:
-            work(size)  # first use of a size chooses kernels
+            work(size)  # the first call at a size selects kernels
             seconds = min(_timed(work, size, device) for _ in range(2))
             tried.append((size, record_allocations(lambda size=size: work(size), device), seconds))  # type: ignore[misc]
         except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""What autocast does on a GPU, for shapes alone: on a CPU it leaves more in bfloat16."""
+"""The dtypes that CUDA's autocast gives, on a CPU, whose own autocast leaves more operations in bfloat16."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orwcfm_fast.planning.torch_private import tree_map
 
-# of torch's list of CUDA ops that autocast to float32, those that transformers and VAEs have
+# those of torch's list of CUDA ops that autocast to float32 which transformers and VAEs contain
 FLOAT32_OPS = {
     F.group_norm, F.layer_norm, F.rms_norm, F.softmax, Tensor.__pow__, Tensor.norm, Tensor.pow, Tensor.rsqrt,
     Tensor.softmax, Tensor.sum, torch.exp, torch.group_norm, torch.layer_norm, torch.norm, torch.pow,
@@ -20,7 +20,7 @@ FLOAT32_OPS = {
 
 
 class CudaAutocastRules(TorchFunctionMode):
-    """Within the CPU's autocast, ops that CUDA's makes float32 are float32.
+    """Within the CPU's autocast, runs in float32 those ops that CUDA's autocast runs in float32.
 
     Source: torch's documentation of automatic mixed precision, "CUDA Ops that can autocast to float32".
     """
@@ -31,21 +31,24 @@ class CudaAutocastRules(TorchFunctionMode):
             args, kwargs = tree_map(_to_float32, (args, kwargs))
             if func is F.rms_norm:
                 return _FusedRmsNorm.apply(args[0], args[2] if len(args) > 2 else kwargs.get("weight"))
-        if func in (torch.cat, torch.stack):  # the CPU's would first copy all to the widest dtype
+        if func in (
+            torch.cat,
+            torch.stack,
+        ):  # the CPU's autocast would first copy all inputs to the widest dtype
             with torch.autocast("cpu", enabled=False):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
 def recompute(module: torch.nn.Module, *args: Any) -> Any:
-    """Gradient checkpointing within `CudaAutocastRules`: a backward pass leaves the mode, this takes it up again."""
+    """Gradient checkpointing that enters `CudaAutocastRules` again in the backward pass, which runs outside of it."""
     return checkpoint(
         module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), CudaAutocastRules())
     )
 
 
 class _FusedRmsNorm(torch.autograd.Function):
-    """Keeps what CUDA's one op keeps; on a CPU it is five, which keep more. Values are nobody's."""
+    """Saves for backward what CUDA's fused op saves; the CPU's five ops save more. Only shapes matter, no values."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What this machine is to orwcfm."""
+"""What orwcfm finds on this machine: versions, device, kernels, folders."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def examine() -> dict[str, dict[str, str]]:
-    """Findings by section, each a name and what was found."""
+    """What was found, by section and name."""
     device = resolve_device("auto")
     return {
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},

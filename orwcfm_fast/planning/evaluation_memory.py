@@ -1,4 +1,4 @@
-"""Memory of what looks at samples: the probe after each round, and the closing evaluation."""
+"""Memory of the two evaluations of a run: of the probe samples after each round, and of held-out samples at the end."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from orwcfm_fast.evaluation.evaluate import DIVERSITY_SAMPLES, EXACT_W2_SAMPLES
 from orwcfm_fast.evaluation.held_out import FLOAT64_CHUNK
 from orwcfm_fast.evaluation.probe import probe_size
+from orwcfm_fast.reporting.pictures import PAIRS
 from orwcfm_fast.settings import Finetune
 
-ROLLOUT_DIVERSITY_SAMPLES = 512  # of a rollout, whose diversity is measured
-PICTURE_SAMPLES = 64
+ROLLOUT_DIVERSITY_SAMPLES = 512  # samples of a rollout that its diversity is measured on
 
 
 @dataclass(frozen=True)
 class EvaluationMemory:
-    """What samples take on one of `ranks`.
+    """Peak memory of evaluation on one of `ranks`, in bytes.
 
     Args:
-        sample, image, feature: bytes of a sample, of it decoded, of its features.
-        sampling, decoding: peaks of so many samples at once; decoding without the images themselves.
-        in_chunks: images are decoded a chunk at a time; a rank's share at once where not.
-        on_host: the device is the CPU, where transport plans are solved.
+        sample, image, feature: bytes of one sample, of one decoded sample, and of the features of one.
+        sampling, decoding: number of samples → peak bytes; that of decoding without the images themselves.
+        in_chunks: images are decoded a chunk at a time, not a rank's whole share at once.
+        on_host: the device is the CPU, on which the exact W2 is solved.
     """
 
     s: Finetune
@@ -35,7 +35,7 @@ class EvaluationMemory:
 
     @property
     def probe_kept(self) -> int:
-        """Its noise, its samples and the reference's."""
+        """Bytes kept for the whole run: the probe's noise, the policy's samples and the reference's."""
         return 3 * probe_size(self.s) * self.sample
 
     def _decoding(self, n: int, chunk: int) -> int:
@@ -43,6 +43,7 @@ class EvaluationMemory:
         return max(self.decoding(min(n, self.s.vae_chunk)) + n * self.image, 2 * n * self.image)
 
     def probe(self, chunk: int) -> dict[str, int]:
+        """Peak after each round, by part, with `chunk` samples drawn at once."""
         probed, spread = probe_size(self.s), min(ROLLOUT_DIVERSITY_SAMPLES, self.s.rollout)
         mine = -(-probed // self.ranks)
         sampled = self.sampling(min(mine, chunk)) + 2 * mine * self.sample
@@ -50,11 +51,12 @@ class EvaluationMemory:
         return {"sampling or decoding": max(sampled, decoded), "features": max(spread, probed) * self.feature}
 
     def evaluation(self, chunk: int) -> dict[str, int]:
+        """Peak of the evaluation at the end, by part, with `chunk` samples drawn at once."""
         n = self.s.eval_n
         mine, most, pictured = (
             -(-n // self.ranks),
             min(n, DIVERSITY_SAMPLES),
-            min(probe_size(self.s), PICTURE_SAMPLES),
+            min(probe_size(self.s), PAIRS),
         )
         values = self.feature // 4
         sampled = self.sampling(min(mine, chunk)) + 3 * min(mine, chunk) * self.sample

@@ -1,4 +1,4 @@
-"""The plan of a run by small probes of its own step and rollout, carried to full size."""
+"""The plan of a run whose network can be built here: its step, rollout and reward are measured at small sizes."""
 
 from dataclasses import replace
 
@@ -33,10 +33,10 @@ from orwcfm_fast.settings import Finetune
 
 
 def plan_run(s: Finetune, ranks: int = 1) -> Plan:
-    """Plan `orwcfm finetune` with these settings; a network preset stands in for its weights.
+    """Plan `orwcfm finetune` with these settings; a model preset is planned with random weights.
 
     Raises:
-        UserError: no such model, data or reward.
+        UserError: there is no such model, data or reward.
     """
     device = resolve_device(s.device)
     solver_times(s.nfe, s.solver, s.grid)
@@ -61,11 +61,11 @@ def _stop_halving(text: str) -> None:
 def make_plan(
     policy: Policy, reward: RewardSum, s: Finetune, limit: int | None = None, ranks: int = 1
 ) -> Plan:
-    """Plan a run of `policy`, whose weights are trained on noise on the way: give one that is not needed after.
+    """Plan a run of `policy`, which is trained on noise for it and must not be used afterwards.
 
     Args:
-        limit: bytes of memory there are; what the device says where None.
-        ranks: of which this is one.
+        limit: bytes of memory to plan for; None reads it from the device.
+        ranks: number of processes that share a batch; the plan is that of one of them.
     """
     batch, rollout = (-(-n // ranks) for n in (s.batch, s.rollout))
     device = policy.device
@@ -74,7 +74,9 @@ def make_plan(
         add_lora(policy.network, s.lora, seed=s.seed)
     reference = policy.frozen_copy()
     learner = PolicyOptimizer(policy, reference, s)
-    learner.graph = None  # a replay allocates nothing: what it holds shows in the step that it records
+    learner.graph = (
+        None  # a replayed CUDA graph allocates nothing; the step that it is recorded from shows what it holds
+    )
     seed = noise.seed_on(s.seed, device)
 
     def step(size: int, parts: int = 1) -> None:
@@ -85,17 +87,19 @@ def make_plan(
         learner.step(batch, seed)
 
     least = 2 if s.coupling == "ot" else 1
-    step(least)  # the optimiser's state comes into being
+    step(least)  # creates the optimizer's state
     reward(policy.decode(draw(policy, 2, 0, s.seed, s, 2).x1))
     weights = sum(x.numel() * x.element_size() for x in policy.network.state_dict().values())
-    anchor = 0 if reference.network is policy.network else weights  # under adapters they share one base
+    anchor = (
+        0 if reference.network is policy.network else weights
+    )  # with adapters, policy and reference share one base network
     moments = sum(
         x.numel() * x.element_size()
         for v in learner.optimizer.state.values()
         for x in v.values()
         if isinstance(x, Tensor)
     )
-    # before the probes: recording takes memory of its own
+    # measured before recording, which takes memory of its own
     process = 0 if device.type == "cuda" else max(0, resident_bytes() - weights - anchor - moments)
     one = profile_allocations(lambda size: step(max(size, least)), batch, device)
     several = profile_allocations(lambda size: step(size, 2), batch // 2, device) if batch > 1 else one
@@ -116,7 +120,7 @@ def make_plan(
         "rollout kept": s.rollout * one_sample,
     }
     gradients = sum(p.numel() * p.element_size() for p in learner.parameters)
-    exchange = bucket_bytes(gradients) if ranks > 1 else 0  # when the activations are gone
+    exchange = bucket_bytes(gradients) if ranks > 1 else 0  # allocated when the activations are freed
 
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several.peak(size)
@@ -137,7 +141,7 @@ def make_plan(
     room = int(HEADROOM * limit) - process - sum(held.values())
     micro_batch = largest_fitting(min(s.micro_batch or batch, batch), room, step_at)
     stepping = step_at(micro_batch)
-    if s.graph:  # never given back
+    if s.graph:  # a recorded graph keeps its memory
         held["step's graph"] = sum(stepping.values())
         room, stepping = room - held["step's graph"], dict.fromkeys(stepping, 0)
     chunk = largest_fitting(min(s.chunk, rollout), room, rollout_at)

@@ -1,7 +1,7 @@
-"""Memory of fine-tuning a diffusers pipeline, by part, from its configurations alone: nothing is loaded or computed.
+"""Memory of fine-tuning a diffusers pipeline, by part, from its configuration alone: no weights are loaded.
 
-Its own step, rollout and decoding run on fake tensors, which have shapes but no memory; every storage that comes and
-goes is noted, for two batch sizes. From these `AllocationProfile` has the course at any size, as of the probes.
+Its step, rollout and decoding run on fake tensors, which have shapes but no memory. Every storage that is created or
+freed is recorded at two batch sizes, from which `AllocationProfile` extrapolates to any other.
 """
 
 import copy
@@ -35,13 +35,13 @@ from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, largest_f
 from orwcfm_fast.planning.torch_private import FakeTensorMode, TorchDispatchMode, tree_leaves
 from orwcfm_fast.settings import Finetune
 
-RANK = 16  # of the plan with adapters, where --lora names none
-EVALUATIONS = 6  # of a rollout: enough for every solver's history to fill
+RANK = 16  # of the adapters in the second plan, unless --lora gives one
+EVALUATIONS = 6  # velocity evaluations of a rollout: enough to fill every solver's history
 CPU = torch.device("cpu")
 
 
 class Meter(TorchDispatchMode):
-    """Notes the bytes of every storage that operations make (+) and that goes (−), in order, in `changes`."""
+    """Records in `changes` the bytes of every storage that is created (+) or freed (−) by operations, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for x in self._storages((args, kwargs)):
-            self._known[x] = True  # there before, or noted when it was made
+            self._known[x] = True  # existed before, or was recorded when it was created
         found = func(*args, **(kwargs or {}))
         for x in self._storages(found):
             if x not in self._known:
@@ -65,7 +65,7 @@ class Meter(TorchDispatchMode):
 
 
 def changes(work: Callable[[], object]) -> list[int]:
-    """Bytes of every storage that `work` makes (+) and lets go (−), in order."""
+    """Bytes of every storage that `work` creates (+) or frees (−), in order."""
     with Meter() as meter:
         work()
     return meter.changes
@@ -75,11 +75,11 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None, ranks: int = 1) -> 
     """Plans of `orwcfm finetune` with these settings, training all weights and training adapters.
 
     Args:
-        gpu_gib: memory of the GPU to plan for, in bf16 where the precision is auto; None: the device here.
-        ranks: of which this is one.
+        gpu_gib: memory of the GPU to plan for, in bf16 unless a precision is set; None plans for this device.
+        ranks: number of processes that share a batch; the plan is that of one of them.
 
     Raises:
-        UserError: no such pipeline, prompts or image size.
+        UserError: there is no such pipeline, prompts file or image size.
     """
     found = describe_pipeline(s.model, weights=False)
     shape = found.shape(s.image_size)
@@ -99,13 +99,13 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None, ranks: int = 1) -> 
     for name, rank in (("all weights", 0), (f"adapters of rank {s.lora or RANK}", s.lora or RANK)):
         own = s.model_copy(update={"lora": rank})
         with telling(found.model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of slower kernels on a CPU
+            warnings.simplefilter("ignore")  # about slower kernels on a CPU
             plans[name] = _plan(found, shape, own, prompts, precision, label, limit, encoding, ranks)
     return plans
 
 
 def _encoders(found: Description, width: int) -> dict[str, int]:
-    """Bytes of the text encoders, there only while the prompts are embedded."""
+    """Bytes of the text encoders, which are in memory only while the prompts are embedded."""
     import transformers
 
     sizes = {}
@@ -149,7 +149,7 @@ def _plan(
             part.to_empty(device=CPU)
         learner = PolicyOptimizer(
             policy, policy.frozen_copy() if s.lora else policy, s
-        )  # a copy would do the same
+        )  # without adapters a copy would allocate the same
         adapters = _size(policy.network) - weights
         trained = sum(p.nbytes for p in learner.parameters)
 
@@ -165,7 +165,7 @@ def _plan(
         def rollout(size: int) -> None:
             name = (
                 "rk4" if SOLVERS.get(s.solver).adaptive else s.solver
-            )  # as many slopes, and no values looked at
+            )  # stores as many slopes, and never branches on values
             how = s.model_copy(update={"solver": name, "nfe": EVALUATIONS, "grid": "uniform"})
             rows = torch.zeros(size, dtype=torch.int64)
             sample(policy, torch.empty(size, *shape), how, size, condition=rows)
@@ -186,7 +186,7 @@ def _plan(
     memory = EvaluationMemory(
         s, ranks, one_latent, one_image, one_feature, drawn.peak, decoded.peak, True, label == "cpu"
     )
-    exchange = bucket_bytes(trained) if ranks > 1 else 0  # when the activations are gone
+    exchange = bucket_bytes(trained) if ranks > 1 else 0  # allocated when the activations are freed
     held = {
         "transformer": weights,
         "adapters, and as they began": 2 * adapters,
@@ -207,7 +207,7 @@ def _plan(
         return {"sampling": drawn.peak(chunk) + 2 * (rolled - chunk) * one_latent}
 
     chunked = min(s.vae_chunk, rolled)
-    decoding = decoded.peak(chunked)  # of the last chunk, with its images; then all are put together
+    decoding = decoded.peak(chunked)  # of the last chunk; after it all images are concatenated
     images = max((rolled - chunked) * one_image, 2 * rolled * one_image - decoding)
     reward = {"decoding": decoding, "images": images}
     room = int(HEADROOM * limit) - sum(held.values())
@@ -231,7 +231,7 @@ def _plan(
 
 
 def _course(work: Callable[[int], object]) -> AllocationProfile:
-    """From sizes 2 and 3: at 1 some shapes fall together."""
+    """Measured at batch sizes 2 and 3, because at 1 some tensors share a shape that differs at larger sizes."""
     return AllocationProfile((2, 3), (changes(lambda: work(2)), changes(lambda: work(3))), (0.0, 0.0))
 
 
@@ -242,7 +242,7 @@ def _policy(
     prompts: Sequence[Prompt],
     precision: torch.dtype,
 ) -> Policy:
-    """As `load_pipeline` would make it, on the meta device."""
+    """The policy that `load_pipeline` would make, on the meta device."""
     family = found.family
     held = precision if s.lora else torch.float32
     network = family(copy.deepcopy(found.transformer).to(held), s.guidance or 1.0)

@@ -1,4 +1,4 @@
-"""A plan: what a run will take, by part and phase, beside the memory there is."""
+"""The memory plan of a run: what it will take by part and phase, beside the memory of the device."""
 
 import os
 import resource
@@ -9,22 +9,22 @@ from pathlib import Path
 
 import torch
 
-HEADROOM = 0.9  # of the memory there is
+HEADROOM = 0.9  # share of the memory that a plan may use
 PHASES = ("step", "rollout", "reward", "probe", "evaluation")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run with these settings will take; bytes and seconds.
+    """Memory (bytes) and time (seconds) that a run with these settings will take.
 
     Attributes:
-        micro_batch, chunk, reward_batch: the largest halves of what was asked for that fit; a reward_batch of 0 is
+        micro_batch, chunk, reward_batch: the sizes set by the user, halved until they fit; a reward_batch of 0 is
             the whole rollout.
-        held: by part, what is there all the time; step, rollout, reward, probe, evaluation: by part, what each
-            adds at its peak.
+        held: by part, what is allocated throughout the run.
+        step, rollout, reward, probe, evaluation: by part, what each phase adds at its peak.
         process: Python, torch and its libraries themselves (CPU only).
-        limit: memory there is; seconds: of a round, by phase.
-        encoding: by part, of prompts, before anything else is there.
+        limit: memory of the device. seconds: of a round, by phase.
+        encoding: by part, what embedding the prompts takes before anything else is loaded.
     """
 
     device: str
@@ -44,14 +44,14 @@ class Plan:
 
     @property
     def phases(self) -> dict[str, int]:
-        """Peak of torch's own allocations in each phase of a round, after the last, and before the first."""
+        """Peak of torch's own allocations in each phase of a round, in evaluation and in embedding prompts."""
         held = sum(self.held.values())
         found = {name: held + sum(getattr(self, name).values()) for name in PHASES}
         return found | ({"encoding": sum(self.encoding.values())} if self.encoding else {})
 
     @property
     def peak(self) -> int:
-        """Most memory at once, the process itself included."""
+        """Peak memory in bytes, including the process itself."""
         return max(self.phases.values()) + self.process
 
     @property
@@ -60,26 +60,26 @@ class Plan:
 
 
 def largest_fitting(size: int, room: int, at: Callable[[int], dict[str, int]]) -> int:
-    """The largest of size, size/2, … 1 that fits; 1 where none does."""
+    """The largest of size, size/2, … 1 whose parts, in sum, fit into `room` bytes; 1 where none does."""
     while size > 1 and sum(at(size).values()) > room:
         size = max(1, size // 2)
     return size
 
 
 def resident_bytes() -> int:
-    """Bytes of memory that this process holds now."""
+    """Resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
     return pages * os.sysconf("SC_PAGE_SIZE") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that a run can have there: the GPU's free ones, or the machine's (or container's) with ours."""
+    """Bytes that a run can use: free memory of the GPU, or of the machine or container, plus what we hold already."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024 + resident_bytes()
-    with suppress(OSError, ValueError):  # no limit is the word "max"
+    with suppress(OSError, ValueError):  # without a limit the file contains the word "max"
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return free

@@ -1,1 +1,1 @@
-"""Tables, pictures, charts, the page, the logs."""
+"""Tables, pictures, charts and report pages of runs, and loggers."""

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG; colours come from the page's style sheet, so that they follow light and dark."""
+"""Line and bar charts as inline SVG, coloured by the page's style sheet, so that they follow light and dark mode."""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40
 
 @dataclass(frozen=True)
 class Series:
-    """Points joined by a line, each with its own interval where one is known.
+    """Points joined by a line, or bars, each with its interval where one is known.
 
     Attributes:
-        look: class in the style sheet: a, b, c for what was measured, forecast (dashed) for what was expected.
-        y_low, y_high, x_low, x_high: ends of the intervals, as many as there are points, or empty.
-        labels: text beside each point, or empty.
+        style: class in the style sheet: a to e for measured series, forecast (dashed) for expected ones.
+        y_low, y_high, x_low, x_high: ends of the intervals, one for each point, or empty.
+        labels: a text beside each point, or empty.
     """
 
     name: str
@@ -43,28 +43,63 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def chart(
     title: str, series: Sequence[Series], x_label: str, *, whole_x: bool = False, x_names: Sequence[str] = ()
 ) -> Markup:
-    """One figure: title, legend, and an SVG with axes.
+    """A figure with title, legend and lines on two axes.
 
-    `whole_x` keeps the ticks of x at whole numbers; `x_names` are the ticks at 0, 1, 2 and so on. Values that
-    are not finite are left out; a chart without any point says so.
+    Values that are not finite are left out; a chart without any point says so.
+
+    Args:
+        whole_x: put the ticks of x at whole numbers only.
+        x_names: texts for the ticks at x = 0, 1, 2 and so on, in place of numbers.
     """
     xs = _finite([v for s in series for part in (s.x, s.x_low, s.x_high) for v in part])
     ys = _finite([v for s in series for part in (s.y, s.y_low, s.y_high) for v in part])
-    head = Markup("<h3>{}</h3>").format(title) + _legend(series)
     if not xs or not ys:
+        head = Markup("<h3>{}</h3>").format(title) + _legend(series)
         return Markup('<figure class="chart">{}<p class="empty">nothing recorded</p></figure>').format(head)
     frame = _Frame(*_range(xs, whole_x), *_range(ys, False))
     across = [(v, _number(v)) for v in ticks(frame.x0, frame.x1, 6) if not whole_x or v == round(v)]
     body = [_grid(frame, x_label, [*enumerate(x_names)] or across)] + [_draw(s, frame) for s in series]
+    return _framed(title, series, body)
+
+
+def bar_chart(title: str, groups: Sequence[Series], names: Sequence[str]) -> Markup:
+    """A figure of grouped bars from 0, with intervals: for each of `names`, the values y of every group."""
+    highest = max(_finite([v for s in groups for part in (s.y, s.y_high) for v in part]))
+    frame = _Frame(-0.5, len(names) - 0.5, 0.0, 1.06 * highest)
+    width = 0.8 / len(groups)
+    body = [_grid(frame, "", [*enumerate(names)])]
+    for k, s in enumerate(groups):
+        parts = []
+        for i, (name, y) in enumerate(zip(names, s.y, strict=True)):
+            (left, top), (right, bottom) = (
+                frame.at(i - 0.4 + k * width, y),
+                frame.at(i - 0.4 + (k + 1) * width, 0.0),
+            )
+            tip = f"{s.name}, {name}: {_number(y)}"
+            parts.append(
+                f'<rect x="{left}" y="{top}" width="{right - left:.1f}" height="{bottom - top:.1f}">'
+                f"<title>{escape(tip)}</title></rect>"
+            )
+            (x, low), (_, high) = (
+                frame.at(i - 0.4 + (k + 0.5) * width, v) for v in (s.y_low[i], s.y_high[i])
+            )
+            parts.append(f'<line class="error" x1="{x}" y1="{low}" x2="{x}" y2="{high}"/>')
+        body.append(Markup(f'<g class="{escape(s.style)}">{"".join(parts)}</g>'))
+    return _framed(title, groups, body)
+
+
+def _framed(title: str, series: Sequence[Series], body: Sequence[Markup]) -> Markup:
+    """A figure with its title and legend above an SVG of these parts."""
     svg = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, title, Markup("").join(body)
     )
+    head = Markup("<h3>{}</h3>").format(title) + _legend(series)
     return Markup('<figure class="chart">{}{}</figure>').format(head, svg)
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """From data to SVG units."""
+    """The range of the data, and its map to SVG coordinates."""
 
     x0: float
     x1: float
@@ -82,7 +117,7 @@ def _finite(values: Sequence[float]) -> list[float]:
 
 
 def _range(values: Sequence[float], whole: bool) -> tuple[float, float]:
-    """The values' span with a margin; a single value gets room on both sides."""
+    """The range of the values with a margin; a single value gets a margin on both sides."""
     low, high = min(values), max(values)
     if high - low < 1e-9 * max(1.0, abs(high)):
         room = 0.5 if whole else 0.05 * max(abs(high), 0.1)
@@ -125,7 +160,7 @@ def _grid(frame: _Frame, x_label: str, across: Sequence[tuple[float, str]]) -> M
 
 
 def _draw(s: Series, frame: _Frame) -> Markup:
-    """Line, intervals, points with a tooltip, labels."""
+    """The line of a series, its intervals, its points with tooltips, and its labels."""
     known = [
         i for i, (x, y) in enumerate(zip(s.x, s.y, strict=True)) if math.isfinite(x) and math.isfinite(y)
     ]

@@ -1,4 +1,4 @@
-"""What a sweep shows: reward against W2 and against diversity, with intervals, beside the forecast."""
+"""The report of a sweep: reward against W2 and against diversity, with intervals, beside the forecast."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ FORECAST = ("reward", "reward_error", "w2_coupled", "w2_error", "diversity", "wi
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run of a sweep: its settings, figures before and after, and what was forecast for it."""
+    """A finished run of a sweep: its settings, its measures before and after, and the forecast made for it."""
 
     path: Path
     settings: Finetune
@@ -37,29 +37,29 @@ class Outcome:
 
     @classmethod
     def read(cls, path: Path, forecast: dict[str, Any] | None) -> "Outcome":
-        """From the run's summary.json."""
+        """Read the run's summary.json."""
         found = json.loads((path / "summary.json").read_text())
         before, after = (Measures.from_dict(found[key]) for key in ("before", "after"))
         return cls(path, build(Finetune, found["settings"]), before, after, found["seconds"], forecast)
 
     def figure(self, key: str) -> Interval:
-        """One of MEASURED, after training."""
+        """One of MEASURED, of the model after training."""
         return getattr(self.after, key)
 
     def expected(self, key: str) -> float:
-        """One of FORECAST; NaN where there is no forecast, or beyond its reach."""
+        """One of FORECAST; NaN where there is no forecast, or where the forecast is not valid."""
         known = self.forecast and self.forecast["within_reach"]
         return float(self.forecast[key]) if self.forecast and known else math.nan
 
 
 def plain_forecast(f: Forecast) -> dict[str, Any]:
-    """The last round of a forecast, as plain values."""
+    """The last round of a forecast as a dict that JSON can hold."""
     values = {key: getattr(f.final, key) for key in FORECAST if key != "within_reach"}
     return values | {"within_reach": f.within_reach}
 
 
 def write_fronts(run: Run, settings: Sweep, outcomes: Sequence[Outcome]) -> None:
-    """fronts.csv, fronts.png and report.html in the sweep's directory."""
+    """Write fronts.csv, fronts.png and report.html to the sweep's directory."""
     varied = [text.partition("=")[0].strip().lstrip("-").replace("-", "_") for text in settings.set]
     write_text(run.path / "fronts.csv", _csv(outcomes, varied))
     groups = _groups(outcomes, varied)
@@ -68,7 +68,11 @@ def write_fronts(run: Run, settings: Sweep, outcomes: Sequence[Outcome]) -> None
 
 
 def pareto_front(outcomes: Sequence[Outcome], cost: str, sign: int) -> set[Path]:
-    """Runs that no other run beats in reward and in `cost`; sign 1: less of it is better, −1: more is."""
+    """Runs that no other run beats in both reward and `cost`.
+
+    Args:
+        sign: 1 where less of the cost is better, −1 where more is.
+    """
     kept, highest = set(), -math.inf
     for o in sorted(outcomes, key=lambda o: (sign * o.figure(cost).mean, -o.after.reward.mean)):
         if o.after.reward.mean > highest:
@@ -78,7 +82,7 @@ def pareto_front(outcomes: Sequence[Outcome], cost: str, sign: int) -> set[Path]
 
 
 def _groups(outcomes: Sequence[Outcome], varied: Sequence[str]) -> dict[str, list[Outcome]]:
-    """Runs that differ in α alone, by rising α, under the name of what they share."""
+    """Runs that differ in α alone, by increasing α, under the settings that they share."""
     groups: dict[str, list[Outcome]] = {}
     for o in sorted(outcomes, key=lambda o: o.settings.alpha):
         more = [f"{key} {_text(getattr(o.settings, key))}" for key in varied]
@@ -91,7 +95,7 @@ def _text(value: Any) -> str:
 
 
 def _csv(outcomes: Sequence[Outcome], varied: Sequence[str]) -> str:
-    """A row a run; the model before training first."""
+    """A line for the model before training, then one for each run."""
     by_w2, by_diversity = pareto_front(outcomes, "w2_coupled", 1), pareto_front(outcomes, "diversity", -1)
     figures = [name for key in MEASURED for name in (key, f"{key}_low", f"{key}_high")]
     names = ["run", "alpha", "tau", *varied, "n", *figures, *(f"forecast_{key}" for key in FORECAST)]
@@ -118,7 +122,7 @@ def _csv(outcomes: Sequence[Outcome], varied: Sequence[str]) -> str:
 
 
 def _plot(path: Path, groups: dict[str, list[Outcome]]) -> None:
-    """Both fronts side by side; the forecast dashed."""
+    """Plot both fronts side by side, the forecast dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -159,14 +163,14 @@ def _page(run: Run, s: Sweep, outcomes: Sequence[Outcome], groups: dict[str, lis
         lines=[
             f"{'+'.join(s.reward)} on {s.data}: {len(outcomes)} runs of {', '.join(map(str, rounds))} rounds, "
             f"α in {_set(o.settings.alpha for o in outcomes)}, τ in {_set(o.settings.tau for o in outcomes)}",
-            f"bars: 95 % over {n} held-out samples; how much training itself varies shows with --set seed=0,1,2",
-            f"again: orwcfm sweep --config {run.config}",
+            f"bars: 95 % over {n} held-out samples; to see how much training itself varies, add --set seed=0,1,2",
+            f"to repeat it: orwcfm sweep --config {run.config}",
         ],
         tiles=[
             ("reward before", interval(first.before.reward)),
             ("highest reward", f"{max(o.after.reward.mean for o in outcomes):.3f}"),
             ("diversity before", interval(first.before.diversity)),
-            ("time in all", f"{sum(o.seconds for o in outcomes):.0f} s"),
+            ("total time", f"{sum(o.seconds for o in outcomes):.0f} s"),
         ],
         charts_title="Fronts",
         charts=[
@@ -177,7 +181,7 @@ def _page(run: Run, s: Sweep, outcomes: Sequence[Outcome], groups: dict[str, lis
             )),
         ],
         slider="run",
-        before=data_uri(first.path / "samples" / "round_000.png"),
+        before="" if first.after.of_images else data_uri(first.path / "samples" / "round_000.png"),
         pictures=[Picture(o.path.name, data_uri(_last(o))) for o in shown],
         tables=[
             Table(
@@ -200,7 +204,7 @@ def _set(values) -> str:
 
 
 def _series(groups: dict[str, list[Outcome]], key: str) -> list[Series]:
-    """Reward against one figure, measured and forecast, a pair of series a group."""
+    """Reward against another figure: for each group one series measured and one forecast."""
     found = []
     for style, (name, runs) in zip(STYLES * len(groups), groups.items(), strict=False):
         x, y = [o.figure(key) for o in runs], [o.after.reward for o in runs]
@@ -217,7 +221,7 @@ def _series(groups: dict[str, list[Outcome]], key: str) -> list[Series]:
 
 
 def _by_alpha(groups: dict[str, list[Outcome]], key: str, title: str) -> str:
-    """One figure over α; the α of the grid stand at even distances, as they are seldom even themselves."""
+    """One figure against α; the values of α stand at equal distances, which they seldom have themselves."""
     alphas = sorted({o.settings.alpha for runs in groups.values() for o in runs})
     place = {alpha: float(i) for i, alpha in enumerate(alphas)}
     found = []

@@ -6,7 +6,8 @@ import numpy as np
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError, WorkError
-from orwcfm_fast.reporting.pictures import grid_image, save_samples
+from orwcfm_fast.reporting.images import grid_image, to_pil, to_pixels
+from orwcfm_fast.reporting.pictures import save_samples
 
 FILES = (".png", ".npz")
 
@@ -18,7 +19,7 @@ def file_kind(path: Path) -> str:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Raises UserError where writing to `path` would fail or destroy something."""
+    """Raise UserError where writing samples to `path` would fail or overwrite something."""
     kind = file_kind(path)
     if kind in FILES and path.is_dir():
         raise UserError(f"--out {path}: is a folder")
@@ -32,7 +33,12 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 def write_samples(samples: Tensor, path: Path) -> Path:
-    """Samples [N, *shape] to `path`: .npz (array "samples"), .png (one image), else a folder of PNGs."""
+    """Write samples [N, *shape] to `path`: an .npz (array "samples"), one .png, or a folder of PNGs.
+
+    Raises:
+        UserError: the samples are vectors, of which there is no folder of PNGs.
+        WorkError: the files could not be written.
+    """
     try:
         if file_kind(path) == ".npz":
             with path.open("wb") as file:
@@ -47,10 +53,8 @@ def write_samples(samples: Tensor, path: Path) -> Path:
         else:
             path.mkdir(exist_ok=True)
             width = len(str(len(samples) - 1))
-            for i, image in enumerate(samples):
-                grid_image(image[None], 1, 1).crop((2, 2, 2 + image.shape[2], 2 + image.shape[1])).save(
-                    path / f"{i:0{width}d}.png"
-                )
+            for i, image in enumerate(to_pixels(samples)):
+                to_pil(image).save(path / f"{i:0{width}d}.png")
     except OSError as error:
         raise WorkError(f"{path}: {error.strerror or error}") from None
     return path

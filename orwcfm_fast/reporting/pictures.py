@@ -1,37 +1,28 @@
-"""PNG pictures: grids of samples, curves of a run."""
+"""PNG pictures: samples, pairs of samples before and after training, curves of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-GAP = 2
+from orwcfm_fast.evaluation.intervals import Interval
+from orwcfm_fast.reporting.images import GAP, resized, tiled
 
-
-def grid_image(images: Tensor, columns: int = 8, zoom: int | None = None):
-    """Images [N, C, H, W] in [-1, 1] as one PIL image, enlarged to whole multiples (about 64 pixels each)."""
-    from PIL import Image
-
-    n, channels, height, width = images.shape
-    zoom = zoom or max(1, 64 // height)
-    rows = -(-n // columns)
-    pixels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    cell_h, cell_w = height * zoom + GAP, width * zoom + GAP
-    canvas = torch.full((channels, rows * cell_h + GAP, columns * cell_w + GAP), 255, dtype=torch.uint8)
-    for i, image in enumerate(pixels):
-        top, left = GAP + i // columns * cell_h, GAP + i % columns * cell_w
-        canvas[:, top : top + height * zoom, left : left + width * zoom] = image
-    array = canvas.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[..., 0] if channels == 1 else array)
+DPI = 100  # a point of layout below is a pixel at this resolution
+SHARPNESS = 2  # pixels written for each of them in the picture of a whole run, for dense screens
+MARGIN, HEADER = 14, 50
+LEAST = 460  # width that a title needs
+PAIRS = 40  # most pairs of images in one picture
+TOP, BELOW, BESIDE = 4, 15, 5  # room around a pair; below it for its change of class
+BARS = 290  # width of the chart beside the pairs
+BEFORE, AFTER, FRAME = "#9aa4b2", "#1f5fd0", "#e8590c"
+Shares = Mapping[str, Interval]
 
 
 def _figure(columns: int, width: float = 4.2, height: float = 3.2):
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height), layout="constrained")
@@ -39,17 +30,16 @@ def _figure(columns: int, width: float = 4.2, height: float = 3.2):
 
 
 def save_samples(path: Path, samples: dict[str, Tensor]) -> Path:
-    """Samples of one shape under titles, side by side: image grids, a scatter in 2-D, histograms in 1-D."""
+    """Samples of one shape under titles: one grid of images; a scatter plot each in 2-D; histograms in 1-D."""
     first = next(iter(samples.values()))
-    if first.dim() == 4 and len(samples) == 1:
-        grid_image(first).save(path)
-        return path
     if first.dim() == 4:
-        figure, axes = _figure(len(samples), 4.6, 4.9)
-        for axis, (title, images) in zip(axes, samples.items(), strict=True):
-            axis.imshow(grid_image(images), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set(title=title, xticks=[], yticks=[])
-    elif first.shape[1] == 1:
+        ((title, images),) = samples.items()
+        tiles, words = resized(images)
+        canvas = tiled(tiles, columns=8)
+        figure, _ = _canvas(canvas, title, words, max(LEAST, canvas.shape[1] + 2 * MARGIN))
+        figure.savefig(path, dpi=DPI * SHARPNESS)
+        return path
+    if first.shape[1] == 1:
         figure, axes = _figure(1, 6)
         low, high = (float(f(torch.cat([*samples.values()]))) for f in (torch.min, torch.max))
         for title, x in samples.items():
@@ -68,10 +58,107 @@ def save_samples(path: Path, samples: dict[str, Tensor]) -> Path:
     return path
 
 
-def save_curves(path: Path, records: Sequence[dict[str, Any]], reward: float, diversity: float) -> Path:
-    """Reward, W2 to the reference and diversity by rounds trained; `reward` and `diversity` after the last.
+def save_pairs(
+    path: Path,
+    before: Tensor,
+    after: Tensor,
+    rounds: str,
+    changes: Sequence[str] | None = None,
+    shares: tuple[Shares, Shares] | None = None,
+) -> Path:
+    """Images of the same noise before and after training, in pairs; those that changed class are framed.
 
-    A round's rollout shows the policy as it was before the round, its W2 as it is after.
+    Args:
+        before, after: images [N, C, H, W] in [-1, 1], at most PAIRS of them.
+        rounds: what lies between them, such as "8 rounds".
+        changes: for each pair the change of class, such as "3→8", or an empty text; None without a classifier.
+        shares: the share of each class before and after, for a bar chart beside the pairs.
+    """
+    from matplotlib.patches import Rectangle
+
+    left, words = resized(before)
+    right, _ = resized(after)
+    between = np.full((*left.shape[:2], 2, 3), 255, dtype=np.uint8)
+    pairs = np.concatenate([left, between, right], axis=2)
+    height, width = pairs.shape[1:3]
+    space = ((0, 0), (TOP, BELOW), (BESIDE, BESIDE), (0, 0))
+    columns = max(2, 560 // (width + 2 * BESIDE + GAP))
+    canvas = tiled(np.pad(pairs, space, constant_values=255), columns)
+    notes = [words]
+    if changes is not None:
+        notes.append(f"framed: the classifier sees another class, {sum(map(bool, changes))} of {len(pairs)}")
+    total = max(LEAST, canvas.shape[1] + 2 * MARGIN) + (BARS if shares else 0)
+    title = f"From the same noise: before (left) and after {rounds} (right)"
+    figure, axis = _canvas(canvas, title, "; ".join(filter(None, notes)), total)
+    for i, change in enumerate(changes or []):
+        if change:
+            x = GAP + BESIDE + i % columns * (width + 2 * BESIDE + GAP)
+            y = GAP + TOP + i // columns * (height + TOP + BELOW + GAP)
+            frame = Rectangle((x - 3.5, y - 3.5), width + 6, height + 6, fill=False, edgecolor=FRAME)
+            axis.add_patch(frame)
+            axis.text(x + width / 2, y + height + 13, change, color=FRAME, fontsize=7.5, ha="center")
+    if shares:
+        _bars(figure, shares, total, canvas.shape[0] + HEADER + MARGIN, total - BARS)
+    figure.savefig(path, dpi=DPI * (SHARPNESS if shares else 1))
+    return path
+
+
+def _canvas(pixels: np.ndarray, title: str, note: str, width: int):
+    """A figure of `width` that shows pixels [h, w, 3] at their own size under a title and a note; and its axes."""
+    from matplotlib.figure import Figure
+
+    height = pixels.shape[0] + HEADER + MARGIN
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure.text(MARGIN / width, 1 - 20 / height, title, fontsize=10.5, weight="bold")
+    figure.text(MARGIN / width, 1 - 38 / height, note, fontsize=8, color="#5a6675")
+    box = (
+        MARGIN / width,
+        MARGIN / height,
+        pixels.shape[1] / width,
+        pixels.shape[0] / height,
+    )
+    axis = figure.add_axes(box)
+    axis.imshow(pixels, interpolation="bilinear", aspect="auto")
+    axis.set_axis_off()
+    return figure, axis
+
+
+def _bars(figure, shares: tuple[Shares, Shares], width: int, height: int, left: int) -> None:
+    """The share of each class before and after, with 95 % intervals, from `left` to the right margin."""
+    box = (left + 30, MARGIN + 18, BARS - 30 - MARGIN, height - HEADER - MARGIN - 18)
+    axis = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
+    names, place = [*shares[0]], np.arange(len(shares[0]))
+    styles = ((-0.2, "before", BEFORE), (0.2, "after", AFTER))
+    for (offset, label, colour), of in zip(styles, shares, strict=True):
+        values = [100 * of[name].mean for name in names]
+        errors = [100 * (of[name].high - of[name].mean) for name in names]
+        axis.barh(
+            place + offset, values, 0.38, xerr=errors, color=colour, label=label,
+            error_kw={"elinewidth": 0.8, "ecolor": "#4a5563"},
+        )  # fmt: skip
+    axis.set_yticks(place, names)
+    axis.set_ylim(len(names) - 0.45, -0.55)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.text(
+        left / width + 30 / width, 1 - 20 / height, "Share of each class, %", fontsize=10.5, weight="bold"
+    )
+    figure.legend(
+        loc="upper left",
+        bbox_to_anchor=((left + 22) / width, 1 - 22 / height),
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+    )
+
+
+def save_curves(path: Path, records: Sequence[dict[str, Any]], reward: float, diversity: float) -> Path:
+    """Reward, W2 to the reference and diversity over the rounds trained.
+
+    A round's rollout comes from the policy as it was before the round, and its W2 from the policy after it.
+
+    Args:
+        reward, diversity: of the policy after the last round.
     """
     figure, axes = _figure(3)
     titles = ("mean reward", "coupled W2 to the reference", "diversity (mean pairwise distance)")

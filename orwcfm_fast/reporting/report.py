@@ -1,4 +1,4 @@
-"""One self-contained page about a finished run: what was run, curves beside the forecast, samples, figures."""
+"""The report of a finished run: one self-contained page with settings, samples, curves, forecast and tables."""
 
 import base64
 import json
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orwcfm_fast.files import write_text
-from orwcfm_fast.reporting.charts import Series, chart
+from orwcfm_fast.reporting.charts import Series, bar_chart, chart
 from orwcfm_fast.reporting.table import interval, measure_rows
 
 if TYPE_CHECKING:
+    from orwcfm_fast.evaluation.evaluate import Measures
     from orwcfm_fast.runs.result import Result
 
 MOST_PICTURES = 25
@@ -21,7 +22,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG as a data URI, and what it shows."""
+    """A PNG as a data URI, and a label that says what it shows."""
 
     label: str
     uri: str
@@ -29,7 +30,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Texts in columns; `folded` behind a click; `text`: its cells are long and wrap."""
+    """A table of texts; `folded`: closed until it is clicked on; `text`: with long cells that wrap."""
 
     title: str
     columns: Sequence[str]
@@ -40,7 +41,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the template shows; texts are escaped there."""
+    """The content of the template, which escapes all texts.
+
+    Attributes:
+        pictures: samples by round or run, one at a time under a slider.
+        before: a picture to show beside them, where they do not show the start themselves.
+        classes: a chart of the share of each class, or empty.
+    """
 
     title: str
     lines: Sequence[str]
@@ -52,10 +59,11 @@ class Page:
     slider: str = "round"
     before: str = ""
     pictures: Sequence[Picture] = field(default=())
+    classes: str = ""
 
 
 def write_page(path: Path, page: Page) -> Path:
-    """Render the page to one file that needs no network and no other file."""
+    """Write the page as one file that needs no network and no other file."""
     import jinja2
 
     loader = jinja2.PackageLoader("orwcfm_fast.reporting")
@@ -70,10 +78,10 @@ def data_uri(png: Path) -> str:
 
 
 def run_report(result: "Result", lines: Sequence[str]) -> Path:
-    """report.html in the run's directory.
+    """Write report.html to the run's directory.
 
     Args:
-        lines: what was run, in words, under the title.
+        lines: what was run, in words, to show under the title.
     """
     run, s, records = result.run, result.settings, result.records
     forecast = json.loads(run.forecast.read_text()) if run.forecast.is_file() else None
@@ -81,12 +89,13 @@ def run_report(result: "Result", lines: Sequence[str]) -> Path:
     guard = [f"round {r['round']}: {text}" for r in records for text in r.get("guard", [])]
     page = Page(
         title=run.path.name,
-        lines=[*lines, f"again: orwcfm finetune --config {run.config}"],
+        lines=[*lines, f"to repeat it: orwcfm finetune --config {run.config}"],
         tiles=_tiles(result),
         guard=guard,
         charts_title="Round by round",
         charts=_charts(result, forecast),
-        before=data_uri(shown[0]) if shown else "",
+        before="" if result.after.of_images or not shown else data_uri(shown[0]),
+        classes=_classes(result.before, result.after) if result.after.classes else "",
         pictures=[Picture(f"round {_round_of(p)} of {len(records)}", data_uri(p)) for p in shown],
         tables=[
             Table(
@@ -102,7 +111,7 @@ def run_report(result: "Result", lines: Sequence[str]) -> Path:
 
 
 def settings_table(values: dict[str, Any]) -> Table:
-    """Every setting that says something."""
+    """A table of all settings that are not empty."""
     rows = [[k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)] for k, v in values.items()]
     return Table("Settings", ["setting", "value"], [r for r in rows if r[1]], folded=True, text=True)
 
@@ -112,7 +121,7 @@ def _round_of(path: Path) -> int:
 
 
 def _thin(paths: list[Path]) -> list[Path]:
-    """At most MOST_PICTURES of them, evenly spaced, the first and the last among them."""
+    """At most MOST_PICTURES paths, evenly spaced, with the first and the last."""
     if len(paths) <= MOST_PICTURES:
         return paths
     step = (len(paths) - 1) / (MOST_PICTURES - 1)
@@ -137,7 +146,7 @@ def _tiles(result: "Result") -> list[tuple[str, str]]:
 
 
 def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
-    """A round's rollout shows the policy as it was before the round; the held-out samples, the last."""
+    """Charts over rounds. A rollout comes from the policy before its round; held-out samples give the last point."""
     records, after, n = result.records, result.after, len(result.records)
     begun, done = [r["round"] - 1 for r in records], [r["round"] for r in records]
     expected = forecast["own"].get("by_round", []) if forecast else []
@@ -168,8 +177,18 @@ def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
     ]  # fmt: skip
 
 
+def _classes(before: "Measures", after: "Measures") -> str:
+    """A bar chart of the share of each class in the held-out samples before and after training."""
+    groups = []
+    for m, style in ((before, "before"), (after, "a")):
+        parts = ([100 * getattr(v, end) for v in m.classes.values()] for end in ("mean", "low", "high"))
+        y, low, high = parts
+        groups.append(Series(m.name, range(len(y)), y, style, low, high))
+    return bar_chart(f"Share of each class in {after.n} held-out samples, %", groups, [*after.classes])
+
+
 def _expected(rounds: list[dict[str, float]], key: str, error: str = "") -> Series:
-    """The forecast of one figure, its bars two standard errors."""
+    """The forecast of one figure, with intervals of two standard errors each side."""
     x, y = [r["round"] for r in rounds], [r[key] for r in rounds]
     bars: dict[str, Any] = {}
     if error:
@@ -179,7 +198,7 @@ def _expected(rounds: list[dict[str, float]], key: str, error: str = "") -> Seri
 
 
 def _rounds_table(records: list[Record]) -> Table:
-    """metrics.jsonl, rounded; only what is a number in every round."""
+    """The records of metrics.jsonl, rounded; only keys that hold a number in every round."""
     keys = [k for k in records[0] if all(isinstance(r.get(k), int | float) for r in records)]
     rows = [[f"{r[k]:.4g}" for k in keys] for r in records]
     return Table("Every round", keys, rows, folded=True)

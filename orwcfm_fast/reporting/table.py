@@ -1,4 +1,4 @@
-"""Figures as text: the evaluation table's rows, the same on the terminal and on a page."""
+"""Measures as text: the rows of the evaluation table, the same on the terminal and in a report."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def interval(value: "Interval | None") -> str:
-    """'estimate ± half width', two digits of the half width; – for None."""
+    """'estimate ± half width' with two digits of the half width; – for None."""
     if value is None:
         return "–"
     half = (value.high - value.low) / 2
@@ -26,7 +26,7 @@ def number(value: float | None) -> str:
 
 
 def measure_rows(measures: Sequence["Measures"], reward: str) -> list[list[str]]:
-    """A row a figure: its name, then each model's value. Figures that no model has are left out."""
+    """One row for each figure: its name, then its value for every model. Figures that no model has are left out."""
     first, n = measures[0], measures[0].n
     where = f", {first.features}" if first.features else ""
     rows = [
@@ -46,7 +46,7 @@ def measure_rows(measures: Sequence["Measures"], reward: str) -> list[list[str]]
         ["  recall", *(interval(m.recall) for m in measures)],
         ["modes covered", *(interval(m.modes) for m in measures)],
         ["  share of samples on the data", *(interval(m.on_data) for m in measures)],
-        ["standard deviation a coordinate", *(number(m.pixel_std) for m in measures)],
+        ["standard deviation per coordinate", *(number(m.pixel_std) for m in measures)],
         ["classifier confidence", *(number(m.confidence) for m in measures)],
     ]
     return [row for row in rows if any(cell != "–" for cell in row[1:])]

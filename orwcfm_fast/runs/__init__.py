@@ -1,1 +1,1 @@
-"""Whole runs in directories: what the commands call."""
+"""Whole runs, each in its directory; what the commands call."""

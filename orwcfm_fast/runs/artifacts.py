@@ -1,10 +1,10 @@
-"""What a fine-tuning run shows of itself: pictures by round, its forecast, and what it leaves at its end."""
+"""The files of a fine-tuning run for people to look at: pictures of every round, forecast, report, summary."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.features import decoded_features
@@ -12,58 +12,75 @@ from orwcfm_fast.evaluation.held_out import Evaluator
 from orwcfm_fast.evaluation.probe import Probe
 from orwcfm_fast.files import read_small, write_text
 from orwcfm_fast.method.trainer import Trainer
-from orwcfm_fast.reporting.pictures import save_curves, save_samples
+from orwcfm_fast.reporting.pictures import PAIRS, Shares, save_curves, save_pairs, save_samples
 from orwcfm_fast.reporting.report import run_report
 from orwcfm_fast.runs.result import Result
 from orwcfm_fast.runs.run import Run
 from orwcfm_fast.theory.prediction import MANY_PROMPTS, forecast_line, forecast_run, reached_line
 
-PICTURE_SAMPLES = 64
-FLAT = 0.995  # of the rollout: an ESS above it is that of weights within 7 % of each other
+FLAT = 0.995  # an ESS above this share of the rollout means weights within about 7 % of each other
 MAX_FORECAST_BYTES = 1 << 20
 
 
 class RunArtifacts:
-    """The files of a run that people look at; for the first rank."""
+    """Writes pictures, forecast, report and summary of a run; used by the first rank only."""
 
     def __init__(self, run: Run, trainer: Trainer, evaluator: Evaluator) -> None:
         self.run, self.trainer, self.evaluator, self.settings = run, trainer, evaluator, trainer.settings
 
     def save_round_samples(self) -> None:
-        """The probe as it is after the trainer's rounds so far."""
+        """A picture of the probe samples after the rounds trained so far; of images, beside the reference's."""
         number = self.trainer.round
-        probe = self._picture_samples(self.trainer.find(Probe).samples)
-        save_samples(self.run.samples / f"round_{number:03d}.png", {f"round {number}": probe})
+        path, samples = self.run.samples / f"round_{number:03d}.png", self.trainer.find(Probe).samples
+        if samples.dim() == 4:
+            self._save_pairs(path, f"{number} round{'s' * (number != 1)}")
+        else:
+            save_samples(path, {f"round {number}": self.trainer.reference.decode(samples)})
 
     def first_round_messages(self, record: dict[str, Any]) -> list[str]:
-        """What there is to say after the first round."""
+        """Messages for the user after the first round: weights that hardly differ, and the forecast."""
         lines = [self._flat(record)]
         if self.settings.target_w2 is None:
             lines.append(self._forecast())
         return [line for line in lines if line]
 
     def discard_unreadable_forecast(self) -> None:
-        """A forecast that cannot be read is none; the report would stumble over it after all the training."""
+        """Delete a forecast that cannot be read, which would otherwise fail the report after all the training."""
         try:
             reached_line(json.loads(read_small(self.run.forecast, MAX_FORECAST_BYTES)), 0.0, 1)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             self.run.forecast.unlink(missing_ok=True)
 
     def save_results(self, result: Result, about: list[str]) -> None:
-        """Pictures, curves, report and summary of the whole run; `about`: what it was, in words."""
-        probe = self.trainer.find(Probe)
-        pictures = {
-            "before": self._picture_samples(probe.of_reference),
-            "after": self._picture_samples(probe.samples),
-        }
-        save_samples(self.run.samples / "before_after.png", pictures)
-        after = result.after
+        """Pictures, curves, report and summary of the finished run.
+
+        Args:
+            about: what was run, in words, a line each.
+        """
+        path, probe, after = self.run.samples / "before_after.png", self.trainer.find(Probe), result.after
+        if probe.samples.dim() == 4:
+            shares = (result.before.classes, after.classes) if after.classes else None
+            self._save_pairs(path, f"{self.trainer.round} rounds", shares)
+        else:
+            decode = self.trainer.reference.decode
+            save_samples(path, {"before": decode(probe.of_reference), "after": decode(probe.samples)})
         save_curves(self.run.path / "curves.png", result.records, after.reward.mean, after.diversity.mean)
         run_report(result, about)
         write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
 
+    def _save_pairs(self, path: Path, rounds: str, shares: tuple[Shares, Shares] | None = None) -> None:
+        """The first probe samples, images, of the reference and of the policy in pairs."""
+        probe, decode = self.trainer.find(Probe), self.trainer.reference.decode
+        before, after = decode(probe.of_reference[:PAIRS]), decode(probe.samples[:PAIRS])
+        changes = None
+        if self.evaluator.probabilities:
+            with torch.inference_mode():
+                kinds = [self.evaluator.probabilities(x).argmax(1).tolist() for x in (before, after)]
+            changes = [f"{a}→{b}" if a != b else "" for a, b in zip(*kinds, strict=True)]
+        save_pairs(path, before, after, rounds, changes, shares)
+
     def _flat(self, record: dict[str, Any]) -> str:
-        """What to do where the weights hardly differ, in words; nothing where they do."""
+        """What to do where the weights hardly differ; an empty text where they do differ."""
         s = self.settings
         if s.tau == 0 or record["ess"] <= FLAT * s.rollout:
             return ""
@@ -71,12 +88,11 @@ class RunArtifacts:
             return "all rewards are equal: there is nothing to learn from"
         return (
             f"weights nearly equal (ESS {record['ess']:.0f} of {s.rollout}): rewards spread by "
-            f"{record['reward_std']:.2g} only; a higher --tau weighs them more, --weights advantage goes by their "
-            "spread"
+            f"{record['reward_std']:.2g} only; raise --tau, or use --weights advantage, which standardises them first"
         )
 
     def _forecast(self) -> str:
-        """Forecast this run from its first rollout, at no extra samples; one line."""
+        """Forecast the run from its first rollout, without drawing more samples; the forecast in one line."""
         reference, trainer = self.trainer.reference, self.trainer
         if (prompts := reference.conditions) and len(prompts) > 1:
             return MANY_PROMPTS
@@ -89,11 +105,7 @@ class RunArtifacts:
                     own,
                     lambda x: decoded_features(reference, self.evaluator.features, x, trainer.sizes.chunk),
                 )
-        except UserError as error:  # a forecast is a comment on the run, never its end
+        except UserError as error:  # a forecast that cannot be made must not end the run
             return f"no forecast: {error}"
         write_text(self.run.forecast, json.dumps(found, indent=1) + "\n")
         return forecast_line(found)
-
-    def _picture_samples(self, x: Tensor) -> Tensor:
-        """What of the probe fits a picture: the first images, all vectors."""
-        return self.trainer.reference.decode(x[:PICTURE_SAMPLES] if x.dim() == 4 else x)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end training where it can be taken up again; a second Ctrl-C ends it at once."""
+"""Ctrl-C and SIGTERM stop training at a point from which it can resume; a second Ctrl-C ends the process at once."""
 
 import os
 import signal
@@ -7,24 +7,24 @@ from types import FrameType
 
 from orwcfm_fast.method.callbacks import Callback
 
-SHOW_CURSOR = b"\x1b[?25h"  # a live bar hides it
+SHOW_CURSOR = b"\x1b[?25h"  # a live progress bar hides it
 
 
 class StopRequested(Exception):
-    """Raised by `SignalHandler.raise_if_stopped`; what is being trained can be saved as it stands."""
+    """Raised by `SignalHandler.raise_if_stopped` where the state of training is consistent and can be saved."""
 
 
 class SignalHandler(Callback):
-    """Within `with`, the first SIGINT or SIGTERM waits for `raise_if_stopped`, which raises it as StopRequested.
+    """Within `with`, the first SIGINT or SIGTERM is only noted, and the next `raise_if_stopped` raises StopRequested.
 
-    A second Ctrl-C leaves the process at once with exit code 130. Outside the main thread, where Python
-    delivers no signals, nothing is caught.
+    A second Ctrl-C ends the process at once with exit code 130. Outside the main thread, where Python delivers no
+    signals, nothing is caught.
 
     Args:
-        exit_message: one line for those who leave at once; nothing is said where it is empty.
+        exit_message: the line printed by a second Ctrl-C; with an empty one, no signal prints anything.
 
     Attributes:
-        signal: the one that came, or None.
+        signal: number of the first signal received, or None.
     """
 
     def __init__(self, exit_message: str) -> None:
@@ -44,11 +44,11 @@ class SignalHandler(Callback):
 
     @property
     def exit_code(self) -> int:
-        """128 and the signal's number, as shells count: 130 or 143."""
+        """128 plus the signal's number, as shells report it: 130 or 143."""
         return 128 + (self.signal or signal.SIGINT)
 
     def raise_if_stopped(self) -> None:
-        """Where work can be left: raises StopRequested once a signal has come."""
+        """Raise StopRequested if a signal was received; called where training can be saved."""
         if self.signal is not None:
             raise StopRequested
 
@@ -57,7 +57,7 @@ class SignalHandler(Callback):
         self.raise_if_stopped()
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
-        # os.write: a handler may run in the middle of a buffered one
+        # os.write, because the handler may interrupt a buffered write
         if self.signal is None:
             self.signal = number
             if self.exit_message and os.isatty(2):

@@ -1,4 +1,4 @@
-"""A whole pretraining run: data, model, directory, checkpoints, a picture. What `orwcfm pretrain` calls."""
+"""A whole pretraining run with its directory, checkpoints and a picture; what `orwcfm pretrain` calls."""
 
 import math
 import time
@@ -22,7 +22,7 @@ from orwcfm_fast.runs.run import Run, next_run_path, resume_command, resumed_set
 from orwcfm_fast.settings import Pretrain, Sampling
 
 RESUME_MAY_CHANGE = ("save_every", "device")
-KEEP = 2
+CHECKPOINTS_KEPT = 2
 
 
 class PretrainRun:
@@ -42,16 +42,15 @@ class PretrainRun:
         """Load the data, build the model, make the directory.
 
         Raises:
-            UserError: unknown data or model, data not there, a directory in the way; nothing is left behind.
+            UserError: unknown data or model, missing data, or an occupied directory; nothing is left behind.
         """
         settings = settings.model_copy(update={"model": settings.model or source(settings.data)[0].model})
         device = resolve_device(settings.device)
         data, _ = load_data(settings.data, settings.data_dir)
         if settings.flip and data.dim() != 4:
             raise UserError(f"--flip: mirrors images; '{settings.data}' has vectors")
-        make_policy(
-            settings.model, settings.data, tuple(data.shape[1:]), device
-        )  # fits, before a directory is made
+        # raises if the model does not fit the data, before a directory is made
+        make_policy(settings.model, settings.data, tuple(data.shape[1:]), device)
         name = "".join(c if c.isalnum() or c in "-." else "-" for c in settings.data)
         run = Run.create(out or next_run_path(f"pretrain-{name}"), overwrite)
         run.write_config("pretrain", settings)
@@ -60,10 +59,10 @@ class PretrainRun:
 
     @classmethod
     def resume(cls, run: Run, given: dict[str, Any]) -> "PretrainRun":
-        """Go on with a run.
+        """Resume a run.
 
         Raises:
-            UserError: no run there, or a setting that may not change.
+            UserError: there is no run, it is finished, or `given` changes a setting that may not change.
         """
         settings = resumed_settings(run, Pretrain, given, RESUME_MAY_CHANGE)
         data, _ = load_data(settings.data, settings.data_dir)
@@ -74,7 +73,7 @@ class PretrainRun:
             newest = retention.load_newest(run.checkpoints, set_aside=True)
             if newest is not None:
                 task.trainer.restore(newest)
-                retention.prune(run.checkpoints, KEEP)  # a kill may have come between the last save and this
+                retention.prune(run.checkpoints, CHECKPOINTS_KEPT)  # a kill may have come after the last save
             if task.trainer.steps >= settings.steps:
                 raise UserError(f"--resume {run.path}: already finished, at step {task.trainer.steps}")
             run.truncate_metrics(task.trainer.steps, "step")
@@ -86,10 +85,13 @@ class PretrainRun:
         return task
 
     def train(self, watch: Callable[[int, float], None]) -> float:
-        """To the last step, with checkpoints on the way; the last loss reported.
+        """Train to the last step, with checkpoints on the way, and return the last loss.
+
+        Args:
+            watch: called with step and loss.
 
         Raises:
-            WorkError: the loss is not finite, or no room is left.
+            WorkError: the loss is not finite, or a file could not be written.
             Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         """
         began, resume = time.perf_counter(), resume_command(self.run, "pretrain")
@@ -115,7 +117,7 @@ class PretrainRun:
             self.run.append({"step": step, "loss": loss})
             watch(step, loss)
             if step == self.settings.steps:
-                self._picture()  # before the last checkpoint, which says that all is there
+                self._save_samples()  # before the last checkpoint, after which the run counts as finished
             if step % self.settings.save_every == 0 or step == self.settings.steps:
                 self._save()
                 self.run.delete_replaced()
@@ -124,22 +126,25 @@ class PretrainRun:
     def _save(self) -> Path:
         path = self.run.checkpoints / f"step_{self.trainer.steps}"
         if not checkpoint.is_checkpoint(path):
-            self.run.checkpoints.mkdir(exist_ok=True)  # its parent gone: the run was taken away
+            self.run.checkpoints.mkdir(
+                exist_ok=True
+            )  # an OSError where the run directory was deleted meanwhile
             self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
-            retention.prune(self.run.checkpoints, KEEP)
+            retention.prune(self.run.checkpoints, CHECKPOINTS_KEPT)
         return path
 
     def images_per_s(self) -> float:
+        """Training samples per second in this process."""
         return (self.trainer.steps - self._first) * self.settings.batch / max(self._seconds, 1e-9)
 
     @property
-    def picture(self) -> Path:
-        """Samples of the averaged model, there once training is done."""
+    def samples_path(self) -> Path:
+        """The picture of the averaged model's samples, written at the end of training."""
         return self.run.samples / "final.png"
 
-    def _picture(self) -> None:
+    def _save_samples(self) -> None:
         policy = self.trainer.averaged()
         n = 64 if len(policy.shape) == 3 else 2000
         with torch.inference_mode():
             x = policy.decode(sample(policy, start_noise(policy, n, self.settings.seed), Sampling(), 512))
-        save_samples(self.picture, {self.settings.data: x})
+        save_samples(self.samples_path, {f"{n} samples of {self.settings.model} on {self.settings.data}": x})

@@ -1,4 +1,4 @@
-"""What a finished run has to say."""
+"""The result of a finished fine-tuning run."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,13 @@ from orwcfm_fast.theory.prediction import lower, reached_line
 
 @dataclass
 class Result:
-    """Before and after on the same held-out noise, the rounds between, and the run's files."""
+    """Measures before and after training on the same held-out noise, and the records of the rounds between.
+
+    Attributes:
+        records: of metrics.jsonl, one for each round.
+        seconds: of the whole run.
+        best: the best checkpoint, where one is kept.
+    """
 
     run: Run
     settings: Finetune
@@ -26,6 +32,7 @@ class Result:
     best: Path | None
 
     def summary(self) -> dict[str, Any]:
+        """The content of summary.json."""
         return {
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
@@ -42,7 +49,7 @@ class Result:
         }
 
     def forecast(self) -> str | None:
-        """Forecast and reached, where round 1 made a forecast."""
+        """The forecast of round 1 beside what was reached, in one line; None without a forecast."""
         try:
             found = json.loads(self.run.forecast.read_bytes())
             return reached_line(found, self.after.reward.mean, len(self.records))
@@ -50,22 +57,22 @@ class Result:
             return None
 
     def reward_drop(self) -> str | None:
-        """That the reward is lower than before, in words, where it is."""
+        """A message that the reward is lower than before training; None where it is not."""
         if self.after.reward.high >= self.before.reward.low:
             return None
-        return "the reward fell: the model drifted further than the weights led it; try a higher --tau or --alpha"
+        return "the reward fell: the policy drifted without gaining reward; try a higher --tau or --alpha"
 
     def lower_alpha(self) -> float | None:
-        """The α to try for more reward; None where there is none, or where it is steered."""
+        """A smaller α to try for more reward; None where α is 0 already or is set by --target-w2."""
         s = self.settings
         return lower(s.alpha) if s.alpha and s.target_w2 is None else None
 
     def by_phase(self) -> dict[str, float]:
-        """Seconds of the loop by phase, over all rounds."""
+        """Seconds spent in each phase of a round, summed over all rounds."""
         return {p: sum(r[f"seconds_{p}"] for r in self.records) for p in (*PHASES, "probe")}
 
     def by_reward(self) -> dict[str, float]:
-        """Seconds of each reward over all rounds, where there are several."""
+        """Seconds spent in each reward over all rounds; empty where there is only one reward."""
         names = self.records[-1].get("seconds_rewards", {})
         return {name: sum(r["seconds_rewards"][name] for r in self.records) for name in names}
 

@@ -1,4 +1,4 @@
-"""A launcher starts its command again by itself, after a rank died or when a job is back from the queue."""
+"""Resuming a fine-tuning run, also where a launcher repeats its command: after a rank died, or a job was requeued."""
 
 import os
 from pathlib import Path
@@ -15,24 +15,24 @@ MAY_CHANGE = ("rounds", "device", "log", "graph")
 
 
 def finetune_resume_command(run: Run, settings: Finetune) -> str:
-    """The command that goes on with the run; rewards that are code must be named again."""
+    """The command that resumes the run; rewards that are user code must be named again."""
     named = {key: getattr(settings, key) for key in ("reward", "holdout_reward")}
     return resume_command(run, "finetune", {k: v for k, v in named.items() if user_code(v)})
 
 
 def restarted_settings(settings: Finetune, out: Path | None, overwrite: bool) -> dict[str, Any] | None:
-    """What this command gives where torchrun started it and its run is in `out` already, to be gone on with.
+    """The settings given by a command that torchrun repeats, if its run is in `out` already and should be resumed.
 
     Raises:
-        UserError: `out` holds another run, or a restart would not find its run or would replace it.
+        UserError: `out` holds another run; a restart would not find its run, or would replace it.
     """
     if not launched():
         return None
     if overwrite:
-        raise UserError("--overwrite: a restart by torchrun would replace what was trained; leave it out")
+        raise UserError("--overwrite: a restart by torchrun would replace the trained run; leave it out")
     if out is None:
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            raise UserError("--max-restarts: name the run with --out DIR, so that a restart goes on with it")
+            raise UserError("--max-restarts: name the run with --out DIR, so that a restart can resume it")
         return None
     if read_command(out) != "finetune":
         return None

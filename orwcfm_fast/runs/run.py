@@ -21,7 +21,7 @@ MAX_METRICS_BYTES = 1 << 30
 
 
 class Run:
-    """Paths of a run, and how its files are written."""
+    """A run directory: the paths of its files, and how they are written and read."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -37,11 +37,11 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, overwrite: bool = False) -> "Run":
-        """Make the directory and lock it; a run that is replaced stays beside it until `delete_replaced` or `discard`.
+        """Make and lock the directory. A run that it replaces is kept beside it until `delete_replaced` or `discard`.
 
         Raises:
-            UserError: it exists and is not empty (unless it is a run and `overwrite`), cannot be written, or
-                another process works in it.
+            UserError: it exists and is not empty (unless it is a run and `overwrite` is given), cannot be written,
+                or another process works in it.
         """
         run = cls(path)
         try:
@@ -60,16 +60,16 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
             run.lock()
             if _has_content(path):
-                raise UserError(f"--out {path}: another process has just begun a run there; choose another")
+                raise UserError(f"--out {path}: another process has just started a run there; choose another")
         except OSError as error:
             raise UserError(f"--out {path}: {error.strerror or error}") from None
         return run
 
     def lock(self) -> None:
-        """Keep every other process from working here until `unlock` or the end of this one.
+        """Lock the directory against every other process until `unlock` or the end of this one.
 
         Raises:
-            UserError: one already does; names it.
+            UserError: another process holds the lock; the message names it.
         """
         try:
             self._lock = RunLock(self.path)
@@ -82,13 +82,13 @@ class Run:
             self._lock = None
 
     def delete_replaced(self) -> None:
-        """The run has something to show: what it replaced goes."""
+        """Delete the run that this one replaced; called once this one has a result of its own."""
         if self._replaced:
             shutil.rmtree(self._replaced, ignore_errors=True)
             self._replaced = None
 
     def discard(self) -> None:
-        """The run came to nothing: remove it, and put back what it replaced."""
+        """Remove this run, which has no result, and put back the one that it replaced."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.unlock()
         if self._replaced:
@@ -96,24 +96,28 @@ class Run:
             self._replaced = None
 
     def write_config(self, command: str, settings: BaseModel) -> None:
-        """All settings, resolved, as TOML that --config reads again."""
+        """Write all settings, resolved, as TOML that --config can read."""
         write_text(self.config, f"{HEADER}{command}\n" + to_toml(settings.model_dump()))
 
     def append(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, on disk when this returns; OSError where that fails."""
+        """Append a line to metrics.jsonl; it is on disk when this returns.
+
+        Raises:
+            OSError: it could not be written.
+        """
         with self.metrics.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def write_failed(self, error: OSError, resume: str) -> WorkError:
-        """One line: which write failed, what is saved, how to go on."""
+        """The error to raise after a failed write: which one it was, what is saved, and the command that resumes."""
         newest = next(iter(retention.steps(self.checkpoints)), None)
-        saved = f"saved at {newest}; once that is mended: {resume}" if newest else "no checkpoint is left"
+        saved = f"saved at {newest}; once that is fixed: {resume}" if newest else "no checkpoint is left"
         return WorkError(f"{error.filename or self.path}: {error.strerror or error}; {saved}")
 
     def read_metrics(self, key: str = "round") -> list[dict[str, Any]]:
-        """Every whole line of metrics.jsonl, by its round (or step)."""
+        """The records of metrics.jsonl up to the first incomplete line; `key` is the one that each must have."""
         try:
             lines = read_small(self.metrics, MAX_METRICS_BYTES).decode("utf-8", "replace").splitlines()
         except FileNotFoundError:
@@ -127,12 +131,12 @@ class Run:
                 if not isinstance(record[key], int):
                     raise TypeError
             except (ValueError, LookupError, TypeError, RecursionError):
-                break  # a line cut off by a crash ends what is known
+                break  # a crash cut this line off; what follows cannot be trusted
             records.append(record)
         return records
 
     def truncate_metrics(self, last: int, key: str = "round") -> None:
-        """Keep the lines up to round (or step) `last`: what a checkpoint of that round knew."""
+        """Keep the records up to round (or step) `last`, the one of the checkpoint that training resumes from."""
         kept = {r[key]: r for r in reversed(self.read_metrics(key)) if r[key] <= last}
         if key == "round" and len(kept) < last:
             warn(f"{self.metrics}: damaged, {last - len(kept)} of its first {last} rounds are lost")
@@ -140,7 +144,7 @@ class Run:
 
 
 class ReadOnlyRun(Run):
-    """A run as it is for a rank that leaves its files to the first."""
+    """A run as seen by all ranks but the first, which alone writes its files."""
 
     def lock(self) -> None:
         pass
@@ -162,12 +166,12 @@ class ReadOnlyRun(Run):
 
 
 def _has_content(path: Path) -> bool:
-    """Whether a folder holds more than a run that died before its first line leaves."""
+    """Whether a folder holds more than the files of a run that was killed before it wrote its settings."""
     return any(p.name not in (LOCK, f".{CONFIG}.part") for p in path.iterdir())
 
 
 def read_command(path: Path) -> str:
-    """The command that made a directory (pretrain, finetune, sweep); empty where it is none of ours."""
+    """The command that made a run directory (pretrain, finetune or sweep); empty where it is not a run."""
     try:
         with open_regular(path / CONFIG) as file:
             first = file.readline(80).decode()
@@ -177,15 +181,15 @@ def read_command(path: Path) -> str:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run: its config.toml begins as ours do."""
+    """Whether a folder is a run: its config.toml starts with the header of ours."""
     return bool(read_command(path))
 
 
 def resumed_settings(run: Run, kind: type[S], given: dict[str, Any], may_change: tuple[str, ...]) -> S:
-    """Settings of a run that goes on.
+    """Settings of a run to resume: its own, and those of `given` that `may_change`.
 
     Raises:
-        UserError: no run there; a setting given otherwise than the run has it, that may not change.
+        UserError: there is no run, or `given` changes a setting that may not change.
     """
     if not is_run(run.path):
         raise UserError(f"--resume {run.path}: not a run (no config.toml)")
@@ -199,14 +203,18 @@ def resumed_settings(run: Run, kind: type[S], given: dict[str, Any], may_change:
 
 
 def resume_command(run: Run, command: str, named: dict[str, list[str]] | None = None) -> str:
-    """What to type to go on with a run; `named` are its rewards that are code and must be named again."""
+    """The command that resumes a run.
+
+    Args:
+        named: for --reward and --holdout-reward those that are user code, which must be named again.
+    """
     again = [f"--{k.replace('_', '-')} {shlex.quote(s)}" for k, specs in (named or {}).items() for s in specs]
     flag = "--out" if command == "sweep" else "--resume"
     return " ".join([f"orwcfm {command} {flag} {shlex.quote(str(run.path))}", *again])
 
 
 def next_run_path(stem: str, root: Path = Path("runs")) -> Path:
-    """runs/<stem>-001, or the first number that is free."""
+    """runs/<stem>-001, or the first such name that is free."""
     number = 1
     while (path := root / f"{stem}-{number:03d}").exists():
         number += 1
@@ -214,6 +222,6 @@ def next_run_path(stem: str, root: Path = Path("runs")) -> Path:
 
 
 def newest_run(pattern: str = "*", root: Path = Path("runs")) -> Path | None:
-    """The run under ./runs, of a name like that, which was begun last and has a checkpoint."""
+    """The newest run under `root` with a matching name and a checkpoint, or None."""
     found = [p for p in root.glob(pattern) if is_run(p) and any((p / "checkpoints").glob("step_*"))]
     return max(found, key=lambda p: ((p / CONFIG).stat().st_mtime_ns, p.name), default=None)
