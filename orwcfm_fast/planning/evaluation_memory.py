@@ -34,7 +34,7 @@ class EvaluationMemory:
     on_host: bool
 
     @property
-    def probe_kept(self) -> int:
+    def stored_probe_samples(self) -> int:
         """Bytes kept for the whole run: the probe's noise, the policy's samples and the reference's."""
         return 3 * probe_size(self.s) * self.sample
 

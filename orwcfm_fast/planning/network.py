@@ -117,7 +117,7 @@ def make_plan(
         "weights": weights,
         "reference": anchor,
         "optimizer": moments,
-        "rollout kept": s.rollout * one_sample,
+        "stored rollout": s.rollout * one_sample,
     }
     gradients = sum(p.numel() * p.element_size() for p in learner.parameters)
     exchange = bucket_bytes(gradients) if ranks > 1 else 0  # allocated when the activations are freed
@@ -137,13 +137,13 @@ def make_plan(
     memory = EvaluationMemory(
         s, ranks, one_sample, one_sample, one_sample, drawn.peak, lambda size: 0, False, device.type == "cpu"
     )
-    held["probe kept"] = memory.probe_kept
+    held["stored probe samples"] = memory.stored_probe_samples
     room = int(HEADROOM * limit) - process - sum(held.values())
     micro_batch = largest_fitting(min(s.micro_batch or batch, batch), room, step_at)
     stepping = step_at(micro_batch)
     if s.graph:  # a recorded graph keeps its memory
-        held["step's graph"] = sum(stepping.values())
-        room, stepping = room - held["step's graph"], dict.fromkeys(stepping, 0)
+        held["CUDA graph of a step"] = sum(stepping.values())
+        room, stepping = room - held["CUDA graph of a step"], dict.fromkeys(stepping, 0)
     chunk = largest_fitting(min(s.chunk, rollout), room, rollout_at)
     reward_batch = largest_fitting(asked, room, scoring_at)
     per_step = (

@@ -189,13 +189,13 @@ def _plan(
     exchange = bucket_bytes(trained) if ranks > 1 else 0  # allocated when the activations are freed
     held = {
         "transformer": weights,
-        "adapters, and as they began": 2 * adapters,
+        "adapters and their initial values": 2 * adapters,
         "reference": 0 if s.lora else weights,
         "optimizer": 2 * trained,
         "VAE": _size(policy.pipeline.vae),
         "prompt embeddings": policy.conditions.nbytes,
-        "rollout kept": s.rollout * one_latent,
-        "probe kept": memory.probe_kept,
+        "stored rollout": s.rollout * one_latent,
+        "stored probe samples": memory.stored_probe_samples,
     }
 
     def step_at(size: int) -> dict[str, int]:

@@ -33,11 +33,11 @@ def resized(images: Tensor) -> tuple[np.ndarray, str]:
     height, width = images.shape[2:]
     longest, factor = max(height, width), max(1, round(SIDE / images.shape[2]))
     if longest > MOST:
-        size, words = (width * MOST // longest, height * MOST // longest), f"images reduced to {MOST} pixels"
+        size, words = (width * MOST // longest, height * MOST // longest), f"reduced to {MOST} pixels"
     else:
         size, words = (
             (width * factor, height * factor),
-            f"images enlarged {factor} times and smoothed (bicubic)",
+            f"enlarged ×{factor} and smoothed (bicubic)",
         )
     tiles = [
         to_pil(image).convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in to_pixels(images)

@@ -50,7 +50,7 @@ def test_kid_of_two_gaussians_is_the_distance_of_their_first_three_moments():
     assert abs(kernel_distance(x, normal(1500, (0.0,), (1.0,), seed=2))) < 1
 
 
-def test_precision_and_recall_tell_lost_kinds_from_false_ones():
+def test_precision_and_recall_tell_missing_modes_from_false_ones():
     g = torch.Generator().manual_seed(0)
     whole, other = torch.rand(600, 2, generator=g).double(), torch.rand(600, 2, generator=g).double()
     half = other * torch.tensor([0.5, 1.0])
@@ -141,7 +141,7 @@ def test_evaluate_compares_models_in_chosen_features_with_intervals(run_cli, tin
     assert "FID" not in plain.out and "FID against 64 of the data" in run_cli("evaluate", "run", "-n", 64).out
 
 
-def test_a_wrong_wish_is_one_clear_line(run_cli, tiny_run):
+def test_a_wrong_argument_is_one_clear_line(run_cli, tiny_run):
     for arguments, message in {
         ("run", "--features", "classifier"): "knows digits, not two-gaussians",
         ("run", "--features", "vgg"): "features = 'vgg'",

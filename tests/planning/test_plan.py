@@ -1,4 +1,4 @@
-"""Memory and time that `orwcfm doctor --plan` tells beforehand are those that a run then takes."""
+"""Memory and time that `orwcfm doctor --plan` predicts are those that a run then takes."""
 
 import json
 import subprocess
@@ -48,15 +48,15 @@ def of_rounds(plan) -> int:
     return max(bytes for phase, bytes in plan.phases.items() if phase != "evaluation")
 
 
-def test_a_course_carries_the_peak_over_even_where_it_moves():
+def test_a_profile_extrapolates_the_peak_even_where_it_moves():
     """Fixed 100, then 10 a sample: the peak is first at the fixed part, later at the growing one."""
 
     def changes(size):
         return [100, -100, 10 * size, -10 * size]
 
-    course = AllocationProfile((1, 2), (changes(1), changes(2)), (0.1, 0.2))
-    assert [course.peak(n) for n in (2, 10, 11, 50)] == [100, 100, 110, 500]
-    assert course.time(4) == pytest.approx(0.4)
+    profile = AllocationProfile((1, 2), (changes(1), changes(2)), (0.1, 0.2))
+    assert [profile.peak(n) for n in (2, 10, 11, 50)] == [100, 100, 110, 500]
+    assert profile.time(4) == pytest.approx(0.4)
 
 
 CASES = [
@@ -76,7 +76,7 @@ def test_predicted_memory_is_what_torch_then_allocates(model, data, sizes):
     assert abs(ours / theirs - 1) <= 0.15
 
 
-def test_minibatches_that_are_taken_again_are_in_the_plan():
+def test_minibatches_stored_for_further_passes_are_in_the_plan():
     sizes = dict(batch=32, rollout=32, chunk=32, steps_per_round=24)
     many, one = ({**sizes, "reference_passes": n} for n in (2, 1))
     digits = ("unet-digits", "digits")
@@ -116,7 +116,7 @@ def test_predicted_seconds_are_those_of_a_round():
     assert min(seconds) / 2 <= sum(plan.seconds.values()) <= 2 * max(seconds)  # other work on the machine
 
 
-def test_a_reward_asked_of_few_at_once_is_planned_so(monkeypatch):
+def test_a_small_reward_batch_is_planned_for(monkeypatch):
     def reward(x):
         return x.new_ones(len(x), 2**17).mean(1)  # half a MiB a sample
 

@@ -40,9 +40,9 @@ def test_only_pairs_that_changed_class_are_framed_and_before_stands_left_of_afte
 
 def test_small_images_are_enlarged_and_large_ones_reduced_and_the_caption_says_so():
     tiles, words = resized(torch.zeros(2, 1, 8, 8))
-    assert tiles.shape == (2, 48, 48, 3) and words == "images enlarged 6 times and smoothed (bicubic)"
+    assert tiles.shape == (2, 48, 48, 3) and words == "enlarged ×6 and smoothed (bicubic)"
     tiles, words = resized(torch.zeros(1, 3, 512, 256))
-    assert tiles.shape == (1, 128, 64, 3) and words == "images reduced to 128 pixels"
+    assert tiles.shape == (1, 128, 64, 3) and words == "reduced to 128 pixels"
     assert resized(torch.zeros(1, 3, 64, 64))[1] == ""
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a checkpoint wherever they come, and a resumed run that ends as if they never had."""
+"""Ctrl-C and SIGTERM: whenever they come a checkpoint is saved, and the resumed run ends as if uninterrupted."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_a_signal_between_steps_keeps_the_scored_rollout(run_cli, tiny_run, monk
     assert [r for r in rounds if r.startswith("round")] == ["round 3"]
 
 
-def test_a_begun_round_keeps_every_reward_and_those_held_out(run_cli, tiny_run, monkeypatch):
+def test_a_partial_round_keeps_every_reward_and_those_held_out(run_cli, tiny_run, monkeypatch):
     rewards = ("--reward", "right", "--reward", "coordinate=0.5", "--holdout-reward", "radius")
     more = (*rewards, "--standardize-rewards")
     assert run_cli(*LOOP, "whole", *more).code == 0
@@ -123,7 +123,7 @@ def test_a_begun_round_keeps_every_reward_and_those_held_out(run_cli, tiny_run, 
     assert "holdout_mean" in Path("cut/metrics.jsonl").read_text()
 
 
-def test_adapters_are_taken_up_in_mid_round_too(run_cli, tiny_run, monkeypatch):
+def test_adapters_are_resumed_in_mid_round_too(run_cli, tiny_run, monkeypatch):
     assert run_cli(*LOOP, "whole", "--lora", 2).code == 0
     with monkeypatch.context() as patch:
         signal_at(patch, "step", 6)

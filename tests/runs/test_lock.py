@@ -1,4 +1,4 @@
-"""One process a run."""
+"""Only one process at a time works in a run directory."""
 
 import errno
 import os

@@ -116,7 +116,7 @@ def test_bf16_and_float32_runs_end_within_each_others_intervals(tmp_path):
 
 
 @pytest.mark.slow
-def test_sample_and_evaluate_with_no_argument_speak_of_that_run(finished):
+def test_sample_and_evaluate_with_no_argument_use_that_run(finished):
     cwd, _ = finished
     sampled = orwcfm("sample", cwd=cwd)
     assert sampled.returncode == 0 and "model: runs/digits-even-digits-a1-t2-001" in sampled.stdout
