@@ -8,8 +8,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from orwcfm_fast.evaluation.evaluate import Measures
+from orwcfm_fast.evaluation.intervals import Interval
 from orwcfm_fast.reporting.charts import Series, chart, ticks
+from orwcfm_fast.reporting.pictures import save_pairs
+from orwcfm_fast.reporting.report import run_report
+from orwcfm_fast.runs.result import Result
+from orwcfm_fast.runs.run import Run
+from orwcfm_fast.settings import Finetune
 
 SMALL = ("--rounds", "2", "--rollout", "64", "--batch", "32", "--steps-per-round", "3", "--eval-n", "64",
          "--probe", "16", "--quiet")  # fmt: skip
@@ -132,3 +140,30 @@ def test_chart_leaves_out_what_is_not_finite_and_survives_one_point():
     assert svg.count("<circle") == 2 and "nan" not in svg and "a&lt;b" in svg
     assert "nothing recorded" in chart("none", [Series("s", [], [])], "x")
     assert chart("one", [Series("s", [5], [0.0], y_low=[-1], y_high=[1])], "x").count("<circle") == 1
+
+
+def measures_of_images(name: str, shares: dict[str, float]) -> Measures:
+    exact = {k: Interval(v, v, v) for k, v in shares.items()}
+    one = Interval(1.0, 1.0, 1.0)
+    return Measures(name, 64, one, one, 1.0, 1.0, 1.0, 1.0, one, 1.0, 0.9, classes=exact, vendi=one)
+
+
+def test_a_report_on_images_shows_pairs_alone_and_the_share_of_each_class(run, tmp_path):
+    """Their pictures hold before and after already, so that none stands beside them."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (tmp_path / "samples").mkdir()
+    for n in range(3):
+        images = torch.full((2, 1, 8, 8), n / 2)
+        save_pairs(
+            tmp_path / "samples" / f"round_{n:03d}.png", torch.zeros_like(images), images, f"{n} rounds"
+        )
+    before, after = (
+        measures_of_images(n, {"0": x, "1": 1 - x}) for n, x in (("before", 0.5), ("after", 0.75))
+    )
+    settings = Finetune(rounds=2, reward=["even-digits"])
+    page = run_report(
+        Result(Run(tmp_path), settings, before, after, records, 1.0, None), ["about"]
+    ).read_text("utf-8")
+    assert 'id="before"' not in page and page.count("data:image/png") == 3
+    assert "Share of each class in 64 held-out samples" in page and page.count("<rect") == 4
+    assert "<title>after, 0: 75</title>" in page and "<title>before, 1: 50</title>" in page
