@@ -74,9 +74,7 @@ def make_plan(
         add_lora(policy.network, s.lora, seed=s.seed)
     reference = policy.frozen_copy()
     learner = PolicyOptimizer(policy, reference, s)
-    learner.graph = (
-        None  # a replayed CUDA graph allocates nothing; the step that it is recorded from shows what it holds
-    )
+    learner.graph = None  # a CUDA graph holds what the step that it records allocates
     seed = noise.seed_on(s.seed, device)
 
     def step(size: int, parts: int = 1) -> None:
@@ -90,9 +88,7 @@ def make_plan(
     step(least)  # creates the optimizer's state
     reward(policy.decode(draw(policy, 2, 0, s.seed, s, 2).x1))
     weights = sum(x.numel() * x.element_size() for x in policy.network.state_dict().values())
-    anchor = (
-        0 if reference.network is policy.network else weights
-    )  # with adapters, policy and reference share one base network
+    anchor = 0 if reference.network is policy.network else weights  # adapters share the policy's own network
     moments = sum(
         x.numel() * x.element_size()
         for v in learner.optimizer.state.values()
@@ -108,9 +104,9 @@ def make_plan(
     )
     noised = profile_allocations(lambda size: start_noise(policy, size, s.seed), rollout, device)
     samples = policy.decode(start_noise(policy, max(2, rollout // 2), s.seed))
-    asked = min(s.reward_batch or rollout, rollout)
+    wanted = min(s.reward_batch or rollout, rollout)
     undivided = replace(reward, sizes=BatchSizes(on_change=_stop_halving))
-    scored = profile_allocations(lambda size: undivided(samples[:size]), asked, device)
+    scored = profile_allocations(lambda size: undivided(samples[:size]), wanted, device)
 
     one_sample = 4 * start_noise(policy, 1, s.seed).numel()
     held = {
@@ -124,8 +120,7 @@ def make_plan(
 
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several.peak(size)
-        own = {"gradients": min(gradients, top), "activations": max(top - gradients, exchange)}
-        return own
+        return {"gradients": min(gradients, top), "activations": max(top - gradients, exchange)}
 
     def rollout_at(chunk: int) -> dict[str, int]:
         others = 2 * (rollout - chunk) * one_sample
@@ -145,7 +140,7 @@ def make_plan(
         held["CUDA graph of a step"] = sum(stepping.values())
         room, stepping = room - held["CUDA graph of a step"], dict.fromkeys(stepping, 0)
     chunk = largest_fitting(min(s.chunk, rollout), room, rollout_at)
-    reward_batch = largest_fitting(asked, room, scoring_at)
+    reward_batch = largest_fitting(wanted, room, scoring_at)
     per_step = (
         one.time(batch) if micro_batch == batch else several.time(micro_batch) * batch / (2 * micro_batch)
     )

@@ -147,9 +147,10 @@ def _plan(
     with fake, as_there():
         for part in (policy.network, policy.pipeline.vae):
             part.to_empty(device=CPU)
-        learner = PolicyOptimizer(
-            policy, policy.frozen_copy() if s.lora else policy, s
+        reference = (
+            policy.frozen_copy() if s.lora else policy
         )  # without adapters a copy would allocate the same
+        learner = PolicyOptimizer(policy, reference, s)
         adapters = _size(policy.network) - weights
         trained = sum(p.nbytes for p in learner.parameters)
 
@@ -163,9 +164,8 @@ def _plan(
             learner.optimizer.zero_grad(set_to_none=True)
 
         def rollout(size: int) -> None:
-            name = (
-                "rk4" if SOLVERS.get(s.solver).adaptive else s.solver
-            )  # stores as many slopes, and never branches on values
+            # in place of an adaptive solver, which branches on values, one that stores as many slopes
+            name = "rk4" if SOLVERS.get(s.solver).adaptive else s.solver
             how = s.model_copy(update={"solver": name, "nfe": EVALUATIONS, "grid": "uniform"})
             rows = torch.zeros(size, dtype=torch.int64)
             sample(policy, torch.empty(size, *shape), how, size, condition=rows)
@@ -200,8 +200,7 @@ def _plan(
 
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several().peak(size)
-        own = {"gradients": min(trained, top), "activations": max(top - trained, exchange)}
-        return own
+        return {"gradients": min(trained, top), "activations": max(top - trained, exchange)}
 
     def rollout_at(chunk: int) -> dict[str, int]:
         return {"sampling": drawn.peak(chunk) + 2 * (rolled - chunk) * one_latent}
