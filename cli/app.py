@@ -81,5 +81,9 @@ def _main(
         False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
     ),
 ) -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1" and ctx.invoked_subcommand != "finetune":
+    if os.environ.get("WORLD_SIZE", "1") == "1" or ctx.invoked_subcommand == "finetune":
+        return
+    from orwcfm_fast.distributed import launched
+
+    if launched():
         raise UserError(f"{ctx.invoked_subcommand}: works in one process; torchrun is for finetune")

@@ -73,7 +73,14 @@ def settings(
     """The defaults, overridden by a recipe, by the TOML file and by the flags, in this order.
 
     Raises:
-        UserError: an unknown setting or a wrong value; names the file where it is from one.
+        UserError: an unknown setting or a wrong value; names the file where it is from one. The file names a reward
+            that is code, and no flag names it.
     """
     file = read_toml(config) if config else {}
-    return build(kind, recipe or {}, file, given, where=f"{config}: " if config else "")
+    built = build(kind, recipe or {}, file, given, where=f"{config}: " if config else "")
+    for key in {"reward", "holdout_reward"} & (file.keys() - given.keys()):
+        from orwcfm_fast.rewards import check_code_named
+
+        assert config
+        check_code_named(getattr(built, key), (), config, key)
+    return built

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from orwcfm_fast.checkpoints import checkpoint
-from orwcfm_fast.checkpoints.torch_files import foreign_weights, read_pt
+from orwcfm_fast.checkpoints.torch_files import OTHER_KEYS, named_for, read_weights
 from orwcfm_fast.checkpoints.trainer_state import save_trainer
 from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.device import resolve_device, resolve_precision
@@ -132,8 +132,9 @@ class ORWCFMTrainer:
         Raises:
             UserError: there is no such file, or it holds another architecture.
         """
-        weights = foreign_weights(read_pt(path), path, ("net_model", "ema_model"))
-        checkpoint.load_weights(self.model, weights, f"checkpoint {path}")
+        weights = read_weights(path, keys=("net_model", "ema_model", *OTHER_KEYS))
+        own = named_for(weights, self.model.state_dict().keys(), path)
+        checkpoint.load_weights(self.model, own, f"checkpoint {path}")
         self.trainer = None
 
     def train(self, num_epochs: int, steps_per_epoch: int) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +21,11 @@ from orwcfm_fast.files import read_small
 Tensors = dict[str, Tensor]
 STATE, OWN_DIGEST = "state.json", "sha256_of_this"
 MAX_STATE_BYTES = 16 << 20
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""safetensors' names."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,6 @@ def save(path: str | Path, state: dict[str, Any], **tensors: Tensors) -> Path:
         state: JSON values; versions, the files' sha256 and its own are added.
         tensors: one safetensors file for each argument.
     """
-    import safetensors.torch
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -54,11 +57,10 @@ def save(path: str | Path, state: dict[str, Any], **tensors: Tensors) -> Path:
         beside.mkdir()
         digests = {}
         for name, values in tensors.items():
-            data = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in values.items()})
-            digests[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
-            _write(beside / f"{name}.safetensors", data)
+            file = f"{name}.safetensors"
+            digests[file] = _write(beside / file, _safetensors(values))
         state = json.loads(json.dumps({**state, "versions": versions(), "sha256": digests}))
-        _write(beside / STATE, json.dumps({**state, OWN_DIGEST: _own_digest(state)}, indent=1).encode())
+        _write(beside / STATE, [json.dumps({**state, OWN_DIGEST: _own_digest(state)}, indent=1).encode()])
         _flush(beside)
         if path.exists():
             path.rename(old)
@@ -75,11 +77,37 @@ def _own_digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Write a file part by part and flush it to disk; its sha256."""
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(data)
+        for part in parts:
+            digest.update(part)
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _safetensors(tensors: Tensors) -> Iterator[bytes | memoryview]:
+    """The parts of a safetensors file: its header, then a tensor at a time, the widest elements first.
+
+    safetensors' own functions hold a copy of the whole file in memory.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, end = {}, 0
+    for name, value in ordered:
+        start, end = end, end + value.numel() * value.element_size()
+        header[name] = {
+            "dtype": DTYPES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, value in ordered:
+        yield memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _flush(folder: Path) -> None:
@@ -178,7 +206,8 @@ def load_weights(network: nn.Module, weights: Tensors, where: str) -> None:
             problems.append(f"'{key}' is {tuple(weights[key].shape)}, should be {tuple(own[key].shape)}")
             break
     if problems:
-        raise UserError(f"{where}: weights of another architecture: {'; '.join(problems)}")
+        found = f"has {len(weights)} tensors, needs {len(own)}"
+        raise UserError(f"{where}: weights of another architecture: {found}; {'; '.join(problems)}")
     network.load_state_dict(weights)
 
 

@@ -1,7 +1,7 @@
-"""A run's folder of checkpoints: which one is taken up, which ones are kept."""
+"""A run's folder of checkpoints: which one a run continues from, which ones are kept."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from orwcfm_fast.errors import UserError, warn
 
 BEST = "best"
 Records = list[dict[str, Any]]
-# these are of a round's rollout, which comes from the policy that the round before left
 OF_THE_ROLLOUT = ("reward_mean", "reward_max", "ess", "diversity")
+"""Metrics of a round's rollout, which is drawn from the policy as the round before left it."""
 LOWER_IS_BETTER = ("w2_coupled",)
 
 
@@ -84,17 +84,25 @@ def sweep(folder: Path) -> None:
 
 
 def best_step(
-    folder: Path, records: Records, metric: str, step_of: Callable[[int], int], every: int = 1
+    folder: Path,
+    records: Records,
+    metric: str,
+    step_of: Callable[[int], int],
+    every: int = 1,
+    closing: Mapping[str, float] | None = None,
 ) -> Path | None:
-    """The kept checkpoint that a metric speaks best of; None while it speaks of none.
+    """The kept checkpoint with the best value of a metric; None where none of them has a value.
 
     Args:
         records: the lines of metrics.jsonl.
         metric: one of `settings.Best`.
         step_of: the gradient steps taken after so many rounds.
-        every: steps between regular checkpoints; others are not asked.
+        every: steps between regular checkpoints; others have no vote.
+        closing: metrics of the final policy, of which there is no rollout.
     """
     sign, before = -1.0 if metric in LOWER_IS_BETTER else 1.0, int(metric in OF_THE_ROLLOUT)
     values = {step_of(r["round"] - before): sign * r[metric] for r in records if metric in r}
+    if records and before and closing and metric in closing:
+        values[step_of(records[-1]["round"])] = sign * closing[metric]
     found = [p for p in steps(folder, every) if int(p.name[5:]) in values]
     return max(found, key=lambda p: values[int(p.name[5:])], default=None)

@@ -1,5 +1,6 @@
 """Evaluation on held-out samples: reward, W2 measured in three ways, diversity, fidelity; models side by side."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from orwcfm_fast.evaluation.held_out import VELOCITY_GAP_SAMPLES, Evaluator, Hel
 from orwcfm_fast.evaluation.intervals import Interval, half_sampled, mean_pairwise_distance
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.rollout import sample, start_conditions, start_noise
+from orwcfm_fast.method.weighting import effective_sample_size
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import Scores
 from orwcfm_fast.settings import Sampling
@@ -41,6 +43,7 @@ class Measures:
         pixel_std: standard deviation, averaged over coordinates.
         confidence: mean probability of the most probable class. classes: share of the samples in each class.
         rewards: each reward by itself where there are several. holdout: the rewards that were not trained on.
+        ess_share: effective sample size of the weights that the samples would have in a round, over n.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Measures:
     recall: Interval | None = None
     modes: Interval | None = None
     on_data: Interval | None = None
+    ess_share: float | None = None
 
     @property
     def of_images(self) -> bool:
@@ -124,6 +128,7 @@ def evaluate(
     target: FidelityTarget | None = None,
     against_reference: bool = False,
     ranks: ProcessGroup = SINGLE_PROCESS,
+    weigh: Callable[[Scores], Tensor] | None = None,
 ) -> list[Measures]:
     """Measure each model on the same n noises, which are those of `orwcfm sample` with the same seed.
 
@@ -135,6 +140,7 @@ def evaluate(
         target: real samples that fidelity is measured against.
         against_reference: measure fidelity against samples of the reference from other noise instead.
         ranks: every rank calls this and draws its share; the first measures, the others return an empty list.
+        weigh: scores of n samples → their weights [n], for `ess_share`, which is left out where it raises UserError.
 
     Raises:
         UserError: there is no reference to measure against, or there are too few samples.
@@ -178,7 +184,7 @@ def evaluate(
         elif target is not None and target.samples is not None:
             real = _features_like(target.samples, next(iter(drawn.values())), evaluator)
         return [
-            _measure(name, found, evaluator, x_ref, floor, slope, target, real)
+            _measure(name, found, evaluator, x_ref, floor, slope, target, real, weigh)
             for name, found in drawn.items()
         ]
 
@@ -198,7 +204,7 @@ def _features_like(samples: Tensor, drawn: HeldOutSamples, evaluator: Evaluator)
     return evaluator.features(samples.to(drawn.x.device))
 
 
-def _measure(name, drawn, evaluator, x_ref, floor, slope, target, real) -> Measures:
+def _measure(name, drawn, evaluator, x_ref, floor, slope, target, real, weigh) -> Measures:
     x, features = drawn.x, drawn.features
     near = x if x_ref is None else x - x_ref
     found = Measures(
@@ -218,8 +224,16 @@ def _measure(name, drawn, evaluator, x_ref, floor, slope, target, real) -> Measu
         holdout=_intervals(drawn.held_out) if drawn.held_out else {},
         features=evaluator.features.name,
         vendi=_vendi(features) if len(drawn.decoded) == 3 else None,
+        ess_share=_ess_share(drawn.scores, len(x), weigh) if weigh else None,
     )
     return found if target is None else replace(found, **_against(drawn, real, target))
+
+
+def _ess_share(scores: Scores, n: int, weigh: Callable[[Scores], Tensor]) -> float | None:
+    try:
+        return effective_sample_size(weigh(scores)) / n
+    except UserError:  # e.g. linear weights of rewards that are all 0
+        return None
 
 
 def _vendi(features: Tensor) -> Interval:

@@ -25,7 +25,7 @@ from orwcfm_fast.method.weighting import (
 )
 from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.rewards import Reward, RewardSum, Scores, make_reward
+from orwcfm_fast.rewards import Reward, RewardSum, Scores, decode_and_score, make_reward
 from orwcfm_fast.settings import Finetune
 
 PHASES = ("rollout", "reward", "reference", "policy", "optimizer")
@@ -143,13 +143,12 @@ class Trainer:
         with self.stage("reward"):
             # odd: a CPU's generator takes the low 32 bits
             own = s.seed * 1_000_003 + self.round + self.ranks.rank * 0xD1B54A32D192ED03
-            where = (f"round {self.round + 1}", own)
-            samples, prompts = self.policy.decode(part.x1), self.policy.prompts_of(part.condition)
-            scores = self.reward.scores(samples, *where, prompts)
-            held_out = self.holdout.scores(samples, *where, prompts) if self.holdout else None
+            scores, *others = decode_and_score(
+                self.policy, part.x1, part.condition, self.rewards(), f"round {self.round + 1}", own
+            )
         with self.phases("rollout"):
             x1 = self.whole(part.x1)
-        scores, held_out = scores.each(self.whole), held_out and held_out.each(self.whole)
+        scores, held_out = scores.each(self.whole), others[0].each(self.whole) if others else None
         index = noise.indices(first, s.rollout, self.policy.device)
         condition = start_conditions(self.policy, s.rollout, s, first)
         return RoundState(Rollout(x1, index, self.trained_on(scores), condition), scores, held_out)
@@ -267,6 +266,12 @@ def _check(policy: Policy, settings: Finetune, ranks: ProcessGroup) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} {n}: is less than a sample for each of {ranks.world} ranks"
             )
+    if policy.conditions and settings.rollout % settings.group:
+        near = settings.rollout - settings.rollout % settings.group or settings.group
+        raise UserError(
+            f"--rollout {settings.rollout}: is no multiple of --group {settings.group}, so the last samples would be "
+            f"compared with those of the next round; use {near}"
+        )
     if settings.coupling == "ot" and settings.batch < 2:
         raise UserError("coupling 'ot' needs a batch of at least 2")
     if settings.coupling == "ot" and policy.conditions and len(policy.conditions) > 1:

@@ -7,6 +7,7 @@ from orwcfm_fast.rewards.combine import (
     RewardSum,
     Scores,
     check_code_named,
+    decode_and_score,
     make_holdout,
     make_reward,
     user_code,
@@ -15,4 +16,5 @@ from orwcfm_fast.rewards.registry import REWARDS, Reward, reward, reward_factory
 from orwcfm_fast.rewards.scoring import score
 
 __all__ = ["REWARDS", "Reward", "RewardSum", "Scores", "check_code_named", "make_holdout", "make_reward"]
+__all__ += ["decode_and_score"]
 __all__ += ["reward", "reward_factory", "score", "user_code"]

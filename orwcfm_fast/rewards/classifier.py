@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from orwcfm_fast.checkpoints import checkpoint
-from orwcfm_fast.checkpoints.torch_files import read_weights
+from orwcfm_fast.checkpoints.torch_files import describe_weights, named_for, read_weights
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.pixels import Transform
@@ -28,11 +28,13 @@ def classifier(argument: str, options: RewardOptions) -> Reward:
     targets = parse_classes(listed)
     build = find_architecture(architecture)
     weights = read_weights(file, f"classifier {architecture}")
-    last = list(without_memory(build).state_dict())[
-        -1
-    ]  # of the head, in every architecture of both libraries
+    names = list(without_memory(build).state_dict())
+    weights, last = named_for(weights, names, file), names[-1]  # the head's bias, in both libraries
     if last not in weights:
-        raise UserError(f"classifier {architecture} {file}: weights of another architecture: no '{last}'")
+        raise UserError(
+            f"classifier {architecture} {file}: weights of another architecture: {describe_weights(weights)}; "
+            f"needs {len(names)} with '{last}'"
+        )
     classes = len(weights[last])
     if max(targets) >= classes:
         raise UserError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.errors import RewardError, UserError, WorkError
 from orwcfm_fast.method.weighting import standardize
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.networks.prompts import Prompt
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.registry import REWARDS, Reward
@@ -141,6 +142,42 @@ class RewardSum:
         for _, _, function in self.terms:
             if callable(end := getattr(function, "close", None)):
                 end()
+
+
+def decode_and_score(
+    policy: Policy,
+    x1: Tensor,
+    condition: Tensor | None,
+    rewards: Sequence[RewardSum],
+    where: str = "",
+    seed: int = 0,
+) -> list[Scores]:
+    """The scores of samples x1 [N, *shape] by each of `rewards`; latents are decoded and scored a chunk at a time.
+
+    No more than a chunk of images is held, and on out-of-memory in decoding the chunk is halved.
+
+    Args:
+        condition: the samples' rows [N] of the policy's prompts.
+        where, seed: as for `RewardSum.scores`.
+
+    Raises:
+        RewardError: as `RewardSum.scores`.
+        WorkError: not even one sample can be decoded.
+    """
+    sizes, first = rewards[0].sizes, 0
+    found: list[list[Scores]] = [[] for _ in rewards]
+    while first < len(x1):
+        rest = x1[first:]
+        if policy.pipeline:
+            images = sizes.fit("chunk", lambda size, rest=rest: policy.decode(rest[:size]), len(rest))
+        else:  # costs nothing; rewards are called on as many samples as they take
+            images = policy.decode(rest)
+        rows = None if condition is None else condition[first : first + len(images)]
+        prompts = policy.prompts_of(rows)
+        for parts, reward in zip(found, rewards, strict=True):
+            parts.append(reward.scores(images, where, seed + first * 0xBF58476D1CE4E5B9, prompts))
+        first += len(images)
+    return [Scores.joined(parts) for parts in found]
 
 
 def make_reward(

@@ -47,6 +47,7 @@ GLOBAL_STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (lambda: torch.backends.cudnn.benchmark, _set_benchmark),
     (np.geterr, lambda found: np.seterr(**found)),
     (_folder, _change_folder),
+    (lambda: list(sys.path), lambda found: sys.path.__setitem__(slice(None), found)),
 )
 
 

@@ -23,6 +23,7 @@ class CheckpointManager:
     def __init__(self, run: Run, trainer: Trainer, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
         self.run, self.trainer, self.ranks, self.settings = run, trainer, ranks, trainer.settings
         self.folder = run.checkpoints
+        self.closing: dict[str, float] = {}  # metrics of the final policy, once it is evaluated
         self.every = self.settings.steps_per_round * self.settings.save_every  # an interruption writes others
 
     def newest(self, set_aside: bool = False, every: int = 1) -> checkpoint.Checkpoint | None:
@@ -84,9 +85,11 @@ class CheckpointManager:
         retention.prune(self.folder, self.settings.keep, self.best(), self.every)
 
     def best(self) -> Path | None:
-        """The checkpoint that the chosen metric speaks best of."""
+        """The checkpoint with the best value of the chosen metric."""
         s = self.settings
         if s.best == "none":
             return None
         records = self.run.read_metrics()
-        return retention.best_step(self.folder, records, s.best, lambda n: n * s.steps_per_round, self.every)
+        return retention.best_step(
+            self.folder, records, s.best, lambda n: n * s.steps_per_round, self.every, self.closing
+        )

@@ -6,18 +6,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from orwcfm_fast.checkpoints import checkpoint, retention
 from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.control.guard import Fault
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
-from orwcfm_fast.evaluation.evaluate import evaluate
+from orwcfm_fast.evaluation.evaluate import Measures, evaluate
 from orwcfm_fast.evaluation.held_out import Evaluator, evaluator_for
 from orwcfm_fast.method.callbacks import Progress, ReportProgress
+from orwcfm_fast.method.rollout import Rollout
 from orwcfm_fast.method.samplers import times as solver_times
 from orwcfm_fast.reporting.tracking import Log, check_loggers, loggers
-from orwcfm_fast.rewards import RewardSum, check_code_named, make_holdout, make_reward
+from orwcfm_fast.rewards import RewardSum, Scores, check_code_named, make_holdout, make_reward
+from orwcfm_fast.rewards.identity import record_code
 from orwcfm_fast.runs.artifacts import RunArtifacts
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.checkpointing import CheckpointManager
@@ -183,11 +188,15 @@ class Finetuning:
         if not self.ranks.first:
             return
         self.run.write_config("finetune", self.settings)
+        self._record_code()
         self.run.samples.mkdir(exist_ok=True)
         policy = self.reference
         tensors = {} if policy.pipeline else {"model": policy.weights()}  # a pipeline's lie in its own folder
         checkpoint.save(self.run.reference, {"kind": "reference", **policy.describe()}, **tensors)
         self.artifacts.save_round_samples()
+
+    def _record_code(self) -> None:
+        record_code([*self.settings.reward, *self.settings.holdout_reward], self.run.path)
 
     def _go_on(self) -> None:
         """Go on from the newest whole checkpoint; rounds after it are forgotten."""
@@ -195,12 +204,17 @@ class Finetuning:
         newest = self.checkpoints.newest(set_aside=True)
         if newest:
             self.checkpoints.restore(newest)
+        if (done := self.trainer.round) > self.settings.rounds:
+            raise UserError(
+                f"--rounds {self.settings.rounds}: the run has done {done} already; name more, or none"
+            )
         with self.ranks.together():
             self.run.truncate_metrics(self.trainer.round)
             if not newest:
                 self._begin()
             elif self.ranks.first:
                 self.run.write_config("finetune", self.settings)
+                self._record_code()
                 self.artifacts.discard_unreadable_forecast()
                 self.checkpoints.prune()  # a kill may have come between the last save and this
 
@@ -316,18 +330,32 @@ class Finetuning:
         finally:
             self.run.unlock()
 
+    def _weights(self, scores: Scores) -> Tensor:
+        """The weights that samples with these scores would have in a round."""
+        none = torch.empty(0)
+        return self.trainer.weigh(Rollout(none, none, self.trainer.trained_on(scores)))
+
     def _finish(self, began: float) -> Result | None:
         s, trainer = self.settings, self.trainer
         measured = evaluate(
             {"before": self.reference, "after": trainer.policy}, self.reference, self.evaluator, s, s.eval_n,
-            trainer.sizes, ranks=self.ranks,
+            trainer.sizes, ranks=self.ranks, weigh=self._weights if s.group == 1 else None,
         )  # fmt: skip
         with self.ranks.together():
             if not self.ranks.first:
                 return None
+            # the final policy draws no rollout of its own
+            self.checkpoints.closing = closing_values(measured[1], s.rollout)
+            self.checkpoints.prune()
             records, seconds = self.run.read_metrics(), time.perf_counter() - began
             result = Result(self.run, s, measured[0], measured[1], records, seconds, self.checkpoints.best())
             self.artifacts.save_results(
                 result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()]
             )
             return result
+
+
+def closing_values(after: Measures, rollout: int) -> dict[str, float]:
+    """What the closing evaluation says of the final policy, in the units of a round's record."""
+    found = {"reward_mean": after.reward.mean, "diversity": after.diversity.mean}
+    return found | ({} if after.ess_share is None else {"ess": after.ess_share * rollout})

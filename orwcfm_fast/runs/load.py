@@ -1,4 +1,4 @@
-"""MODEL on the command line: a run, a checkpoint, a foreign `.pt` or a preset, to a policy."""
+"""The policy that MODEL names on the command line: a run, a checkpoint, a foreign weight file or a preset."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from orwcfm_fast.checkpoints import checkpoint, retention
-from orwcfm_fast.checkpoints.torch_files import KEYS as PT_KEYS
-from orwcfm_fast.checkpoints.torch_files import foreign_weights, read_pt
+from orwcfm_fast.checkpoints.torch_files import describe_weights, named_for, read_weights
 from orwcfm_fast.data.datasets import load_data, source
 from orwcfm_fast.device import cache_dir
 from orwcfm_fast.errors import UserError
@@ -161,25 +160,32 @@ class Loader:
             raise UserError(f"{where}: fine-tuned already; go on with --resume, or start from {model}")
         return policy
 
-    def foreign(self, path: Path, keys: tuple[str, ...] = PT_KEYS) -> Loaded:
-        """A `.pt` of torchcfm's or the paper's scripts; the architecture is told or recognised."""
-        weights = foreign_weights(read_pt(path), path, keys)
-        names = [self.model] if self.model else [*FOREIGN_DATA]
-        for name in names:
+    def foreign(self, path: Path) -> Loaded:
+        """Weights that another program wrote (`read_weights`); a preset of --model, or the first that fits.
+
+        Raises:
+            UserError: no weights, or none that fit; says what was found and what is needed.
+        """
+        weights = read_weights(path)
+        problems: list[str] = []
+        for name in [self.model] if self.model else [*FOREIGN_DATA]:
             data = self.data or FOREIGN_DATA.get(name, "")
             if not data:
                 raise UserError(f"checkpoint {path}: say which data it was trained on with --data")
             shape = source(data)[0].shape or (3, 32, 32)
             policy = make_policy(name, data, shape, self.device, self.precision)
+            own = named_for(weights, policy.network.state_dict().keys(), path)
             try:
-                checkpoint.load_weights(policy.network, weights, f"checkpoint {path} as '{name}'")
-            except UserError:
-                if name == names[-1] and self.model:
-                    raise
+                checkpoint.load_weights(policy.network, own, f"checkpoint {path} as '{name}'")
+            except UserError as error:
+                problems.append(str(error))
                 continue
             return Loaded(policy, str(path))
+        if self.model:
+            raise UserError(problems[0])
         raise UserError(
-            f"checkpoint {path}: not the weights of {', '.join(names)}; name its preset with --model"
+            f"checkpoint {path}: {describe_weights(weights)}, which fits none of {', '.join(FOREIGN_DATA)}; "
+            "name its preset with --model (orwcfm list models)"
         )
 
     def default(self) -> Loaded:

@@ -33,6 +33,7 @@ class Run:
         self.reference = self.path / "reference"
         self.samples = self.path / "samples"
         self._replaced: Path | None = None
+        self._own_folder = True
         self._lock: RunLock | None = None
 
     @classmethod
@@ -57,6 +58,7 @@ class Run:
                 old = RunLock(path)
                 run._replaced = path.rename(path.with_name(f".{path.name}.{os.getpid()}.replaced"))
                 old.release()
+            run._own_folder = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             run.lock()
             if _has_content(path):
@@ -88,8 +90,14 @@ class Run:
             self._replaced = None
 
     def discard(self) -> None:
-        """Remove this run, which has no result, and put back the one that it replaced."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove this run, which has no result, and put back the one it replaced; a folder that was there stays."""
+        if self._own_folder:
+            shutil.rmtree(self.path, ignore_errors=True)
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         self.unlock()
         if self._replaced:
             self._replaced.rename(self.path)
@@ -194,12 +202,20 @@ def resumed_settings(run: Run, kind: type[S], given: dict[str, Any], may_change:
     if not is_run(run.path):
         raise UserError(f"--resume {run.path}: not a run (no config.toml)")
     written = build(kind, read_toml(run.config), where=f"{run.config}: ")
-    changed = [key for key, value in given.items() if value != getattr(written, key)]
+    changed = [key for key, value in given.items() if not _same(key, value, getattr(written, key), run.path)]
     flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed if key not in may_change)
     if flags:
         only = ", ".join(key.replace("_", "-") for key in may_change)
         raise UserError(f"--resume takes its settings from the run; {flags} cannot change (only {only})")
     return build(kind, written.model_dump(), given)
+
+
+def _same(key: str, given: Any, written: Any, folder: Path) -> bool:
+    if key not in ("reward", "holdout_reward"):
+        return given == written
+    from orwcfm_fast.rewards.identity import same_rewards
+
+    return same_rewards(given, written, folder)
 
 
 def resume_command(run: Run, command: str, named: dict[str, list[str]] | None = None) -> str:

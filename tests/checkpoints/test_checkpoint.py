@@ -1,6 +1,7 @@
 """Checkpoints: whole or none, verified, and nothing foreign runs code."""
 
 import pickle
+import tracemalloc
 
 import pytest
 import torch
@@ -163,3 +164,22 @@ def test_state_names_the_model_or_is_refused(tmp_path):
         saved = checkpoint.save(tmp_path / "saved", state, model={"a": torch.zeros(1)})
         with pytest.raises(UserError, match=r"which model|another architecture"):
             Loader(CPU, "fp32").load(str(saved))
+
+
+def test_a_checkpoint_is_written_a_tensor_at_a_time_as_safetensors_writes_it(tmp_path):
+    """Every dtype, without dimensions, empty, transposed; and no copy of the file in memory."""
+    import safetensors
+
+    tensors = {str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in checkpoint.DTYPES}
+    tensors |= {"one number": torch.tensor(2.5), "empty": torch.zeros(0, 3), "turned": torch.rand(3, 5).T}
+    tensors |= {f"large{k}": torch.full((1 << 20,), float(k)) for k in range(8)}
+    tracemalloc.start()
+    checkpoint.save(tmp_path / "c", {}, model=tensors)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20, "32 MiB are written"
+    found = checkpoint.load(tmp_path / "c").tensors["model"]
+    with safetensors.safe_open(tmp_path / "c" / "model.safetensors", "pt") as file:  # reads at offsets
+        for name, value in tensors.items():
+            for read in (found[name], file.get_tensor(name)):
+                assert read.dtype == value.dtype and torch.equal(read, value)

@@ -1,3 +1,4 @@
+import json
 import math
 import subprocess
 import sys
@@ -130,9 +131,14 @@ import torch
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
 from orwcfm_fast.kernels.interpolate import interpolate
 seed, index, w, x1 = torch.tensor(0), torch.arange(2), torch.ones(2), torch.ones(2, 3)
-anchored_residual(interpolate(x1, w, seed, index), x1, x1, seed, index, w, w)
+losses = anchored_residual(interpolate(x1, w / 2, seed, index), x1, x1, seed, index, w, w)[0]
+print([round(float(x), 5) for x in losses])
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    x0 = normal((3,), torch.tensor(0), torch.arange(2), X0)
+    x_t = torch.lerp(x0, torch.ones(2, 3), 0.5)
+    losses = (x_t - (1 - x0)).square().mean(1) + (x_t - 1).square().mean(1)
+    assert json.loads(found) == pytest.approx(losses.tolist(), abs=1e-4)
 
 
 @triton.jit

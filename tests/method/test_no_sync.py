@@ -1,7 +1,5 @@
 """Nothing in a rollout or a step makes the host wait for the GPU: held on fake CUDA tensors, and on a real one."""
 
-import types
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -13,7 +11,8 @@ from orwcfm_fast.method import noise, step
 from orwcfm_fast.method.minibatches import Minibatches
 from orwcfm_fast.method.rollout import draw
 from orwcfm_fast.networks.lora import add_lora
-from orwcfm_fast.networks.policy import make_policy
+from orwcfm_fast.networks.policy import Policy, make_policy
+from orwcfm_fast.networks.prompts import Conditions, Prompt
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.timing import Phases
 
@@ -64,24 +63,42 @@ def give_gradients(v, dv, policy):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.add_(0)
 
 
-def permutation(n, seed, *rest, real=noise.permutation):
-    """Fake tensors of the host have no values either."""
-    return real(n, seed, *rest) if seed.is_cuda else types.SimpleNamespace(tolist=lambda: [*range(n)])
+class Prompted(torch.nn.Module):
+    """A network that takes the embedding of a prompt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(64 + 4, 64)
+
+    def forward(self, t, x, embedding):
+        return self.inner(torch.cat([x.flatten(1), embedding], 1)).view_as(x)
 
 
-@pytest.mark.parametrize("change", [{}, {"lora": 4}, {"micro_batch": 3}], ids=str)
+def prompted_policy() -> Policy:
+    """Three prompts, guided, weights and table on the GPU."""
+    network = Prompted().requires_grad_().eval()
+    prompts = [Prompt(text, weight) for text, weight in (("a", 1.0), ("b", 2.0), ("c", 1.0))]
+    conditions = Conditions(prompts, [torch.zeros(4, 4)], torch.device("cuda"))
+    policy = Policy(network, (1, 8, 8), "prompted", "none", conditions=conditions, guidance=2.0)
+    policy.network.to_empty(device="cuda")
+    return policy
+
+
+@pytest.mark.parametrize("change", [{}, {"group": 4}, {"lora": 4}, {"micro_batch": 3}], ids=str)
 def test_a_round_never_waits_for_the_device(monkeypatch, change):
     monkeypatch.setattr(
         step, "Phases", lambda device: Phases(CPU)
     )  # no events without a GPU, and no autograd
     monkeypatch.setattr(torch.Tensor, "backward", lambda v, dv: give_gradients(v, dv, policy))
-    monkeypatch.setattr(noise, "permutation", permutation)
     settings = Finetune(**SETTINGS | change)
     policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("meta"), "fp32")
     if settings.lora:
         add_lora(policy.network, settings.lora)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        policy.network.to_empty(device="cuda")
+        if settings.group > 1:
+            policy = prompted_policy()
+        else:
+            policy.network.to_empty(device="cuda")
         run = parts_of_a_round(policy, settings)
         with NoWaiting():
             losses = run()

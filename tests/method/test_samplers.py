@@ -98,6 +98,23 @@ def test_abm4_is_exact_where_velocity_is_cubic_in_time(grid):
         assert (solve(cubic, X0, "abm4", nfe, grid) - (X0 - 1)).abs().max() < 1e-12
 
 
+def test_dopri5_solves_a_sample_alike_whoever_it_is_solved_with():
+    """One fast sample among many slow ones, whose mean error hides its own."""
+    rates = torch.tensor([[40.0], *[[0.01]] * 63])
+
+    def decay(t, x):
+        return -rates[: len(x)] * (x - math.cos(9 * t))
+
+    x0 = torch.linspace(-1, 1, 64)[:, None] + 2
+    together, alone = (dopri5(decay, x0[:n], [0, 1]) for n in (64, 1))
+    assert (together[0] - alone[0]).abs() < 1e-4
+
+
+def test_dopri5_refuses_velocities_of_16_bits():
+    with pytest.raises(UserError, match="--precision fp32"):
+        dopri5(lambda t, x: x.bfloat16(), torch.ones(2, 3), [0, 1])
+
+
 def test_dopri5_keeps_its_tolerance():
     errors = [(dopri5(velocity, X0, [0, 1], tol, tol) - EXACT).abs().max() for tol in (1e-5, 1e-7, 1e-9)]
     assert errors[0] < 1e-3

@@ -9,7 +9,7 @@ import pytest
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.reporting import tracking
-from orwcfm_fast.reporting.tracking import check_loggers
+from orwcfm_fast.reporting.tracking import TensorBoard, _wandb_id, check_loggers
 
 SMALL = ("--rounds", 2, "--rollout", 32, "--batch", 16, "--steps-per-round", 2, "--eval-n", 32, "--probe", 8)
 
@@ -69,6 +69,24 @@ def test_wandb_offline_holds_every_metric_of_every_round(run_cli, tiny_run, monk
             items = {"".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
             history.append({k: v for k, v in items.items() if not k.startswith("_")})
     assert projects == {"", "dogs"} and history == records(Path("w"))
+
+
+def test_tensorboard_forgets_rounds_that_were_rolled_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for rounds in ((1, 2, 3, 2), (2, 3)):  # a rollback within a process, and a resumed one
+        board = TensorBoard(tmp_path)
+        for number in rounds:
+            board.log({"round": number, "reward_mean": number + 0.5 * len(rounds)})
+        board.close()
+    found = EventAccumulator(str(tmp_path)).Reload().Scalars("reward_mean")
+    assert [(e.step, e.value) for e in found] == [(1, 3.0), (2, 3.0), (3, 4.0)]
+
+
+def test_a_resumed_run_is_the_same_run_at_wandb(tmp_path):
+    first = _wandb_id(tmp_path)
+    (tmp_path / "other").mkdir()
+    assert _wandb_id(tmp_path) == first and len(first) == 16 and _wandb_id(tmp_path / "other") != first
 
 
 @pytest.mark.parametrize("name", ["tensorbord", "tensorboard:x", "wandb:"])

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from orwcfm_fast.errors import RewardError, UserError
 from orwcfm_fast.rewards import make_reward
@@ -86,6 +88,50 @@ def test_global_state_is_as_before(name, when, tmp_path, monkeypatch):
     before = state()
     assert make_reward("mine.py:f")(torch.zeros(3, 2)).tolist() == [0, 0, 0]
     assert state() == before
+
+
+IN_THE_CALL = {
+    **UNDONE,
+    "add_": "x.add_(1)",
+    "clamp_": "x.clamp_(-0.1, 0.1)",
+    "through NumPy": "x.numpy()[:] = 7",
+    "resize_": "x.resize_(1)",
+    "set_": "x.set_(torch.zeros(1))",
+    "requires_grad_": "x.requires_grad_()",
+    "deletes": "del x",
+    "prints": "print('a', 'b', file=sys.__stdout__)",
+    "path": "sys.path.clear()",
+}
+
+
+def fuzz(name: str, examples: int, folder: Path) -> None:
+    source = f"    wanted = x.flatten(1).mean(1).clone()\n    {IN_THE_CALL[name]}\n    return wanted, {{}}\n"
+    path = folder / "mine.py"
+    path.write_text(f"{IMPORTS}\ndef f(x):\n{source}")
+    reward = make_reward(f"{path}:f")
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 1000,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(st.integers(1, 9), st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 2**62))
+    def one(n: int, shape: list[int], seed: int) -> None:
+        x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed % 1000))
+        before, kept = state(), x.clone()
+        found = reward.scores(x, seed=seed).total
+        assert torch.equal(found, kept.flatten(1).mean(1)) and torch.equal(x, kept)
+        assert state() == before
+
+    one()
+
+
+@pytest.mark.parametrize("name", IN_THE_CALL)
+def test_scores_are_right_whatever_else_the_reward_does(name, tmp_path):
+    fuzz(name, 5, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", IN_THE_CALL)
+def test_two_thousand_of_each_kind(name, tmp_path):
+    fuzz(name, 2000, tmp_path)
 
 
 @pytest.mark.parametrize("draw", ["torch.rand(len(x))", "np.random.rand(len(x))",

@@ -1,14 +1,18 @@
 """Several rewards at once, each shown by itself, and rewards held out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.errors import RewardError, UserError
-from orwcfm_fast.rewards import make_holdout, make_reward
-from orwcfm_fast.settings import RewardsWithHoldout
+from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.networks.prompts import Prompt
+from orwcfm_fast.rewards import decode_and_score, make_holdout, make_reward
+from orwcfm_fast.settings import Finetune, RewardsWithHoldout
 
 SMALL = ("--rounds", 2, "--rollout", 64, "--batch", 32, "--steps-per-round", 3, "--eval-n", 64, "--probe", 16)
 SMALL += ("--checkpoint", "base")
@@ -88,3 +92,39 @@ def test_a_constant_reward_standardised_adds_nothing():
     alone = Scores({"real": values["real"]}, {"real": 1.0}, {"real": 0.0})
     assert torch.equal(scores.standardized(), alone.standardized())
     assert abs(float(alone.standardized().std(correction=0)) - 1) < 1e-5
+
+
+class Latents:
+    """A policy of a pipeline, as far as scoring knows one: latents of 1 number decode to images of 4."""
+
+    pipeline = True
+
+    def decode(self, x):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x.expand(-1, 4)
+
+    def prompts_of(self, rows):
+        return [Prompt(f"p{int(row)}") for row in rows]
+
+
+def test_latents_are_decoded_and_scored_a_chunk_at_a_time_and_fewer_where_memory_runs_out():
+    policy, seen, asked = Latents(), [], []
+
+    def by_prompt(images, prompts):
+        seen.append(len(images))
+        asked.extend(prompts)
+        return images.sum(1)
+
+    trained, held_out = make_reward(by_prompt), make_reward(lambda images: images[:, 0])
+    trained.sizes = held_out.sizes = BatchSizes(chunk=5)
+    x1, rows = torch.arange(7.0)[:, None], torch.arange(7)
+    first, second = decode_and_score(policy, x1, rows, [trained, held_out], "round 1", 3)
+    assert first.total.tolist() == [4.0 * k for k in range(7)] and second.total.tolist() == [*range(7)]
+    assert seen == [2, 2, 2, 1] and asked == [f"p{k}" for k in range(7)] and trained.sizes.chunk == 2
+
+
+def test_a_rollout_that_is_no_multiple_of_its_group_is_refused(two_gaussians):
+    prompted = replace(two_gaussians, conditions=[Prompt("a"), Prompt("b")])
+    with pytest.raises(UserError, match=r"--rollout 50: is no multiple of --group 4, .*; use 48"):
+        Trainer(prompted, "right", Finetune(rollout=50, group=4, batch=8))

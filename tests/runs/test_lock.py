@@ -69,7 +69,9 @@ def test_a_worker_that_outlives_a_killed_holder_does_not_keep_its_lock(tmp_path)
     process.wait()
     try:
         os.kill(worker, 0)
-        RunLock(tmp_path).release()
+        lock = RunLock(tmp_path)
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+        lock.release()
     finally:
         os.kill(worker, signal.SIGKILL)
 
