@@ -23,6 +23,7 @@ from orwcfm_fast.benchmarks.ways import (
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
 from orwcfm_fast.method import noise
+from orwcfm_fast.method.anchors import blend, velocities
 from orwcfm_fast.method.coupling import Batch, couple
 from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.method.step import PolicyOptimizer
@@ -97,20 +98,28 @@ class Measured:
         self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)
         if device.type == "cuda":
             self.learners["bf16 graph"] = self.learner(self.policies["bf16"], graph=True)
+        self.references = {way: one.policy.frozen_copy() for way, one in self.learners.items()}
         self.x0 = start_noise(first, batch, 0)
         self.x1 = torch.randn(batch, *first.shape, device=device).clamp(-1, 1)
         self.seed = torch.tensor(0, device=device)
 
     def learner(self, policy: Policy, **change: bool) -> PolicyOptimizer:
-        return PolicyOptimizer(policy, policy.frozen_copy(), self.settings.model_copy(update=change))
+        return PolicyOptimizer(policy, self.settings.model_copy(update=change))
 
     def coupled(self) -> Batch:
         device = self.x1.device
         index = noise.indices(0, self.batch, device)
         return couple(self.x1, torch.ones(self.batch, device=device), 1.0, self.seed, index)
 
+    def anchored(self, way: str) -> Batch:
+        """A minibatch with its anchor, at the cost that a round has for it: v_old and v_ref."""
+        batch, optimizer = self.coupled(), self.learners[way]
+        policies = (optimizer.policy, self.references[way])
+        v_old, v_ref = (velocities(policy, batch, optimizer.sizes) for policy in policies)
+        return replace(batch, anchor=blend(v_old, v_ref, torch.ones_like(batch.a), batch.a))
+
     def step(self, way: str) -> int:
-        self.learners[way].step(self.coupled(), self.seed)
+        self.learners[way].step(self.anchored(way), self.seed)
         return self.batch
 
     def draw(self, policy: Policy) -> int:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
 from orwcfm_fast.benchmarks.ways import CPU, LORA_RANK, bench_policy
 from orwcfm_fast.errors import WorkError
 from orwcfm_fast.method import noise
+from orwcfm_fast.method.anchors import velocities
 from orwcfm_fast.method.coupling import couple
 from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.method.step import PolicyOptimizer
@@ -76,12 +78,13 @@ def ours(way: str, batch: int, device: torch.device) -> int:
         add_lora(policy.network, LORA_RANK)
     s = Finetune(batch=batch, rollout=batch, solver="euler", nfe=EVALUATIONS)
     reference = policy.frozen_copy()
-    learner = PolicyOptimizer(policy, reference, s)
+    learner = PolicyOptimizer(policy, s)
     seed = torch.tensor(0, device=device)
     for step in range(2):
         x1 = sample(policy, start_noise(policy, batch, 0), s, batch).clone()
         index = noise.indices(step * batch, batch, device)
-        learner.step(couple(x1, torch.ones(batch, device=device), 1.0, seed, index), seed)
+        drawn = couple(x1, torch.ones(batch, device=device), 1.0, seed, index)
+        learner.step(replace(drawn, anchor=velocities(reference, drawn, learner.sizes)), seed)
     copies = [*policy.network.parameters(), *reference.network.parameters()]
     return size([*copies, *optimizer_state(learner.optimizer)]) + size(learner.parameters)
 

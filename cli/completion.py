@@ -12,6 +12,7 @@ Complete = Callable[[str], list[tuple[str, str]]]
 
 REGISTRIES = {
     "rewards": ("orwcfm_fast.rewards", "REWARDS"),
+    "methods": ("orwcfm_fast.method.objectives", "METHODS"),
     "models": ("orwcfm_fast.networks.models", "MODELS"),
     "data": ("orwcfm_fast.data.datasets", "DATA"),
     "solvers": ("orwcfm_fast.method.samplers", "SOLVERS"),

@@ -35,7 +35,7 @@ def list_(
     ] = "",
     debug: Debug = False,
 ) -> None:
-    """List rewards, models, datasets, solvers and recipes, with those of plugins."""
+    """List rewards, methods, models, datasets, solvers and recipes, with those of plugins."""
     from rich.table import Table
 
     from orwcfm_fast.registry import unknown

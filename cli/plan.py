@@ -59,6 +59,7 @@ def predict(
     from orwcfm_fast.method.samplers import times
     from orwcfm_fast.rewards import RewardSum, check_code_named, make_reward
     from orwcfm_fast.runs.load import Loader
+    from orwcfm_fast.runs.run import Run
     from orwcfm_fast.theory import prediction
 
     s = settings(Predict, config, given)
@@ -92,7 +93,7 @@ def predict(
             own = {key: getattr(s, key) for key in s.model_fields_set & RewardOptions.model_fields.keys()}
             return make_reward(run.reward, run.model_copy(update=own))
 
-        found = prediction.versus(versus, lambda spec: loader.load(spec).policy, reward_of, s)
+        found = prediction.versus(Run(versus), lambda spec: loader.load(spec).policy, reward_of, s)
         _show_verdict(found, as_json)
         return
     if exact and data:

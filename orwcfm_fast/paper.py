@@ -10,7 +10,6 @@ from torch import nn
 
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.checkpoints.torch_files import OTHER_KEYS, named_for, read_weights
-from orwcfm_fast.checkpoints.trainer_state import save_trainer
 from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.device import resolve_device, resolve_precision
 from orwcfm_fast.errors import UserError
@@ -22,6 +21,7 @@ from orwcfm_fast.reporting.tracking import check_loggers, loggers
 from orwcfm_fast.rewards import make_holdout, make_reward
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import FOREIGN_DATA
+from orwcfm_fast.runs.trainer_state import save_trainer
 from orwcfm_fast.settings import Finetune, build
 
 RENAMED = {
@@ -37,6 +37,7 @@ PAPER_DEFAULTS = {
     "lr": 2e-4,
     "warmup": 5000,
     "batch": 64,
+    "method": "orw",
     "normalize_weights": False,
     "cooldown": 0.0,
     "precision": "fp32",

@@ -60,7 +60,7 @@ KINDS = (
     Kind("mlp, steered and guarded", 20, finetune("mlp", "--rollout", "128", "--rounds", "4", "--steps-per-round", "8",
                                                   "--target-w2", "0.3", "--guard", "rollback")),
     Kind("mlp, ot", 20, finetune("mlp", "--rollout", "128", "--rounds", "4", "--steps-per-round", "8",
-                                 "--coupling", "ot", "--save-every", "2")),
+                                 "--coupling", "ot", "--method", "orw", "--save-every", "2")),
     Kind("unet-digits", 30, finetune("unet", "--rollout", "64", "--rounds", "3", "--steps-per-round", "4"), quick=True),
     Kind("pretrain mlp", 20, ("pretrain", "--data", "moons", "--steps", "200", "--batch", "64", "--save-every", "50",
                               "--quiet"), quick=True),

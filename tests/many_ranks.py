@@ -118,7 +118,7 @@ def loop() -> None:
         "draw_and_score",
         lambda found, *args: {"reward": found.rollout.reward, "row": found.rollout.condition},
     )
-    tell(trainer.Minibatches, "__call__", lambda _, self, rollout, w, *args, **more: {"w": w})
+    tell(trainer.Trainer, "signal", lambda found, *args: {"w": found})
     tell(PolicyOptimizer, "step", lambda _, learner, batch, seed: {"index": batch.index, "x_t": batch.x_t})
     tell(
         PolicyOptimizer,
@@ -158,14 +158,15 @@ def at_step(number: int, which: int, do: Callable[[], object]) -> None:
 
 def normalised_by_rank() -> None:
     """The mistake of dividing each rank's weights by their own mean."""
-    from orwcfm_fast.method import trainer, weighting
+    from orwcfm_fast.method import weighting
+    from orwcfm_fast.method.objectives import objective
 
     world = int(os.environ["WORLD_SIZE"])
 
     def wrong(reward, *how):
         return torch.cat([weighting.weigh(part, *how) for part in reward.chunk(world)])
 
-    trainer.weigh = wrong  # type: ignore[assignment]
+    objective.weigh = wrong  # type: ignore[assignment]
 
 
 def small_buckets() -> None:

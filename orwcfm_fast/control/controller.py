@@ -57,7 +57,7 @@ class RunController(Callback):
 
     def _check_weights(self, rollout: Rollout) -> list[Finding]:
         while True:
-            found = self.guard.before_steps(effective_sample_size(self.trainer.weigh(rollout)))
+            found = self.guard.before_steps(effective_sample_size(self.trainer.signal(rollout)))
             for finding in found:
                 self.note(finding.text)
             if not found or self.settings.guard != "rollback":

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, Literal
 
 from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.method.objectives import METHODS
 from orwcfm_fast.settings import Finetune
 
 FINITE = {
@@ -151,9 +152,10 @@ def milder(alpha: float, tau: float, found: Sequence[Finding], s: Finetune) -> t
 
     Sharp weights, gradient spikes and values that are not finite halve τ; drift, lost diversity and a falling
     hold-out reward double α (0 becomes 0.5). What cannot serve is left to the other: α where it is steered
-    (--target-w2), τ under linear weights.
+    (--target-w2), τ under linear weights. A method without α and τ has nothing milder.
     """
-    use_tau, use_alpha = s.weights != "linear", s.target_w2 is None
+    weighs = METHODS.get(s.method).signal == "weight"
+    use_tau, use_alpha = weighs and s.weights != "linear", weighs and s.target_w2 is None
     new_alpha, new_tau = alpha, tau
     if use_tau and (not use_alpha or any(f.cure == "tau" for f in found)):
         new_tau = tau / 2

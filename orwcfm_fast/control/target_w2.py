@@ -8,7 +8,7 @@ import torch
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.rollout import Rollout
-from orwcfm_fast.method.weighting import standardize
+from orwcfm_fast.rewards.standardize import standardize
 from orwcfm_fast.settings import Finetune
 
 FORECAST_SAMPLES = 512

@@ -130,7 +130,7 @@ def evaluate(
     ranks: ProcessGroup = SINGLE_PROCESS,
     weigh: Callable[[Scores], Tensor] | None = None,
 ) -> list[Measures]:
-    """Measure each model on the same n noises, which are those of `orwcfm sample` with the same seed.
+    """Measure each model on the same n start noises, which no rollout, probe, forecast or `orwcfm sample` draws.
 
     Args:
         models: by name.
@@ -178,7 +178,7 @@ def evaluate(
             floor = exact_w2(x_ref[:EXACT_W2_SAMPLES], other[:EXACT_W2_SAMPLES])
             # its 70 evaluations of 64 samples in float32 take too long with a network that takes prompts
             if not reference.conditions:
-                slope = lipschitz(reference, start_noise(first, min(n, 64), how.seed), how)
+                slope = lipschitz(reference, start_noise(first, min(n, 64), how.seed, noise.HELD_OUT), how)
         if real is not None:
             target = FidelityTarget("reference", strict=True)
         elif target is not None and target.samples is not None:
@@ -192,7 +192,7 @@ def evaluate(
 def _draw_samples(policy: Policy, how: Sampling, which: slice, chunk: int) -> Tensor:
     """The samples `which`, by their numbers, of a policy."""
     n = which.stop - which.start
-    x0 = start_noise(policy, n, how.seed, noise.SAMPLE, which.start)
+    x0 = start_noise(policy, n, how.seed, noise.HELD_OUT, which.start)
     return sample(policy, x0, how, chunk, condition=start_conditions(policy, n, how, which.start))
 
 

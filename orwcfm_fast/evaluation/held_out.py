@@ -121,7 +121,7 @@ def draw_held_out(
         mine: numbers of the samples that this rank draws.
         chunk: samples drawn at once.
     """
-    x0 = start_noise(policy, mine.stop - mine.start, how.seed, noise.SAMPLE, mine.start)
+    x0 = start_noise(policy, mine.stop - mine.start, how.seed, noise.HELD_OUT, mine.start)
     condition = start_conditions(policy, len(x0), how, mine.start)
     gap = None if reference is None else 0.0
     if policy is reference:

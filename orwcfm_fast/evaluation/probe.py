@@ -7,6 +7,7 @@ from torch import Tensor
 
 from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_gap
 from orwcfm_fast.evaluation.features import decoded_features
+from orwcfm_fast.method import noise
 from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.rollout import Rollout, sample, start_conditions, start_noise
 from orwcfm_fast.method.trainer import Trainer
@@ -38,7 +39,7 @@ class Probe(Callback):
         s = trainer.settings
         self.policy, self.reference, self.features = trainer.policy, trainer.reference, features
         self.settings, self.sizes, self.ranks = s, trainer.sizes, trainer.ranks
-        self.noise = start_noise(self.policy, probe_size(s), s.seed)
+        self.noise = start_noise(self.policy, probe_size(s), s.seed, noise.PROBE)
         self.samples = self.of_reference = self._draw(self.reference)
         self.spread = pairwise_distance(self.of_reference)
         self._feature_spread = self.diversity(self.of_reference)

@@ -19,8 +19,10 @@ class Batch:
     Attributes:
         x1: samples [B, *shape]; t: times [B]; x_t: points [B, *shape] of the probability path.
         index: global numbers [B] of the draws; they name x0.
-        w, a: loss weights [B] of the flow-matching term and of the anchor.
-        v_ref: the anchor's velocity at (t, x_t) where it is known from an earlier pass.
+        w, a, b: weights [B] of the terms with u, with v_ref and with v_old; b is 0 where it is None. Of a method whose
+            weights follow the policy's velocity, w is the signal of each sample until the step makes weights of it.
+        anchor: velocity [B, *shape] that the policy is held to, with weight a + b; None where there is none.
+        v_old, v_ref: velocities of which the step blends the anchor, where the weights follow the velocity.
         condition: rows [B] of the policy's prompts, where it has some.
         whole: samples of the minibatch that this is a part of; 0 where it is no part.
     """
@@ -31,9 +33,17 @@ class Batch:
     index: Tensor
     w: Tensor
     a: Tensor
+    b: Tensor | None = None
+    anchor: Tensor | None = None
+    v_old: Tensor | None = None
     v_ref: Tensor | None = None
     condition: Tensor | None = None
     whole: int = 0
+
+    @property
+    def anchor_weight(self) -> Tensor:
+        """a + b [B]."""
+        return self.a if self.b is None else self.a + self.b
 
     @property
     def size(self) -> int:

@@ -1,4 +1,4 @@
-"""Which samples of a rollout make up each minibatch of a round, and with what noise."""
+"""Which samples of a rollout make up each minibatch of a round, with what noise and with what weights."""
 
 import math
 from collections.abc import Iterator
@@ -10,35 +10,63 @@ from torch import Tensor
 from orwcfm_fast.distributed import ProcessGroup
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.coupling import Batch, couple
+from orwcfm_fast.method.objectives import Method, Point
 from orwcfm_fast.method.rollout import Rollout
-from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import Finetune
 
 
 class Minibatches:
-    """The coupled minibatches of a round, this process's part of each.
+    """The coupled minibatches of a round, this process's part of each; a sequence of `steps_per_round` batches.
 
     The draws (sample, t, noise) run over the rollout again and again, each time in a new order.
 
     Args:
-        seed: of the run, 0-d, on the policy's device.
+        signal: what the reward says of each sample, [N].
+        alpha: α in force.
+        number: of the round.
+        row: the method, whose weights the batches carry where they do not follow the policy's velocity.
+        seed: of the run, 0-d, on the samples' device.
     """
 
-    def __init__(self, policy: Policy, settings: Finetune, seed: Tensor, ranks: ProcessGroup) -> None:
-        self.policy, self.settings, self.seed, self.ranks = policy, settings, seed, ranks
+    def __init__(
+        self,
+        rollout: Rollout,
+        signal: Tensor,
+        alpha: float,
+        number: int,
+        row: Method,
+        settings: Finetune,
+        seed: Tensor,
+        ranks: ProcessGroup,
+    ) -> None:
+        self.rollout, self.signal, self.alpha, self.number = rollout, signal, alpha, number
+        self.row, self.settings, self.seed, self.ranks = row, settings, seed, ranks
+        self.mean = signal.mean()
+        n = len(signal)
+        passes = math.ceil(settings.steps_per_round * settings.batch / n)
+        self.order = torch.cat([noise.permutation(n, seed, number * passes + p) for p in range(passes)])
 
-    def __call__(
-        self, rollout: Rollout, w: Tensor, alpha: float, number: int, skip: int = 0
-    ) -> Iterator[Batch]:
-        """Those of round `number`, `steps_per_round` of them but for the first `skip`; weights w [N], α."""
-        s = self.settings
-        passes = math.ceil(s.steps_per_round * s.batch / len(w))
-        order = torch.cat([noise.permutation(len(w), self.seed, number * passes + p) for p in range(passes)])
-        for k in range(skip, s.steps_per_round):
-            pick = order[k * s.batch : (k + 1) * s.batch]
-            first = (number * s.steps_per_round + k) * s.batch
-            index = noise.indices(first, s.batch, self.policy.device)
-            batch = couple(rollout.x1[pick], w[pick], alpha, self.seed, index, s.coupling)
-            if rollout.condition is not None:
-                batch = replace(batch, condition=rollout.condition[pick])
-            yield batch.part(self.ranks.share(s.batch))
+    def __len__(self) -> int:
+        return self.settings.steps_per_round
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, k: int) -> Batch:
+        """The minibatch of step k."""
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        s, rollout = self.settings, self.rollout
+        pick = self.order[k * s.batch : (k + 1) * s.batch]
+        index = noise.indices((self.number * len(self) + k) * s.batch, s.batch, self.seed.device)
+        batch = couple(rollout.x1[pick], self.signal[pick], self.alpha, self.seed, index, s.coupling)
+        if rollout.condition is not None:
+            batch = replace(batch, condition=rollout.condition[pick])
+        if s.coupling == "independent" and not self.row.reads_velocity:
+            w, b, a = self.row.coefficients(self.point(batch))
+            batch = replace(batch, w=w, b=b, a=a)
+        return batch.part(self.ranks.share(s.batch))
+
+    def point(self, batch: Batch) -> Point:
+        """What the method may know of a batch whose w is still the signal."""
+        return Point(batch.w, self.mean, 1 - batch.t, self.alpha, self.settings)

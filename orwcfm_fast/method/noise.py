@@ -5,15 +5,17 @@ from torch import Tensor
 
 from orwcfm_fast.kernels.philox import X0, normal, uniform
 
-T, MINIBATCH, ROLLOUT, PAIRING, SAMPLE, PRETRAIN_CHOICE, FLIP, REUSE, PROMPT = range(1, 10)
+T, MINIBATCH, ROLLOUT, PAIRING, SAMPLE, PRETRAIN_CHOICE, FLIP, PROBE, PROMPT, HELD_OUT, FORECAST = range(
+    1, 12
+)
 
 __all__ = [
     "FLIP",
     "MINIBATCH",
     "PAIRING",
     "PRETRAIN_CHOICE",
+    "PROBE",
     "PROMPT",
-    "REUSE",
     "ROLLOUT",
     "SAMPLE",
     "X0",

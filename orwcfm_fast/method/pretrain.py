@@ -3,13 +3,11 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.kernels.interpolate import interpolate
 from orwcfm_fast.method import noise
 from orwcfm_fast.networks.policy import Policy
@@ -85,34 +83,6 @@ class Pretrainer:
     def averaged(self) -> Policy:
         """The policy with the averaged weights: the result."""
         return replace(self.policy, network=self.ema)
-
-    def save(self, path, more: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint; readers take its averaged weights."""
-        losses = {"losses": {"losses": torch.stack(self.losses)}} if self.losses else {}
-        checkpoint.save(
-            path,
-            {"kind": "pretrain", "step": self.steps, **self.policy.describe(), **(more or {})},
-            model=self.policy.network.state_dict(),
-            ema=self.ema.state_dict(),
-            optimizer=checkpoint.optimizer_tensors(self.optimizer),
-            **losses,
-        )
-
-    def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint written by `save`.
-
-        Raises:
-            UserError: it is of another kind or another model.
-        """
-        with checkpoint.reading(found):
-            checkpoint.load_weights(self.policy.network, found.tensors["model"], str(found.path))
-            checkpoint.load_weights(self.ema, found.tensors["ema"], str(found.path))
-            checkpoint.load_optimizer(self.optimizer, found.tensors["optimizer"], str(found.path))
-            self.steps = int(found.state["step"])
-            if not 0 <= self.steps <= self.settings.steps:
-                raise ValueError(f"at step {self.steps} of {self.settings.steps}")
-            losses = found.tensors.get("losses", {"losses": torch.empty(0)})["losses"]
-            self.losses = [*losses.to(self.policy.device)]
 
 
 def pretrain(

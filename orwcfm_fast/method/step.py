@@ -1,5 +1,7 @@
 """One gradient step of the objective, and the optimiser around it."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -9,8 +11,11 @@ from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
+from orwcfm_fast.method import noise
+from orwcfm_fast.method.anchors import blend
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.graph import StepGraph
+from orwcfm_fast.method.objectives import METHODS, Point
 from orwcfm_fast.networks.lora import trained_parameters
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import Finetune
@@ -29,11 +34,10 @@ def rate(settings: Finetune, step: int) -> float:
 
 
 class PolicyOptimizer:
-    """Trains a policy's network against an anchor.
+    """Takes the gradient steps of a policy's network.
 
     Args:
         policy: its network's parameters are trained, in eval mode: dropout would be taken for drift.
-        reference: the anchor, frozen.
         settings: learning rate, warm-up, gradient clipping.
         sizes: how many samples of a minibatch are processed at once (`micro_batch`).
         ranks: the processes that share each minibatch.
@@ -42,12 +46,11 @@ class PolicyOptimizer:
     def __init__(
         self,
         policy: Policy,
-        reference: Policy,
         settings: Finetune,
         sizes: BatchSizes | None = None,
         ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self.policy, self.reference, self.grad_clip = policy, reference, settings.grad_clip
+        self.policy, self.settings, self.grad_clip = policy, settings, settings.grad_clip
         self.sizes, self.ranks = sizes or BatchSizes.of(settings), ranks
         policy.network.eval()
         self.parameters = trained_parameters(policy.network)
@@ -108,26 +111,40 @@ class PolicyOptimizer:
         return torch.cat([losses, norm.float().view(1)])
 
     def gradient(self, batch: Batch, seed: Tensor, micro_batch: int) -> Tensor:
-        """Accumulate the batch's gradient, `micro_batch` samples at a time; (mean fm, mean w2) [2].
+        """Accumulate the batch's gradient, `micro_batch` samples at a time; (mean fm, mean distance to the anchor) [2].
 
-        Gradient of L = 1/B Σ [w_i·1/D‖v − u‖² + a_i·1/D‖v − v_ref‖²], by hand, in the op's one pass; 1/B is
-        the whole batch's, so that parts add up to it, those of several processes too.
+        By hand, in the op's one pass: with the weights and the anchor of each draw,
+        2/D · [w·(v − u) + (a + b)·(v − anchor)]. 1/B is the whole batch's, so that parts add up to it, those of
+        several processes too.
         """
         size = batch.size
         self.optimizer.zero_grad(set_to_none=True)  # of a try that ran out of memory
         fm, w2 = [batch.w.new_zeros(0)], [batch.w.new_zeros(0)]
         for part in batch.split(micro_batch):
-            with self.phases("reference"), torch.no_grad():
-                v_ref = self.reference.velocity(part.t, part.x_t, part.condition)
             with self.phases("policy"):
                 v = self.policy.velocity(part.t, part.x_t, part.condition)
+                part = self.weigh(part, v.detach(), seed)
+                anchor = v.detach() if part.anchor is None else part.anchor
                 _, *means, dv = anchored_residual(
-                    v.detach(), v_ref, part.x1, seed, part.index, part.w / size, part.a / size
+                    v.detach(), anchor, part.x1, seed, part.index, part.w / size, part.anchor_weight / size
                 )
                 v.backward(dv)
             fm.append(means[0])
             w2.append(means[1])
         return torch.stack([torch.cat(fm).sum(), torch.cat(w2).sum()]) / size
+
+    def weigh(self, batch: Batch, v: Tensor, seed: Tensor) -> Batch:
+        """The batch with weights and anchor, where these follow the policy's velocity v [B, *shape]."""
+        if batch.v_old is None:
+            return batch
+        row, s = METHODS.get(self.settings.method), self.settings
+        u = batch.x1 - noise.normal(tuple(v.shape[1:]), seed, batch.index, noise.X0)
+        v_old, step = batch.v_old.float(), v.float() - batch.v_old.float()
+        errors = [(v_old + sign * s.nft_beta * step - u).abs().flatten(1).mean(1) for sign in (1, -1)]
+        own_loss = (v.float() - u).square().flatten(1).mean(1)
+        at = Point(batch.w, batch.w.mean(), 1 - batch.t, s.alpha, s, own_loss, (errors[0], errors[1]))
+        w, b, a = row.coefficients(at)
+        return replace(batch, w=w, b=b, a=a, anchor=blend(batch.v_old, batch.v_ref, b, a))
 
     def add_up(self, losses: Tensor) -> None:
         """Gradients and losses of this process's part become those of the whole minibatch, in one exchange.

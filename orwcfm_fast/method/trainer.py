@@ -1,8 +1,8 @@
 """The online loop: draw, score, weigh, step, record."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,17 +12,14 @@ from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method import noise
+from orwcfm_fast.method.anchors import Anchors, compute_anchors, velocities
+from orwcfm_fast.method.average import PolicyAverage
 from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.minibatches import Minibatches
+from orwcfm_fast.method.objectives import METHODS, Method, Point, check_bounded, signal_of
 from orwcfm_fast.method.rollout import Rollout, draw, start_conditions
 from orwcfm_fast.method.step import PolicyOptimizer
-from orwcfm_fast.method.weighting import (
-    check_bounded,
-    check_positive,
-    effective_sample_size,
-    weigh,
-    weigh_within,
-)
+from orwcfm_fast.method.weighting import check_positive, effective_sample_size
 from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import Reward, RewardSum, Scores, decode_and_score, make_reward
@@ -34,11 +31,18 @@ C = TypeVar("C", bound=Callback)
 
 @dataclass
 class RoundState:
-    """A round under way: its scored rollout, its rewards one by one, and (fm, w2, gradient norm) [3] of each step."""
+    """A round under way.
+
+    Attributes:
+        rollout: scored; scores, held_out: its rewards one by one.
+        anchors: of its draws, once they are computed.
+        losses: (fm, distance to the anchor, gradient norm) [3] of each step taken.
+    """
 
     rollout: Rollout
     scores: Scores
     held_out: Scores | None = None
+    anchors: Anchors | None = None
     losses: list[Tensor] = field(default_factory=list)
 
 
@@ -88,10 +92,11 @@ class Trainer:
             add_lora(policy.network, settings.lora, seed=settings.seed)
         self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
         self.reference = reference or policy.frozen_copy()
-        self.optimizer = PolicyOptimizer(policy, self.reference, settings, self.sizes, ranks)
+        self.optimizer = PolicyOptimizer(policy, settings, self.sizes, ranks)
+        self.method: Method = METHODS.get(settings.method)
+        self.average = PolicyAverage(self.optimizer.parameters) if self.method.averages else None
         self.phases = self.optimizer.phases
         self.seed = noise.seed_on(settings.seed, policy.device)
-        self.minibatches = Minibatches(policy, settings, self.seed, ranks)
         self.alpha, self.tau = settings.alpha, settings.tau
         self.round = self.steps = 0
         self.current: RoundState | None = None
@@ -113,18 +118,20 @@ class Trainer:
         resumed = self.current is not None
         self.current = current = self.current or self.draw_and_score()
         self.notify("on_rollout", current.rollout, resumed)
-        w = self.weigh(current.rollout)
-        check_bounded(w, self.alpha)
-        if self.settings.coupling == "ot":
-            check_positive(w)
-        for batch in self.minibatches(current.rollout, w, self.alpha, self.round, skip=len(current.losses)):
+        signal = self.signal(current.rollout)
+        batches = self.minibatches(current.rollout, signal)
+        current.anchors = current.anchors or self.anchors(batches)
+        for k in range(len(current.losses), len(batches)):
             self.notify("on_stage", "step")
+            batch = replace(batches[k], **current.anchors.of_step(k, self.policy.device))
             current.losses.append(self.optimizer.step(batch, self.seed))
-            if len(current.losses) < self.settings.steps_per_round:
+            if len(current.losses) < len(batches):
                 self.boundary()
+        if self.average and self.method.averages:
+            self.average.update(self.method.averages(self.round + 1))
         self.round, self.steps = self.round + 1, self.steps + len(current.losses)
         self.current, self.last = None, current
-        record = self.measure(current, w)
+        record = self.measure(current, signal)
         self.notify("on_round", record)
         return record
 
@@ -132,7 +139,7 @@ class Trainer:
         """The coming round's whole rollout, drawn from the policy as it stands, with its rewards."""
         s, first = self.settings, self.round * self.settings.rollout
         mine = self.ranks.share(s.rollout)
-        with self.stage("rollout"):
+        with self.stage("rollout"), self.sampled_policy():
             part = self.sizes.fit(
                 "chunk",
                 lambda chunk: draw(
@@ -153,18 +160,52 @@ class Trainer:
         condition = start_conditions(self.policy, s.rollout, s, first)
         return RoundState(Rollout(x1, index, self.trained_on(scores), condition), scores, held_out)
 
-    def weigh(self, rollout: Rollout) -> Tensor:
-        """Weights [N] of a scored rollout, with the τ in force."""
-        s, how = self.settings, (self.tau, self.settings.weights, self.settings.normalize_weights)
-        if s.group > 1 and rollout.condition is not None:
-            return weigh_within(rollout.reward, rollout.condition, *how)
-        return weigh(rollout.reward, *how)
+    def signal(self, rollout: Rollout) -> Tensor:
+        """What the rewards of a rollout say of its samples, [N], with the τ in force."""
+        return signal_of(self.method.signal, rollout, self.tau, self.settings)
 
-    def measure(self, done: RoundState, w: Tensor) -> dict[str, Any]:
+    def minibatches(self, rollout: Rollout, signal: Tensor) -> Minibatches:
+        """The minibatches of the coming round.
+
+        Raises:
+            UserError: the signal cannot be trained on with the α in force, or with this coupling.
+        """
+        if self.settings.coupling == "ot":
+            check_positive(signal)
+        found = Minibatches(
+            rollout, signal, self.alpha, self.round, self.method, self.settings, self.seed, self.ranks
+        )
+        if not self.method.reads_velocity:
+            at = Point(signal, found.mean, torch.ones_like(signal), self.alpha, self.settings)
+            check_bounded(self.method.coefficients(at))
+        return found
+
+    def anchors(self, batches: Minibatches) -> Anchors:
+        """The velocities that the round holds the policy to, from the policy as it drew the round."""
+        with self.phases("reference"), self.ranks.together(), self.old_policy():
+            return compute_anchors(
+                batches,
+                (lambda batch: velocities(self.policy, batch, self.sizes)) if self.method.old else None,
+                (lambda batch: velocities(self.reference, batch, self.sizes))
+                if self.method.has_reference(self.alpha)
+                else None,
+                blended=not self.method.reads_velocity,
+            )
+
+    def old_policy(self) -> AbstractContextManager[None]:
+        """Inside, the policy is the one that v_old is taken from."""
+        return self.average.in_place() if self.average else nullcontext()
+
+    def sampled_policy(self) -> AbstractContextManager[None]:
+        """Inside, the policy is the one that rollouts are drawn from."""
+        return self.old_policy() if self.method.samples_average else nullcontext()
+
+    def measure(self, done: RoundState, signal: Tensor) -> dict[str, Any]:
         """The record of a round; the only place where a round reads from the device."""
         s, reward = self.settings, done.scores.total
         self.notify("on_stage", "measure")
         losses = torch.stack(done.losses)
+        assert done.anchors
         loss_fm, loss_w2, norm, norm_max = torch.cat([losses.mean(0), losses[:, 2:].amax(0)]).tolist()
         record = {
             "round": self.round,
@@ -173,10 +214,10 @@ class Trainer:
             "reward_max": float(reward.max()),
             **by_name(done.scores, done.held_out),
             "loss_fm": loss_fm,
-            "loss_w2": loss_w2,
+            "loss_w2": self.loss_w2(done.anchors, loss_w2),
             "grad_norm_mean": norm,
             "grad_norm_max": norm_max,
-            "ess": effective_sample_size(w),
+            "ess": effective_sample_size(signal),
         }
         self.notify("on_measure", done.rollout, record)
         seconds = self.phases.read()
@@ -184,6 +225,17 @@ class Trainer:
         record["images_per_s_rollout"] = s.rollout / seconds["rollout"]
         record["images_per_s_train"] = s.steps_per_round * s.batch / sum(seconds[p] for p in PHASES[2:])
         return self.ranks.from_first(lambda: record)  # one clock, one judgement
+
+    def loss_w2(self, anchors: Anchors, to_anchor: float) -> float | None:
+        """Mean 1/D ‖v − v_ref‖² of the round: over its steps where v_ref is the anchor, else as the round began.
+
+        None where the method has no reference.
+        """
+        if not self.method.has_reference(self.alpha):
+            return None
+        if not self.method.old:
+            return to_anchor
+        return sum(self.ranks.all(float(anchors.drift or 0.0))) / self.ranks.world
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -230,6 +282,11 @@ class Trainer:
         """The rollout's [N, …] on every process, from this process's share of it."""
         return self.ranks.gather(part, self.settings.rollout)
 
+    def gather_anchors(self) -> None:
+        """Bring the anchors of a round under way together, for a checkpoint; called on all processes."""
+        if self.current and self.current.losses and self.current.anchors:
+            self.current.anchors.gather(self.ranks, self.settings.batch)
+
     def trained_on(self, scores: Scores) -> Tensor:
         """The reward [N] that weights are made of."""
         return scores.standardized() if self.settings.standardize_rewards else scores.total
@@ -254,6 +311,8 @@ class Trainer:
         else:
             self.policy.network.load_state_dict(self.reference.network.state_dict())
         self.optimizer.reset()
+        if self.average:
+            self.average.reset()
         self.round = self.steps = 0
         self.current = self.last = None
         self.notify("on_reset")
@@ -271,6 +330,15 @@ def _check(policy: Policy, settings: Finetune, ranks: ProcessGroup) -> None:
         raise UserError(
             f"--rollout {settings.rollout}: is no multiple of --group {settings.group}, so the last samples would be "
             f"compared with those of the next round; use {near}"
+        )
+    row = METHODS.get(settings.method)
+    if settings.coupling == "ot" and settings.method != "orw":
+        raise UserError(
+            f"coupling 'ot': its plan needs the positive weights of --method orw, not {settings.method}'s"
+        )
+    if settings.target_w2 is not None and row.signal != "weight":
+        raise UserError(
+            f"--target-w2: sets α, which --method {settings.method} does not have; use orw-centred"
         )
     if settings.coupling == "ot" and settings.batch < 2:
         raise UserError("coupling 'ot' needs a batch of at least 2")

@@ -4,21 +4,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
-
-NO_SPREAD = 1e-6
-
-
-def standardize(values: Tensor) -> Tensor:
-    """(value − mean) / deviation of values [N], in their dtype; 0 for all where they differ by rounding alone.
-
-    Values count as equal where their deviation is at most `NO_SPREAD` of the largest of them: about eight units in
-    the last place of float32.
-    """
-    exact = values.double()
-    deviation = exact.std(correction=0)
-    if float(deviation) <= NO_SPREAD * float(exact.abs().max()):
-        return torch.zeros_like(values)
-    return ((exact - exact.mean()) / deviation).to(values.dtype)
+from orwcfm_fast.rewards.standardize import standardize
 
 
 def weigh(reward: Tensor, tau: float, kind: str = "exp", normalize: bool = True) -> Tensor:
@@ -70,20 +56,9 @@ def weigh_within(
 
 
 def effective_sample_size(w: Tensor) -> float:
-    """(Σw)²/Σw² of weights [N], between 1 and N for weights ≥ 0."""
-    w = w.double()
-    return float(w.sum() ** 2 / w.square().sum().clamp_min(1e-300))
-
-
-def check_bounded(w: Tensor, alpha: float) -> None:
-    """w + α > 0 wherever w < 0, or the loss has no lower bound.
-
-    Raises:
-        UserError: names the α that would be enough.
-    """
-    least = float(w.min())
-    if least < 0 and least + alpha <= 0:
-        raise UserError(f"the least weight is {least:.4g}: the loss has no lower bound; use α > {-least:.4g}")
+    """(Σ|w|)²/Σw² of weights [N], between 1 and N; N where all are 0."""
+    w = w.double().abs()
+    return float(w.sum() ** 2 / w.square().sum()) if bool(w.any()) else float(len(w))
 
 
 def check_positive(w: Tensor) -> None:

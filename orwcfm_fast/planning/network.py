@@ -13,6 +13,7 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.probe import probe_size
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.coupling import couple
+from orwcfm_fast.method.objectives import METHODS
 from orwcfm_fast.method.rollout import draw, start_noise
 from orwcfm_fast.method.samplers import times as solver_times
 from orwcfm_fast.method.step import PolicyOptimizer
@@ -73,16 +74,17 @@ def make_plan(
     if s.lora:
         add_lora(policy.network, s.lora, seed=s.seed)
     reference = policy.frozen_copy()
-    learner = PolicyOptimizer(policy, reference, s)
-    learner.graph = None  # a CUDA graph holds what the step that it records allocates
+    optimizer = PolicyOptimizer(policy, s)
+    optimizer.graph = None  # a CUDA graph holds what the step that it records allocates
     seed = noise.seed_on(s.seed, device)
 
     def step(size: int, parts: int = 1) -> None:
         index = noise.indices(0, size * parts, device)
         x1 = start_noise(policy, size * parts, s.seed)
         batch = couple(x1, torch.ones(len(x1), device=device), s.alpha, seed, index, s.coupling)
-        learner.sizes.micro_batch = size
-        learner.step(batch, seed)
+        batch = replace(batch, anchor=torch.zeros_like(x1, dtype=policy.precision))
+        optimizer.sizes.micro_batch = size
+        optimizer.step(batch, seed)
 
     least = 2 if s.coupling == "ot" else 1
     step(least)  # creates the optimizer's state
@@ -91,7 +93,7 @@ def make_plan(
     anchor = 0 if reference.network is policy.network else weights  # adapters share the policy's own network
     moments = sum(
         x.numel() * x.element_size()
-        for v in learner.optimizer.state.values()
+        for v in optimizer.optimizer.state.values()
         for x in v.values()
         if isinstance(x, Tensor)
     )
@@ -114,8 +116,9 @@ def make_plan(
         "reference": anchor,
         "optimizer": moments,
         "stored rollout": s.rollout * one_sample,
+        "stored anchors": s.steps_per_round * batch * one_sample * policy.precision.itemsize // 4,
     }
-    gradients = sum(p.numel() * p.element_size() for p in learner.parameters)
+    gradients = sum(p.numel() * p.element_size() for p in optimizer.parameters)
     exchange = bucket_bytes(gradients) if ranks > 1 else 0  # allocated when the activations are freed
 
     def step_at(size: int) -> dict[str, int]:
@@ -145,8 +148,11 @@ def make_plan(
         one.time(batch) if micro_batch == batch else several.time(micro_batch) * batch / (2 * micro_batch)
     )
     per_sample, probed = drawn.time(chunk) / chunk, probe_size(s)
+    method = METHODS.get(s.method)
+    velocities = method.old + method.has_reference(s.alpha)  # of each draw, before the first step
     seconds = {
         "rollout": per_sample * rollout,
+        "reference": velocities * per_sample / s.nfe * batch * s.steps_per_round,
         "reward": scored.time(reward_batch) * rollout / reward_batch,
         "steps": per_step * s.steps_per_round,
         "probe": 2 * drawn.time(min(probed, chunk)) * max(1.0, probed / chunk),

@@ -147,21 +147,18 @@ def _plan(
     with fake, as_there():
         for part in (policy.network, policy.pipeline.vae):
             part.to_empty(device=CPU)
-        reference = (
-            policy.frozen_copy() if s.lora else policy
-        )  # without adapters a copy would allocate the same
-        learner = PolicyOptimizer(policy, reference, s)
+        optimizer = PolicyOptimizer(policy, s)
         adapters = _size(policy.network) - weights
-        trained = sum(p.nbytes for p in learner.parameters)
+        trained = sum(p.nbytes for p in optimizer.parameters)
 
         def step(size: int, parts: int = 1) -> None:
             n = size * parts
             one = torch.empty(n)
             index, condition = (torch.zeros(n, dtype=torch.int64) for _ in range(2))
             x1, x_t = (torch.empty(n, *shape) for _ in range(2))
-            batch = Batch(x1, one, x_t, index, one, one, condition=condition)
-            learner.gradient(batch, torch.tensor(0), size)
-            learner.optimizer.zero_grad(set_to_none=True)
+            batch = Batch(x1, one, x_t, index, one, one, anchor=x1.to(policy.precision), condition=condition)
+            optimizer.gradient(batch, torch.tensor(0), size)
+            optimizer.optimizer.zero_grad(set_to_none=True)
 
         def rollout(size: int) -> None:
             # in place of an adaptive solver, which branches on values, one that stores as many slopes

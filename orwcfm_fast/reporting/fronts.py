@@ -15,7 +15,6 @@ from orwcfm_fast.files import write_text
 from orwcfm_fast.reporting.charts import Series, chart
 from orwcfm_fast.reporting.report import Page, Picture, Table, data_uri, settings_table, write_page
 from orwcfm_fast.reporting.table import interval, measure_rows
-from orwcfm_fast.runs.run import Run
 from orwcfm_fast.settings import Finetune, Sweep, build
 from orwcfm_fast.theory.forecast import Forecast
 
@@ -58,13 +57,13 @@ def plain_forecast(f: Forecast) -> dict[str, Any]:
     return values | {"within_reach": f.within_reach}
 
 
-def write_fronts(run: Run, settings: Sweep, outcomes: Sequence[Outcome]) -> None:
+def write_fronts(folder: Path, settings: Sweep, outcomes: Sequence[Outcome]) -> None:
     """Write fronts.csv, fronts.png and report.html to the sweep's directory."""
     varied = [text.partition("=")[0].strip().lstrip("-").replace("-", "_") for text in settings.set]
-    write_text(run.path / "fronts.csv", _csv(outcomes, varied))
+    write_text(folder / "fronts.csv", _csv(outcomes, varied))
     groups = _groups(outcomes, varied)
-    _plot(run.path / "fronts.png", groups)
-    _page(run, settings, outcomes, groups)
+    _plot(folder / "fronts.png", groups)
+    _page(folder, settings, outcomes, groups)
 
 
 def pareto_front(outcomes: Sequence[Outcome], cost: str, sign: int) -> set[Path]:
@@ -154,17 +153,17 @@ def _plot(path: Path, groups: dict[str, list[Outcome]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _page(run: Run, s: Sweep, outcomes: Sequence[Outcome], groups: dict[str, list[Outcome]]) -> None:
+def _page(folder: Path, s: Sweep, outcomes: Sequence[Outcome], groups: dict[str, list[Outcome]]) -> None:
     first, n = outcomes[0], outcomes[0].after.n
     rounds = sorted({o.settings.rounds for o in outcomes})
     shown = [o for o in sorted(outcomes, key=lambda o: -o.settings.alpha) if _last(o)]
     page = Page(
-        title=run.path.name,
+        title=folder.name,
         lines=[
             f"{'+'.join(s.reward)} on {s.data}: {len(outcomes)} runs of {', '.join(map(str, rounds))} rounds, "
             f"α in {_set(o.settings.alpha for o in outcomes)}, τ in {_set(o.settings.tau for o in outcomes)}",
             f"bars: 95 % over {n} held-out samples; to see how much training itself varies, add --set seed=0,1,2",
-            f"to repeat it: orwcfm sweep --config {run.config}",
+            f"to repeat it: orwcfm sweep --config {folder / 'config.toml'}",
         ],
         tiles=[
             ("reward before", interval(first.before.reward)),
@@ -192,7 +191,7 @@ def _page(run: Run, s: Sweep, outcomes: Sequence[Outcome], groups: dict[str, lis
             settings_table(s.model_dump()),
         ],
     )  # fmt: skip
-    write_page(run.path / "report.html", page)
+    write_page(folder / "report.html", page)
 
 
 def _last(o: Outcome) -> Path:

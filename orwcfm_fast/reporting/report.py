@@ -152,7 +152,7 @@ def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
     expected = forecast["own"].get("by_round", []) if forecast else []
 
     def get(key: str) -> list[float]:
-        return [r.get(key, math.nan) for r in records]
+        return [math.nan if r.get(key) is None else r[key] for r in records]
 
     half = [1.96 * r["reward_std"] / math.sqrt(result.settings.rollout) for r in records]
     reward = [*get("reward_mean"), after.reward.mean]
@@ -173,7 +173,8 @@ def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
                                                Series("training", done, get("images_per_s_train"), "b")],
               "round", whole_x=True),
         chart("Loss", [Series("flow matching", done, get("loss_fm"), "a"),
-                       Series("W2", done, get("loss_w2"), "b")], "round", whole_x=True),
+                       *([Series("W2", done, get("loss_w2"), "b")] if records[0]["loss_w2"] is not None else [])],
+              "round", whole_x=True),
     ]  # fmt: skip
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.errors import RewardError, UserError, WorkError
-from orwcfm_fast.method.weighting import standardize
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.networks.prompts import Prompt
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.registry import REWARDS, Reward
 from orwcfm_fast.rewards.scoring import score
+from orwcfm_fast.rewards.standardize import standardize
 from orwcfm_fast.rewards.user import is_user_reward, load_user_reward
 from orwcfm_fast.settings import RewardOptions, RewardsWithHoldout
 

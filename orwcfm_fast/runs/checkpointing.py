@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from orwcfm_fast.checkpoints import checkpoint, retention
-from orwcfm_fast.checkpoints.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.runs.resume import finetune_resume_command
 from orwcfm_fast.runs.run import Run
+from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
 
 
 class CheckpointManager:
@@ -76,6 +76,7 @@ class CheckpointManager:
 
     def save_together(self) -> Path:
         """`save`, for which all ranks wait: a launcher ends the others as soon as one leaves."""
+        self.trainer.gather_anchors()
         with self.ranks.together():
             path = self.save()
             self.run.delete_replaced()

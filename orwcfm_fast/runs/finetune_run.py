@@ -175,9 +175,9 @@ class Finetuning:
         s = self.settings
         rounds = f"{s.rounds} round{'s' * (s.rounds > 1)}"
         lines = [
-            f"{anchored(s)} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; {rounds} of {s.rollout} "
-            f"samples ({s.solver}, {s.nfe} evaluations) and {s.steps_per_round} steps of {s.batch}; "
-            f"{self.loaded.policy.device}, {s.precision}"
+            f"{s.method}, {anchored(s)} τ={s.tau:g} {s.weights} weights, {s.coupling} coupling; "
+            f"{rounds} of {s.rollout} samples ({s.solver}, {s.nfe} evaluations) and {s.steps_per_round} steps of "
+            f"{s.batch}; {self.loaded.policy.device}, {s.precision}"
         ]
         if self.evaluator.accuracy is not None:
             lines.append(f"digits classifier: {self.evaluator.accuracy:.1%} on 360 held-out real digits")

@@ -19,6 +19,7 @@ from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.reporting.pictures import save_samples
 from orwcfm_fast.runs.interrupt import SignalHandler, StopRequested
 from orwcfm_fast.runs.run import Run, next_run_path, resume_command, resumed_settings
+from orwcfm_fast.runs.trainer_state import restore_pretrainer, save_pretrainer
 from orwcfm_fast.settings import Pretrain, Sampling
 
 RESUME_MAY_CHANGE = ("save_every", "device")
@@ -72,7 +73,7 @@ class PretrainRun:
             retention.sweep(run.checkpoints)
             newest = retention.load_newest(run.checkpoints, set_aside=True)
             if newest is not None:
-                task.trainer.restore(newest)
+                restore_pretrainer(task.trainer, newest)
                 retention.prune(run.checkpoints, CHECKPOINTS_KEPT)  # a kill may have come after the last save
             if task.trainer.steps >= settings.steps:
                 raise UserError(f"--resume {run.path}: already finished, at step {task.trainer.steps}")
@@ -129,7 +130,9 @@ class PretrainRun:
             self.run.checkpoints.mkdir(
                 exist_ok=True
             )  # an OSError where the run directory was deleted meanwhile
-            self.trainer.save(path, {"settings": self.settings.model_dump(), "seed": self.settings.seed})
+            save_pretrainer(
+                self.trainer, path, {"settings": self.settings.model_dump(), "seed": self.settings.seed}
+            )
             retention.prune(self.run.checkpoints, CHECKPOINTS_KEPT)
         return path
 

@@ -231,5 +231,5 @@ class Sweeping:
         forecasts = self._forecasts()
         outcomes = [Outcome.read(self.run.path / name, forecasts.get(name)) for name in self.finished()]
         if outcomes:
-            write_fronts(self.run, self.settings, outcomes)
+            write_fronts(self.run.path, self.settings, outcomes)
         return outcomes

@@ -10,6 +10,13 @@ Weights = Literal["exp", "linear", "advantage"]
 class OnlineMethod(Settings):
     """The weighting of rewards and the anchor of the online rounds."""
 
+    method: str = setting(
+        "orw-centred",
+        panel="Method",
+        help="objective of the gradient steps (orwcfm list methods)",
+        metavar="NAME",
+        complete="methods",
+    )
     alpha: float = setting(
         1.0,
         panel="Method",
@@ -31,6 +38,29 @@ class OnlineMethod(Settings):
     )
     normalize_weights: bool = setting(
         True, panel="Method", help="divide the weights by their mean over the round"
+    )
+    adrpo_beta0: float = setting(
+        1.0,
+        panel="Method",
+        help="adrpo: strength β₀ of the anchor at an advantage of 0",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    ram_m: float = setting(
+        0.1, panel="Method", help="ram: multiplier m of the advantage", ge=0, allow_inf_nan=False
+    )
+    raft_best_of: int = setting(
+        4, panel="Method", help="raft: number of samples in a row of which the best is kept", ge=2
+    )
+    nft_beta: float = setting(
+        1.0, panel="Method", help="nft: step β of the two branches", gt=0, allow_inf_nan=False
+    )
+    kl: float = setting(
+        0.001,
+        panel="Method",
+        help="nft, awm: weight of the term with the reference",
+        ge=0,
+        allow_inf_nan=False,
     )
     rounds: int = setting(
         8, panel="Method", help="online rounds; each draws samples, scores them and trains on them", ge=1

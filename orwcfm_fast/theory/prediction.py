@@ -5,20 +5,23 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.held_out import evaluator_for
+from orwcfm_fast.method import noise
 from orwcfm_fast.method.rollout import Rollout, sample, start_conditions, start_noise
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum
-from orwcfm_fast.runs.run import Run
 from orwcfm_fast.settings import Finetune, Predict, build, read_toml
 from orwcfm_fast.theory import Density, GaussianMixture, GridDensity, Recursion, exact_recursion, refit
 from orwcfm_fast.theory.forecast import AlphaInterval, Forecast, alpha_for, forecast_many
+
+if TYPE_CHECKING:
+    from orwcfm_fast.runs.run import Run
 
 REFITTED = 500_000  # samples that a network's own density is made of
 
@@ -66,7 +69,7 @@ def draw_reference(policy: Policy, reward: RewardSum, s: Predict) -> Reference:
     """Samples of the policy: `scored` of them for the mean reward, the first `n` to carry the forecast."""
     if policy.conditions and len(policy.conditions) > 1:
         raise UserError(MANY_PROMPTS)
-    x = sample(policy, start_noise(policy, max(s.n, s.scored), s.seed), s, s.chunk)
+    x = sample(policy, start_noise(policy, max(s.n, s.scored), s.seed, noise.FORECAST), s, s.chunk)
     seen = policy.decode(x)
     with torch.inference_mode():
         features = evaluator_for(policy.data, reward, reward.name).features(seen[: s.n])
@@ -96,7 +99,7 @@ def own_density(policy: Policy, s: Predict) -> GridDensity:
     each = REFITTED // 10
 
     def drawn(k: int) -> Tensor:
-        return sample(policy, start_noise(policy, each, s.seed, first=k * each), s, each)
+        return sample(policy, start_noise(policy, each, s.seed, noise.FORECAST, k * each), s, each)
 
     return refit(drawn(k) for k in range(10))
 
@@ -191,7 +194,7 @@ def reached_line(found: dict[str, Any], reached: float, rounds: int) -> str:
 class Verdict:
     """A finished run beside its forecast (and the exact answer where there is one), reward by round."""
 
-    run: Run
+    run: "Run"
     settings: Finetune
     reached: list[float]
     final: float
@@ -220,14 +223,14 @@ class Verdict:
 
 
 def versus(
-    path: Path, load: Callable[[str], Policy], make: Callable[[Finetune], RewardSum], s: Predict
+    run: "Run", load: Callable[[str], Policy], make: Callable[[Finetune], RewardSum], s: Predict
 ) -> Verdict:
     """Lay a finished run beside the forecast made from its reference.
 
     Raises:
         UserError: no finished run there.
     """
-    run = Run(path)
+    path = run.path
     if not run.config.is_file() or not run.summary.is_file():
         raise UserError(f"--versus {path}: not a finished run (no config.toml and summary.json)")
     settings = build(Finetune, read_toml(run.config), where=f"{run.config}: ")

@@ -226,7 +226,9 @@ def test_an_out_that_is_not_empty_needs_overwrite(run_cli, tiny_run):
     assert refused.code == 2 and "--overwrite" in refused.err and "--resume run" in refused.err
     assert run_cli(*args, "run", "--overwrite").code == 0
     kept = Path("run/metrics.jsonl").read_text()
-    failed = run_cli(*args, "run", "--overwrite", "--coupling", "ot", "--reward", "gone.py:f")
+    failed = run_cli(
+        *args, "run", "--overwrite", "--coupling", "ot", "--method", "orw", "--reward", "gone.py:f"
+    )
     assert failed.code == 2 and Path("run/metrics.jsonl").read_text() == kept
     Path("zero.py").write_text("def f(x):\n    return 1 / 0\n")
     failed = run_cli(*args, "run", "--overwrite", "--reward", "zero.py:f")

@@ -78,7 +78,16 @@ def right(x):
 
 
 COLLAPSE = dict(
-    rollout=256, batch=64, steps_per_round=60, lr=3e-3, warmup=5, probe=64, alpha=0.0, tau=20.0, seed=1
+    method="orw",
+    rollout=256,
+    batch=64,
+    steps_per_round=60,
+    lr=3e-3,
+    warmup=5,
+    probe=64,
+    alpha=0.0,
+    tau=20.0,
+    seed=1,
 )
 
 
@@ -91,7 +100,11 @@ def test_non_finite_values_stop_the_run_under_every_choice_but_rollback(two_gaus
 
 
 def finetune(run_cli, out: str, *more, base="base", **settings):
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (COLLAPSE | {"eval_n": 256} | settings).items()]
+    flags = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in (COLLAPSE | {"eval_n": 256} | settings).items()
+        if v is not None
+    ]
     return run_cli("finetune", "--checkpoint", base, "--reward", "right", "--out", out, *flags, *more)
 
 
@@ -204,11 +217,11 @@ def test_it_gives_up_after_a_number_of_rollbacks_and_says_what_it_tried(base, ru
 
 
 def test_linear_weights_have_no_tau_to_halve(base, run_cli):
-    result = finetune(run_cli, "run", rounds=1, weights="linear", guard="rollback", guard_ess=0.9, guard_w2=9,
+    result = finetune(run_cli, "run", rounds=1, weights="linear", tau=None, guard="rollback", guard_ess=0.9, guard_w2=9,
                       guard_diversity=0)  # fmt: skip
     assert result.code == 0, result.err
     (only,) = records("run")
-    assert len(only["guard"]) == 1 and "ESS" in only["guard"][0] and only["tau"] == 20.0
+    assert len(only["guard"]) == 1 and "ESS" in only["guard"][0] and only["tau"] == 0.5
 
 
 def test_a_damaged_control_in_state_json_is_refused():

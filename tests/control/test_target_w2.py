@@ -152,3 +152,11 @@ def test_a_run_left_in_its_first_rollout_knows_no_drive_yet():
     begun = W2Steering(1.0)
     begun.restore(W2Steering(1.0).to_state(), "here")
     assert begun.drive is None and begun.w2 == 0
+
+
+def test_half_of_what_a_round_shows_is_believed():
+    """W2 after a round is noisy: the drive is the mean of what was believed and what was seen."""
+    steering = W2Steering(1.0, w2=0.2, drive=0.5)
+    steering.see(alpha=1.0, w2=0.6)
+    assert steering.drive == pytest.approx((0.5 + (2 * 0.6 - 0.2)) / 2) and steering.w2 == 0.6
+    assert steering.alpha() == pytest.approx(0.6 + 0.75 - 1)

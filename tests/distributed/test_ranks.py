@@ -38,8 +38,10 @@ def same(one: dict, many: list[dict], rounds: int = 5) -> None:
 
 OTHERS = {
     "as it is": {},
-    "plan over all": dict(coupling="ot", micro_batch=4),
-    "adapters, kept reference": dict(lora=4, reference_passes=2),
+    "plan over all": dict(coupling="ot", method="orw", micro_batch=4),
+    "adapters": dict(lora=4),
+    "the paper's objective": dict(method="orw"),
+    "an average of policies": dict(method="nft"),
     "fewer samples than ranks": dict(batch=3),
     "steered": dict(target_w2=0.3, guard="rollback", standardize_rewards=True),
 }

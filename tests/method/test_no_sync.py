@@ -1,5 +1,7 @@
 """Nothing in a rollout or a step makes the host wait for the GPU: held on fake CUDA tensors, and on a real one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -8,7 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from orwcfm_fast.distributed import SINGLE_PROCESS
 from orwcfm_fast.method import noise, step
+from orwcfm_fast.method.anchors import compute_anchors, velocities
 from orwcfm_fast.method.minibatches import Minibatches
+from orwcfm_fast.method.objectives import METHODS
 from orwcfm_fast.method.rollout import draw
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.policy import Policy, make_policy
@@ -42,15 +46,18 @@ class NoWaiting(TorchDispatchMode):
 
 def parts_of_a_round(policy, settings):
     """Everything between a round's first draw and its last step but the rewards, ready to be run."""
-    learner = step.PolicyOptimizer(policy, policy.frozen_copy(), settings)
+    learner = step.PolicyOptimizer(policy, settings)
+    reference, row = policy.frozen_copy(), METHODS.get(settings.method)
     seed = noise.seed_on(settings.seed, policy.device)
-    minibatches = Minibatches(policy, settings, seed, SINGLE_PROCESS)
 
     def run():
         rollout = draw(policy, settings.rollout, 0, settings.seed, settings, settings.chunk)
         w = torch.ones(settings.rollout, device=policy.device)
-        losses = [learner.step(b, seed) for b in minibatches(rollout, w, settings.alpha, 0)]
-        return torch.stack(losses)
+        batches = Minibatches(rollout, w, settings.alpha, 0, row, settings, seed, SINGLE_PROCESS)
+        old, anchor = ((lambda b, p=p: velocities(p, b, learner.sizes)) for p in (policy, reference))
+        anchors = compute_anchors(batches, old, anchor, blended=not row.reads_velocity)
+        steps = ((k, replace(batches[k], **anchors.of_step(k, policy.device))) for k in range(len(batches)))
+        return torch.stack([learner.step(batch, seed) for k, batch in steps])
 
     return run
 
@@ -84,12 +91,17 @@ def prompted_policy() -> Policy:
     return policy
 
 
-@pytest.mark.parametrize("change", [{}, {"group": 4}, {"lora": 4}, {"micro_batch": 3}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"group": 4}, {"lora": 4}, {"micro_batch": 3}, {"method": "orw"}, {"method": "nft"}],
+    ids=str,
+)
 def test_a_round_never_waits_for_the_device(monkeypatch, change):
     monkeypatch.setattr(
         step, "Phases", lambda device: Phases(CPU)
     )  # no events without a GPU, and no autograd
     monkeypatch.setattr(torch.Tensor, "backward", lambda v, dv: give_gradients(v, dv, policy))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     settings = Finetune(**SETTINGS | change)
     policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("meta"), "fp32")
     if settings.lora:

@@ -1,11 +1,14 @@
 """The gradient that trains is the gradient of the written objective."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.method import noise
+from orwcfm_fast.method.anchors import velocities
 from orwcfm_fast.method.coupling import couple
 from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.networks.policy import make_policy
@@ -53,9 +56,10 @@ def test_step_follows_the_gradient_of_the_objective(alpha, coupling):
     policy, reference = apart()
     w = torch.rand(64) + 0.1
     batch = couple(torch.randn(64, 2), w, alpha, SEED, noise.indices(640, 64, "cpu"), coupling)
+    batch = replace(batch, anchor=velocities(reference, batch, BatchSizes(64)))
     exact = copy.deepcopy(policy.network).double()
     written_loss(exact, copy.deepcopy(reference.network).double(), batch).backward()
-    ours = gradients_of_a_step(PolicyOptimizer(policy, reference, Finetune(lr=1e-9)), batch)
+    ours = gradients_of_a_step(PolicyOptimizer(policy, Finetune(lr=1e-9)), batch)
     for name, p in exact.named_parameters():
         assert (ours[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
 
@@ -67,19 +71,21 @@ def test_reference_never_moves_and_dropout_stays_off():
     torch.manual_seed(0)
     network = FastUNet((1, 8, 8), 32, 1, channel_mult=(1,), attention_resolutions="1", dropout=0.5)
     policy = Policy(network, (1, 8, 8), "custom", "")
-    learner = PolicyOptimizer(policy, policy.frozen_copy(), Finetune(batch=4))
+    reference = policy.frozen_copy()
+    learner = PolicyOptimizer(policy, Finetune(batch=4))
     assert not learner.policy.network.training
-    before = [p.clone() for p in learner.reference.network.parameters()]
+    before = [p.clone() for p in reference.network.parameters()]
     batch = couple(torch.randn(4, 1, 8, 8), torch.ones(4), 1.0, SEED, noise.indices(0, 4, "cpu"))
+    batch = replace(batch, anchor=velocities(reference, batch, learner.sizes))
     metrics = learner.step(batch, SEED)
     assert float(metrics[1]) == 0.0, "policy equals reference before the first step, so dropout was on"
-    assert all(torch.equal(a, b) for a, b in zip(before, learner.reference.network.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, reference.network.parameters(), strict=True))
 
 
 def test_rate_warms_up_once_and_falls_within_each_round():
     policy = make_policy("mlp", "moons", (2,), torch.device("cpu"))
     settings = Finetune(lr=1.0, warmup=4, steps_per_round=6, cooldown=0.5)
-    learner = PolicyOptimizer(policy, policy.frozen_copy(), settings)
+    learner = PolicyOptimizer(policy, settings)
     rates = []
     for step in range(12):
         rates.append(learner.optimizer.param_groups[0]["lr"])
@@ -97,7 +103,8 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(coupling):
     batch = couple(
         torch.randn(50, 2), torch.rand(50) + 0.1, 0.7, SEED, noise.indices(640, 50, "cpu"), coupling
     )
-    learner = PolicyOptimizer(policy, reference, Finetune(batch=50))
+    batch = replace(batch, anchor=velocities(reference, batch, BatchSizes(50)))
+    learner = PolicyOptimizer(policy, Finetune(batch=50))
 
     def gradient(micro_batch):
         losses = learner.gradient(batch, SEED, micro_batch)
@@ -108,3 +115,16 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(coupling):
         mine, parts = gradient(size)
         assert torch.allclose(mine, losses, rtol=1e-5)
         assert (parts - whole).norm() <= 1e-5 * whole.norm(), size
+
+
+def test_a_gradient_is_clipped_to_the_norm_that_is_asked_for():
+    policy, reference = apart()
+    for clip in (1e-3, 1e9):
+        learner = PolicyOptimizer(policy.trainable_copy(), Finetune(batch=32, grad_clip=clip))
+        batch = couple(torch.randn(32, 2), torch.ones(32), 1.0, SEED, noise.indices(0, 32, "cpu"))
+        norm = float(
+            learner.step(replace(batch, anchor=velocities(reference, batch, learner.sizes)), SEED)[2]
+        )
+        moments = torch.cat([s["exp_avg"].flatten() for s in learner.optimizer.state.values()])
+        assert norm > 1e-2
+        assert float(moments.norm()) == pytest.approx(0.1 * min(norm, clip), rel=1e-3)

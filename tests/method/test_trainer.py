@@ -17,7 +17,17 @@ from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 
-LOOP = dict(alpha=0.0, tau=0.5, rounds=4, rollout=4096, batch=256, steps_per_round=150, lr=1e-3, warmup=10)
+LOOP = dict(
+    method="orw",
+    alpha=0.0,
+    tau=0.5,
+    rounds=4,
+    rollout=4096,
+    batch=256,
+    steps_per_round=150,
+    lr=1e-3,
+    warmup=10,
+)
 
 
 def reward_after(policy, couple_with, monkeypatch, **settings) -> float:
@@ -65,7 +75,7 @@ def test_minibatches_use_every_sample_equally_often(two_gaussians):
     loop = build_trainer(two_gaussians, make_reward("right"), s)
     rollout = loop.draw_and_score().rollout
     rollout.x1 = torch.arange(48.0)[:, None]
-    seen = torch.cat([b.x1[:, 0] for b in loop.minibatches(rollout, torch.ones(48), 1.0, 0)]).long()
+    seen = torch.cat([b.x1[:, 0] for b in loop.minibatches(rollout, torch.ones(48))]).long()
     assert torch.bincount(seen, minlength=48).tolist() == [2] * 48
 
 
@@ -103,10 +113,29 @@ def test_a_round_that_was_left_gives_the_same_minibatches_when_it_is_continued(t
     s = Finetune(rollout=64, batch=16, steps_per_round=6, probe=4)
     trainer = build_trainer(two_gaussians, lambda x: x[:, 0], s)
     rollout = trainer.draw_and_score().rollout
-    batches = [*trainer.minibatches(rollout, torch.ones(64), 1.0, 0)]
+    batches = [*trainer.minibatches(rollout, torch.ones(64))]
     counts = Counter(int(i) for batch in batches for i in batch.index)
     assert len(batches) == 6 and len(counts) == 96 and set(counts.values()) == {1}
-    late = [*trainer.minibatches(rollout, torch.ones(64), 1.0, 0, skip=4)]
+    again = trainer.minibatches(rollout, torch.ones(64))
+    late = [again[4], again[5]]
     for one, two in zip(batches[4:], late, strict=True):
         assert torch.equal(one.index, two.index) and torch.equal(one.x_t, two.x_t)
     assert trainer.one_round()["seconds_reference"] > 0
+
+
+def test_every_round_and_every_seed_has_noise_of_its_own(two_gaussians):
+    """x0 of the rollout, and t, x0 and order of the minibatches."""
+
+    def drawn(number, seed):
+        s = Finetune(rollout=64, batch=16, steps_per_round=4, probe=4, seed=seed)
+        trainer = build_trainer(two_gaussians, lambda x: x[:, 0], s)
+        trainer.round = number
+        rollout = trainer.draw_and_score().rollout
+        batches = [*trainer.minibatches(rollout, torch.arange(1.0, 65.0))]
+        picked, t, index = (torch.cat([getattr(b, name) for b in batches]) for name in ("w", "t", "index"))
+        return rollout.x1, picked, t, noise.normal((1,), trainer.seed, index, noise.X0)
+
+    first, again = drawn(0, 0), drawn(0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for other in (drawn(1, 0), drawn(0, 1)):
+        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))

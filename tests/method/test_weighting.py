@@ -5,12 +5,11 @@ import torch
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.weighting import (
-    check_bounded,
     effective_sample_size,
-    standardize,
     weigh,
     weigh_within,
 )
+from orwcfm_fast.rewards.standardize import standardize
 
 R = torch.tensor([0.1, 0.5, 0.9, 0.2])
 
@@ -59,9 +58,3 @@ def test_overflow_of_raw_weights_is_named():
 def test_effective_sample_size_counts_equal_weights_fully_and_one_weight_once():
     assert effective_sample_size(torch.full((7,), 0.3)) == pytest.approx(7)
     assert effective_sample_size(torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(1)
-
-
-def test_unbounded_loss_is_refused_with_the_alpha_needed():
-    check_bounded(torch.tensor([-0.4, 1.0]), 0.5)
-    with pytest.raises(UserError, match=r"α > 0\.6"):
-        check_bounded(torch.tensor([-0.6, 1.0]), 0.5)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from orwcfm_fast.checkpoints import checkpoint
-from orwcfm_fast.checkpoints.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.callbacks import Callback
@@ -20,6 +19,7 @@ from orwcfm_fast.networks import embeddings, lora
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.settings import Finetune, Sample
 
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def test_a_rollouts_prompts_are_those_of_its_global_numbers_and_reach_reward_pol
     assert torch.equal(rollout.condition, expected)
     assert torch.equal(draw(policy, 12, 2, s.seed, s, 5).condition, expected)  # in chunks of any size
     assert seen == [(p.text, p.metadata) for p in policy.conditions.of(expected)]
-    batch = next(iter(trainer.minibatches(rollout, torch.ones(12), 1.0, 2)))
+    batch = next(iter(trainer.minibatches(rollout, torch.ones(12))))
     for x1, c in zip(batch.x1, batch.condition, strict=True):
         here = [i for i in range(12) if torch.equal(rollout.x1[i], x1)]
         assert c in rollout.condition[here]
@@ -144,9 +144,9 @@ def test_with_groups_weights_compare_within_the_prompt_alone(trained_on):
     s, policy = trained_on(lora=4, group=3, weights="advantage", tau=1.0)
     trainer = build_trainer(policy, lambda x: x.flatten(1).mean(1), s)
     rollout = trainer.draw_and_score().rollout
-    w = trainer.weigh(rollout)
+    w = trainer.signal(rollout)
     shifted = replace(rollout, reward=rollout.reward + 10.0 * rollout.condition)  # easy prompts and hard ones
-    assert torch.allclose(trainer.weigh(shifted), w, atol=1e-3)
+    assert torch.allclose(trainer.signal(shifted), w, atol=1e-3)
     for c in rollout.condition.unique():
         mine = rollout.condition == c
         assert torch.allclose(w[mine], weigh(rollout.reward[mine], 1.0, "advantage"))
@@ -173,6 +173,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, trained_on):
         disturb(policy.network)
         seed, index = torch.tensor(0), noise.indices(0, 4, CPU)
         batch = couple(start_noise(policy, 4, 1), torch.ones(4), 1.0, seed, index)
+        batch = replace(batch, anchor=torch.zeros_like(batch.x1))
         trainer.optimizer.gradient(replace(batch, condition=torch.tensor([0, 1, 2, 0])), seed, 2)
         found.append([p.grad for p in trainer.optimizer.parameters])
         assert policy.network.transformer.gradient_checkpointing == checkpointing
@@ -232,6 +233,6 @@ def test_clip_without_a_prompt_of_its_own_scores_each_image_against_its_own(trai
 
 
 def test_ot_coupling_across_prompts_is_refused(trained_on):
-    s, policy = trained_on(coupling="ot", lora=4)
+    s, policy = trained_on(coupling="ot", method="orw", lora=4)
     with pytest.raises(UserError, match="across prompts"):
         build_trainer(policy, lambda x: x.flatten(1).mean(1), s)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from orwcfm_fast.checkpoints import checkpoint
-from orwcfm_fast.checkpoints.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.networks import lora
@@ -14,6 +13,7 @@ from orwcfm_fast.networks.models import build_network
 from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.settings import Finetune
 
 CPU = torch.device("cpu")

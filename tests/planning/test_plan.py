@@ -76,9 +76,9 @@ def test_predicted_memory_is_what_torch_then_allocates(model, data, sizes):
     assert abs(ours / theirs - 1) <= 0.15
 
 
-def test_minibatches_stored_for_further_passes_are_in_the_plan():
-    sizes = dict(batch=32, rollout=32, chunk=32, steps_per_round=24)
-    many, one = ({**sizes, "reference_passes": n} for n in (2, 1))
+def test_anchors_of_a_rounds_draws_are_in_the_plan():
+    sizes = dict(batch=32, rollout=32, chunk=32)
+    many, one = ({**sizes, "steps_per_round": n} for n in (96, 24))
     digits = ("unet-digits", "digits")
     ours = of_rounds(predicted(*digits, **many)) - of_rounds(predicted(*digits, **one))
     theirs = measured(*digits, **many) - measured(*digits, **one)

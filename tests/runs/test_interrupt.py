@@ -243,18 +243,20 @@ def test_ctrl_c_outside_training_is_one_line_too(run_cli, monkeypatch):
 def test_strides_that_do_not_fit_the_samples_are_refused():
     """1×8×8 samples of either layout are 'contiguous', so a checkpoint keeps strides; they may lie."""
     from orwcfm_fast.checkpoints.checkpoint import Checkpoint
-    from orwcfm_fast.checkpoints.partial_round import unpack
     from orwcfm_fast.networks.policy import make_policy
     from orwcfm_fast.rewards import make_reward
+    from orwcfm_fast.runs.build import build_trainer
+    from orwcfm_fast.runs.partial_round import from_state
     from orwcfm_fast.settings import Finetune
 
-    s, policy = Finetune(rollout=8), make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))
+    policy = make_policy("mlp", "two-gaussians", (1,), torch.device("cpu"))
+    trainer = build_trainer(policy, make_reward("right"), Finetune(rollout=8, probe=4))
     for stride, fits in ((1, True), (0, False), (10**12, False), (-1, False)):
         begun = {"x1": torch.zeros(8, 1), "scores.0": torch.zeros(8), "losses": torch.zeros(1, 2)}
-        state = {"x1_stride": [stride, 1], "seconds": {}, "seconds_scores": [0.0]}
+        state = {"x1_stride": [stride, 1], "seconds": {}, "seconds_scores": [0.0], "drift": None}
         found = Checkpoint(Path("x"), {"begun": state}, {"begun": begun})
         if fits:
-            assert unpack(found, 0, policy, s, make_reward("right"), None)[0].rollout.x1.stride() == (1, 1)
+            assert from_state(found, 0, trainer)[0].rollout.x1.stride() == (1, 1)
         else:
             with pytest.raises((ValueError, RuntimeError)):
-                unpack(found, 0, policy, s, make_reward("right"), None)
+                from_state(found, 0, trainer)

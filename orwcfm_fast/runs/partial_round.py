@@ -6,6 +6,7 @@ import torch
 
 from orwcfm_fast.checkpoints.checkpoint import Checkpoint, Tensors
 from orwcfm_fast.method import noise
+from orwcfm_fast.method.anchors import Anchors
 from orwcfm_fast.method.rollout import Rollout, start_conditions
 from orwcfm_fast.method.trainer import RoundState, Trainer
 from orwcfm_fast.rewards import RewardSum, Scores
@@ -17,6 +18,9 @@ def to_state(current: RoundState, seconds: dict[str, float]) -> tuple[Tensors, d
     tensors = {"x1": x1, "losses": torch.stack(current.losses)}
     # convolutions may round otherwise on samples laid out otherwise
     state: dict[str, Any] = {"x1_stride": list(x1.stride()), "seconds": seconds}
+    if current.anchors:
+        tensors |= {f"anchors.{name}": v for name, v in current.anchors.whole.items()}
+        state["drift"] = None if current.anchors.drift is None else float(current.anchors.drift)
     for kind, found in (("scores", current.scores), ("held_out", current.held_out)):
         if found:
             tensors |= {f"{kind}.{k}": v for k, v in enumerate(found.values.values())}
@@ -55,4 +59,9 @@ def from_state(found: Checkpoint, number: int, trainer: Trainer) -> tuple[RoundS
     rollout = Rollout(x1, index, trainer.trained_on(trained), condition)
     held_out = scores("held_out", trainer.holdout) if trainer.holdout else None
     seconds = {name: float(value) for name, value in state["seconds"].items()}
-    return RoundState(rollout, trained, held_out, [*saved["losses"].to(device)]), seconds
+    whole = {name.removeprefix("anchors."): v for name, v in saved.items() if name.startswith("anchors.")}
+    for v in whole.values():
+        if v.shape != (s.steps_per_round, s.batch, *policy.shape):
+            raise ValueError("anchors of another run")
+    anchors = Anchors.from_whole(whole, state["drift"], trainer.ranks.share(s.batch), device)
+    return RoundState(rollout, trained, held_out, anchors, [*saved["losses"].to(device)]), seconds

@@ -1,11 +1,15 @@
-"""What a checkpoint holds of a trainer, and how the trainer continues from it."""
+"""What a checkpoint holds of a trainer, fine-tuning or pretraining, and how the trainer continues from it."""
 
 from pathlib import Path
 from typing import Any
 
-from orwcfm_fast.checkpoints import checkpoint, partial_round
+import torch
+
+from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.method.pretrain import Pretrainer
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.lora import load_lora
+from orwcfm_fast.runs import partial_round
 
 
 def save_trainer(trainer: Trainer, path: str | Path, more: dict[str, Any]) -> None:
@@ -17,6 +21,8 @@ def save_trainer(trainer: Trainer, path: str | Path, more: dict[str, Any]) -> No
     state = {"kind": "finetune", "round": trainer.round, "step": trainer.steps_taken}
     current: dict[str, checkpoint.Tensors] = {}
     if trainer.current and trainer.current.losses:
+        if trainer.ranks.world == 1:
+            trainer.gather_anchors()
         trainer.phases.add(seconds := trainer.phases.read())
         current["begun"], state["begun"] = partial_round.to_state(trainer.current, seconds)
     checkpoint.save(
@@ -24,6 +30,7 @@ def save_trainer(trainer: Trainer, path: str | Path, more: dict[str, Any]) -> No
         {**state, **trainer.policy.describe(), **more},
         optimizer=checkpoint.optimizer_tensors(trainer.optimizer.optimizer),
         **trainer.policy.tensors(),
+        **({"average": trainer.average.tensors()} if trainer.average else {}),
         **current,
     )
 
@@ -41,6 +48,8 @@ def restore_trainer(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
         else:
             checkpoint.load_weights(policy.network, found.tensors["model"], where)
         checkpoint.load_optimizer(trainer.optimizer.optimizer, found.tensors["optimizer"], where)
+        if trainer.average:
+            trainer.average.load(found.tensors["average"])
         number, step = int(found.state["round"]), int(found.state["step"])
         current = None
         if "begun" in found.tensors:
@@ -50,3 +59,38 @@ def restore_trainer(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
         if taken != step or not 0 <= step < 2**62:
             raise ValueError("its round and its step do not agree")
     trainer.continue_from(number, current)
+
+
+def save_pretrainer(trainer: Pretrainer, path: str | Path, more: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint; readers take its averaged weights.
+
+    Args:
+        more: JSON values to keep beside the trainer's own.
+    """
+    losses = {"losses": {"losses": torch.stack(trainer.losses)}} if trainer.losses else {}
+    checkpoint.save(
+        path,
+        {"kind": "pretrain", "step": trainer.steps, **trainer.policy.describe(), **(more or {})},
+        model=trainer.policy.network.state_dict(),
+        ema=trainer.ema.state_dict(),
+        optimizer=checkpoint.optimizer_tensors(trainer.optimizer),
+        **losses,
+    )
+
+
+def restore_pretrainer(trainer: Pretrainer, found: checkpoint.Checkpoint) -> None:
+    """Continue from a checkpoint written by `save_pretrainer`.
+
+    Raises:
+        UserError: it is of another kind or another model.
+    """
+    where = str(found.path)
+    with checkpoint.reading(found):
+        checkpoint.load_weights(trainer.policy.network, found.tensors["model"], where)
+        checkpoint.load_weights(trainer.ema, found.tensors["ema"], where)
+        checkpoint.load_optimizer(trainer.optimizer, found.tensors["optimizer"], where)
+        trainer.steps = int(found.state["step"])
+        if not 0 <= trainer.steps <= trainer.settings.steps:
+            raise ValueError(f"at step {trainer.steps} of {trainer.settings.steps}")
+        losses = found.tensors.get("losses", {"losses": torch.empty(0)})["losses"]
+        trainer.losses = [*losses.to(trainer.policy.device)]

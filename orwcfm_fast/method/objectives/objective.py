@@ -1,0 +1,143 @@
+"""The one objective, and what a method must say to be a row of it.
+
+    L = 1/B Σ_i [ w_i/D ‖v − u_i‖² + b_i/D ‖v − v_old,i‖² + a_i/D ‖v − v_ref,i‖² ]
+
+u is the velocity of the draw, v_old the policy's own when it drew the round (or an average of past policies),
+v_ref the frozen pretrained model's. A method is a function from a `Point` to (w, b, a).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.method.rollout import Rollout
+from orwcfm_fast.method.weighting import weigh, weigh_within
+from orwcfm_fast.registry import Registry
+from orwcfm_fast.rewards.standardize import standardize
+from orwcfm_fast.settings import Finetune
+
+Signal = Literal["weight", "reward", "best", "advantage"]
+LARGEST_ADVANTAGE = 5.0
+ROUNDING = 1e-5
+METHODS = Registry("method", package="orwcfm_fast.method.objectives")
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the coefficients of a minibatch's draws may depend on.
+
+    Attributes:
+        signal: what the reward says of each sample, [B] (see `signal_of`); mean: its mean over the round, 0-d.
+        noise_level: s = 1 − t of each draw, [B].
+        alpha: α in force; settings: of the run.
+        own_loss: 1/D‖v − u‖² at the policy as it is now, [B]; where `Method.reads_velocity`.
+        branch_errors: mean |v± − u| of v± = v_old ± β(v − v_old), two of [B]; where `Method.reads_velocity`.
+    """
+
+    signal: Tensor
+    mean: Tensor
+    noise_level: Tensor
+    alpha: float
+    settings: Finetune
+    own_loss: Tensor | None = None
+    branch_errors: tuple[Tensor, Tensor] | None = None
+
+
+Coefficients = tuple[Tensor, Tensor, Tensor]
+Row = Callable[[Point], Coefficients]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the objective.
+
+    Attributes:
+        coefficients: (w, b, a) [B] of a minibatch's draws, float32.
+        signal: what the reward becomes before the first step of a round.
+        old, reference: whether the row has a term with v_old, with v_ref; a velocity without a term is not computed.
+        reads_velocity: the coefficients depend on the policy's velocity, and so change with every step.
+        rests: at τ = 0 it leaves every weight where it is.
+        averages: None, or the share of an average of past policies that is kept after the so-many-th round;
+            the average is then v_old. samples_average: rollouts are drawn from it.
+    """
+
+    coefficients: Row
+    signal: Signal
+    old: bool
+    reference: bool
+    reads_velocity: bool = False
+    rests: bool = True
+    averages: Callable[[int], float] | None = None
+    samples_average: bool = False
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.coefficients.__doc__
+
+    def has_reference(self, alpha: float) -> bool:
+        """Whether v_ref is needed with this α."""
+        return self.reference and (self.signal != "weight" or alpha > 0)
+
+
+def method(name: str, signal: Signal, **kind) -> Callable[[Row], Row]:
+    """Decorator: registers a row under its command-line name; `kind` as in `Method`."""
+
+    def register(row: Row) -> Row:
+        METHODS.register(name)(Method(row, signal, **kind))
+        return row
+
+    return register
+
+
+def signal_of(kind: Signal, rollout: Rollout, tau: float, s: Finetune) -> Tensor:
+    """What the rewards of a round say of its samples, [N] float32.
+
+    weight: of `weigh` with τ. reward: r itself. best: 1 for the best of every `--raft-best-of` in a row, else 0.
+    advantage: τ·r standardised over the round (with groups over the samples of a prompt), within ±5; τ = 0 gives 0.
+
+    Raises:
+        UserError: a reward that this signal cannot use.
+    """
+    grouped = s.group > 1 and rollout.condition is not None
+    if kind == "weight":
+        how = (tau, s.weights, s.normalize_weights)
+        return (
+            weigh_within(rollout.reward, rollout.condition, *how) if grouped else weigh(rollout.reward, *how)
+        )
+    if kind == "reward":
+        if bool((rollout.reward < 0).any()):
+            raise UserError(
+                f"method 'rwr': rewards must not be negative, the least is {rollout.reward.min():.4g}; use raft or orw"
+            )
+        return rollout.reward.float()
+    if kind == "best":
+        groups = rollout.reward.split(s.raft_best_of)
+        return torch.cat(
+            [torch.zeros_like(r, dtype=torch.float32).index_fill_(0, r.argmax(), 1) for r in groups]
+        )
+    r = tau * rollout.reward.double()
+    if not grouped:
+        return standardize(r).clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE).float()
+    found = torch.zeros_like(r)
+    for one in rollout.condition.unique().tolist():
+        found[rollout.condition == one] = standardize(r[rollout.condition == one])
+    return found.clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE).float()
+
+
+def check_bounded(coefficients: Coefficients) -> None:
+    """w + b + a ≥ 0 for every draw, but for rounding, or the loss has no lower bound.
+
+    Raises:
+        UserError: names how much more α would be enough.
+    """
+    w, b, a = coefficients
+    least = float((w + b + a).min())
+    if least < -ROUNDING * float(w.abs().max()):
+        raise UserError(
+            f"the least of w + b + a over the round is {least:.4g}: the loss has no lower bound; "
+            f"the anchor needs at least {-least:.4g} more (--alpha, or --adrpo-beta0)"
+        )

@@ -1,0 +1,18 @@
+"""Online reward weighting: the paper's form, and the centred one."""
+
+import torch
+
+from orwcfm_fast.method.objectives.objective import Coefficients, Point, method
+
+
+@method("orw", "weight", old=False, reference=True, rests=False)
+def orw(at: Point) -> Coefficients:
+    """w = e^{τr}, b = 0, a = α: the paper's (Fan et al., ICLR 2025)."""
+    return at.signal, torch.zeros_like(at.signal), torch.full_like(at.signal, at.alpha)
+
+
+@method("orw-centred", "weight", old=True, reference=True)
+def orw_centred(at: Point) -> Coefficients:
+    """w = e^{τr} − mean, b = mean, a = α: the default; only what the reward says moves the policy."""
+    mean = at.mean.expand_as(at.signal)
+    return at.signal - mean, mean, torch.full_like(at.signal, at.alpha)

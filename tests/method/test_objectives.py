@@ -1,0 +1,291 @@
+"""Every method's gradient is that of its published formula, and at τ = 0 all but three leave the policy alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from orwcfm_fast.errors import UserError
+from orwcfm_fast.method import noise
+from orwcfm_fast.method.anchors import blend, compute_anchors
+from orwcfm_fast.method.average import PolicyAverage
+from orwcfm_fast.method.coupling import Batch
+from orwcfm_fast.method.objectives import METHODS, Point, check_bounded, signal_of
+from orwcfm_fast.method.rollout import Rollout
+from orwcfm_fast.runs.build import build_trainer
+from orwcfm_fast.settings import Finetune
+
+ALPHA, TAU, B, D = 0.7, 1.3, 24, 6
+SETTINGS = Finetune(adrpo_beta0=2.5, ram_m=0.3, nft_beta=0.4, kl=0.02, raft_best_of=3)
+RESTING = ("orw-centred", "adrpo", "ram", "nft", "awm")
+
+
+def drawn():
+    """Samples, velocities and rewards of a round in float64; v requires grad."""
+    torch.manual_seed(0)
+    x = {name: torch.randn(B, D, dtype=torch.float64) for name in ("u", "v", "v_old", "v_ref")}
+    x["v"] = (x["v_old"] + 0.3 * x["v"]).requires_grad_(True)
+    return x | {"r": torch.rand(B, dtype=torch.float64), "s": torch.rand(B, dtype=torch.float64)}
+
+
+def squared(a, b):
+    return (a - b).square().mean(1)
+
+
+def weights(r):
+    w = (TAU * r).exp()
+    return w / w.mean()
+
+
+def advantage(r):
+    return ((r - r.mean()) / r.std(correction=0)).clamp(-5, 5)
+
+
+def orw(x):
+    """Fan et al., ICLR 2025, the loss above its equation 10: w‖v − u‖² + α‖v − v_ref‖²."""
+    return weights(x["r"]) * squared(x["v"], x["u"]) + ALPHA * squared(x["v"], x["v_ref"])
+
+
+def orw_centred(x):
+    w = weights(x["r"]) - 1
+    return w * squared(x["v"], x["u"]) + squared(x["v"], x["v_old"]) + ALPHA * squared(x["v"], x["v_ref"])
+
+
+def rwr(x):
+    return x["r"] / x["r"].mean() * squared(x["v"], x["u"])
+
+
+def raft(x):
+    best = torch.zeros(B, dtype=torch.float64)
+    for k in range(0, B, 3):
+        best[k + int(x["r"][k : k + 3].argmax())] = 1
+    return best * squared(x["v"], x["u"])
+
+
+def adrpo(x):
+    """Fan et al., arXiv 2510.18053: A‖v − u‖² + (β₀ − A)‖v − v_ref‖²."""
+    a = advantage(x["r"])
+    return a * squared(x["v"], x["u"]) + (2.5 - a) * squared(x["v"], x["v_ref"])
+
+
+def ram(x):
+    """Bergmeister et al., arXiv 2605.10759: regress on v_ref + m·A·(u − v_old), the policy's own velocity detached."""
+    target = x["v_ref"] + 0.3 * advantage(x["r"])[:, None] * (x["u"] - x["v_old"])
+    return squared(x["v"], target)
+
+
+def nft(x):
+    """Zheng et al., arXiv 2509.16117: two branches around v_old, each endpoint's error over its detached mean."""
+    beta, s, share = 0.4, x["s"][:, None], 0.5 + advantage(x["r"]) / 10
+    x_t = torch.randn(B, D, dtype=torch.float64)
+    x1 = x_t + s * x["u"]
+    loss = 0.0
+    for sign, part in ((1, share), (-1, 1 - share)):
+        branch = (1 - sign * beta) * x["v_old"] + sign * beta * x["v"]
+        error = x_t + s * branch - x1
+        size = error.detach().abs().mean(1, keepdim=True).clamp_min(1e-5)
+        loss = loss + 5 * part / beta * (error.square() / size).mean(1)
+    return loss + 0.02 * squared(x["v"], x["v_ref"])
+
+
+def awm(x):
+    """Xue et al., arXiv 2509.25050: −A/5 · exp(log p − log p detached), log p = −s·4·(ℓ + 1e-10)^¼, and two anchors."""
+    log_p = -x["s"] * 4 * (squared(x["v"], x["u"]) + 1e-10) ** 0.25
+    policy = -advantage(x["r"]) / 5 * (log_p - log_p.detach()).exp()
+    return policy + squared(x["v"], x["v_old"]) + 0.02 * squared(x["v"], x["v_ref"])
+
+
+PUBLISHED = {
+    "orw": orw, "orw-centred": orw_centred, "rwr": rwr, "raft": raft,
+    "adrpo": adrpo, "ram": ram, "nft": nft, "awm": awm,
+}  # fmt: skip
+
+
+def our_gradient(name, x):
+    """2/D · [w(v − u) + (a + b)(v − anchor)] of each sample, as the op computes it, in float64."""
+    row, v = METHODS.get(name), x["v"].detach()
+    rollout = Rollout(x["u"], torch.arange(B), x["r"])
+    signal = signal_of(row.signal, rollout, TAU, SETTINGS).double()
+    if row.signal != "best":  # made in float32: the formula's own, to hold the rest to 1e-10
+        exact = {"weight": weights, "reward": lambda r: r, "advantage": advantage}[row.signal](x["r"])
+        assert torch.allclose(signal, exact, rtol=1e-6, atol=1e-6)
+        signal = exact
+    errors = [(x["v_old"] + k * 0.4 * (v - x["v_old"]) - x["u"]).abs().mean(1) for k in (1, -1)]
+    at = Point(signal, signal.mean(), x["s"], ALPHA, SETTINGS, squared(v, x["u"]), (errors[0], errors[1]))
+    w, b, a = row.coefficients(at)
+    if not row.old:
+        assert not b.any()
+    if not row.reference:
+        assert not a.any()
+    pull = (b[:, None] * (v - x["v_old"])) + a[:, None] * (v - x["v_ref"])
+    return 2 / D * (w[:, None] * (v - x["u"]) + pull), (b, a)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_gradient_of_every_method_is_that_of_its_published_formula(name):
+    x = drawn()
+    PUBLISHED[name](x).sum().backward()
+    ours, _ = our_gradient(name, x)
+    assert (ours - x["v"].grad).abs().max() <= 1e-10
+
+
+def test_every_method_that_is_listed_is_held_to_a_formula():
+    assert sorted(METHODS.names()) == sorted(PUBLISHED)
+    assert tuple(name for name in METHODS.names() if METHODS.get(name).rests) == tuple(
+        name for name in METHODS.names() if name in RESTING
+    )
+
+
+def test_one_anchor_stands_for_both_velocities():
+    x = drawn()
+    b, a = torch.rand(B) - 0.3, torch.rand(B) + 0.4
+    anchor = blend(x["v_old"], x["v_ref"], b, a)
+    v = x["v"].detach()
+    one = (a + b)[:, None] * (v - anchor)
+    two = b[:, None] * (v - x["v_old"]) + a[:, None] * (v - x["v_ref"])
+    assert torch.allclose(one, two, atol=1e-5)
+    same = torch.randn(B, D)
+    assert torch.equal(blend(same, same.clone(), b, a), same), (
+        "equal velocities are their own blend, bit for bit"
+    )
+    nothing = blend(x["v_old"], x["v_ref"], -a, a)
+    assert torch.allclose(1e-6 * nothing.double(), a[:, None] * (x["v_ref"] - x["v_old"]), atol=1e-5)
+
+
+def test_a_loss_without_a_lower_bound_is_refused_with_what_it_lacks():
+    w = torch.tensor([-0.4, 1.0])
+    check_bounded((w, torch.zeros(2), torch.full((2,), 0.5)))
+    with pytest.raises(UserError, match=r"at least 0\.1 more"):
+        check_bounded((w, torch.zeros(2), torch.full((2,), 0.3)))
+
+
+def test_rwr_refuses_negative_rewards():
+    with pytest.raises(UserError, match="must not be negative"):
+        signal_of(
+            "reward", Rollout(torch.zeros(2, 1), torch.arange(2), torch.tensor([1.0, -1.0])), 1.0, SETTINGS
+        )
+
+
+def test_advantages_are_of_the_samples_own_prompt():
+    reward, prompt = torch.tensor([1.0, 3.0, 10.0, 30.0]), torch.tensor([0, 0, 1, 1])
+    rollout = Rollout(torch.zeros(4, 1), torch.arange(4), reward, prompt)
+    assert signal_of("advantage", rollout, 1.0, Finetune(group=2)).tolist() == [-1, 1, -1, 1]
+    assert not signal_of("advantage", rollout, 0.0, SETTINGS).any()
+
+
+def test_velocities_without_a_term_are_not_computed():
+    batch = Batch(
+        *(torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, 2), torch.arange(3)), *torch.zeros(2, 3)
+    )
+    one = compute_anchors([batch, batch], None, lambda b: torch.ones(3, 2), True)
+    assert [*one.steps] == ["anchor"] and len(one.steps["anchor"]) == 2 and one.drift is None
+    both = compute_anchors([batch], lambda b: torch.zeros(3, 2), lambda b: torch.ones(3, 2), False)
+    assert sorted(both.steps) == ["v_old", "v_ref"] and both.drift == 1
+    assert not compute_anchors([batch], None, None, True).steps
+
+
+def parameters(policy):
+    return torch.cat([p.detach().flatten() for p in policy.network.parameters()])
+
+
+SMALL = dict(rounds=3, rollout=64, batch=16, steps_per_round=6, probe=16, warmup=0, lr=1e-2, chunk=24)
+
+
+@pytest.mark.parametrize("change", [{}, {"lora": 4}, {"micro_batch": 5}, {"alpha": 0.3}], ids=str)
+@pytest.mark.parametrize("name", RESTING)
+def test_at_tau_zero_nothing_moves(name, change, two_gaussians):
+    policy = two_gaussians.trainable_copy()
+    before = parameters(policy)
+    s = Finetune(**SMALL | {"tau": 0.0, "method": name, "kl": 0.1} | change)
+    trainer = build_trainer(policy, lambda x: x[:, 0], s)
+    [*trainer.train(3)]
+    if "lora" in change:
+        before, after = (
+            torch.zeros(1),
+            torch.cat([p for k, p in policy.tensors()["lora"].items() if "lora_B" in k]),
+        )
+        assert not after.any()
+    else:
+        assert torch.equal(parameters(policy), before)
+
+
+@pytest.mark.parametrize("name", ["orw", "rwr", "raft"])
+def test_what_moves_without_a_reward_does_move(name, two_gaussians):
+    policy = two_gaussians.trainable_copy()
+    before = parameters(policy)
+    trainer = build_trainer(policy, lambda x: x[:, 0].abs(), Finetune(**SMALL | {"tau": 0.0, "method": name}))
+    trainer.one_round()
+    assert not torch.equal(parameters(policy), before)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED])
+def test_every_method_raises_the_reward(name, two_gaussians):
+    policy = two_gaussians.trainable_copy()
+    s = Finetune(
+        rounds=3, rollout=1024, batch=128, steps_per_round=40, probe=16, warmup=10, lr=2e-3, tau=2.0, method=name,
+        alpha=0.1, ram_m=0.3, seed=1,
+    )  # fmt: skip
+    records = [*build_trainer(policy, lambda x: (x[:, 0] > 0).float(), s).train(4)]
+    least = 0.02 if name == "awm" else 0.04  # awm divides its advantages by 5
+    assert records[-1]["reward_mean"] > records[0]["reward_mean"] + least
+
+
+def test_an_average_of_past_policies_is_sampled_from_kept_and_restored(two_gaussians, tmp_path):
+    from orwcfm_fast.checkpoints import checkpoint
+    from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
+
+    s = Finetune(**SMALL | {"method": "nft"})
+
+    def trainer():
+        return build_trainer(two_gaussians.trainable_copy(), lambda x: x[:, 0], s)
+
+    whole, half, again = trainer(), trainer(), trainer()
+    records = [*whole.train(3)]
+    [*half.train(1)]
+    first = half.average.values[0]
+    assert not torch.equal(first, half.average.parameters[0]), "it lags behind"
+    save_trainer(half, tmp_path / "step_6", {})
+    restore_trainer(again, checkpoint.load(tmp_path / "step_6"))
+    assert torch.equal(again.average.values[0], first)
+    assert [*again.train(3)][-1]["reward_mean"] == records[-1]["reward_mean"]
+    assert torch.equal(parameters(again.policy), parameters(whole.policy))
+
+
+def test_the_average_follows_the_parameters_by_its_share():
+    p = torch.nn.Parameter(torch.tensor([1.0]))
+    average = PolicyAverage([p])
+    with torch.no_grad():
+        p.fill_(3.0)
+    average.update(0.75)
+    assert average.values[0].tolist() == [1.5]
+    with average.in_place():
+        assert p.tolist() == [1.5]
+    assert p.tolist() == [3.0]
+
+
+def test_the_gradient_that_trains_is_the_rows(two_gaussians):
+    """From rollout and reward to the parameters' gradient, against autograd on the centred formula."""
+    policy = two_gaussians.trainable_copy()
+    s = Finetune(rollout=32, batch=32, steps_per_round=1, probe=4, alpha=ALPHA, tau=TAU)
+    reference = two_gaussians.trainable_copy()
+    with torch.no_grad():
+        for p in reference.network.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    trainer = build_trainer(policy, lambda x: x[:, 0], s, reference=reference)
+    state = trainer.draw_and_score()
+    batches = trainer.minibatches(state.rollout, trainer.signal(state.rollout))
+    anchors = trainer.anchors(batches)
+    batch = replace(batches[0], **anchors.of_step(0, policy.device))
+    trainer.optimizer.gradient(batch, trainer.seed, 32)
+    ours = torch.cat([p.grad.flatten() for p in trainer.optimizer.parameters])
+    policy.network.zero_grad()
+    u = batch.x1 - noise.normal((1,), trainer.seed, batch.index, noise.X0)
+    v = policy.velocity(batch.t, batch.x_t)
+    at = {"v": v, "u": u, "v_old": v.detach(), "v_ref": reference.velocity(batch.t, batch.x_t).detach()}
+    r = state.rollout.reward
+    pick = [int((state.rollout.x1[:, 0] == x).nonzero()[0]) for x in batch.x1[:, 0]]
+    w = (TAU * r).exp() / (TAU * r).exp().mean() - 1
+    loss = w[pick] * squared(v, at["u"]) + squared(v, at["v_old"]) + ALPHA * squared(v, at["v_ref"])
+    loss.mean().backward()
+    theirs = torch.cat([p.grad.flatten() for p in policy.network.parameters()])
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
