@@ -333,7 +333,7 @@ class Finetuning:
     def _weights(self, scores: Scores) -> Tensor:
         """The weights that samples with these scores would have in a round."""
         none = torch.empty(0)
-        return self.trainer.weigh(Rollout(none, none, self.trainer.trained_on(scores)))
+        return self.trainer.signal(Rollout(none, none, self.trainer.trained_on(scores)))
 
     def _finish(self, began: float) -> Result | None:
         s, trainer = self.settings, self.trainer

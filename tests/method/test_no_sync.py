@@ -83,12 +83,11 @@ class Prompted(torch.nn.Module):
 
 def prompted_policy() -> Policy:
     """Three prompts, guided, weights and table on the GPU."""
-    network = Prompted().requires_grad_().eval()
+    with torch.device("cuda"):
+        network = Prompted().requires_grad_().eval()
     prompts = [Prompt(text, weight) for text, weight in (("a", 1.0), ("b", 2.0), ("c", 1.0))]
     conditions = Conditions(prompts, [torch.zeros(4, 4)], torch.device("cuda"))
-    policy = Policy(network, (1, 8, 8), "prompted", "none", conditions=conditions, guidance=2.0)
-    policy.network.to_empty(device="cuda")
-    return policy
+    return Policy(network, (1, 8, 8), "prompted", "none", conditions=conditions, guidance=2.0)
 
 
 @pytest.mark.parametrize(
