@@ -76,7 +76,7 @@ def sample(
     """Draw samples, as a grid in one PNG, as a folder of PNGs or as an .npz file."""
     from orwcfm_fast.device import resolve_device
     from orwcfm_fast.method.rollout import sample as draw
-    from orwcfm_fast.method.rollout import start_noise
+    from orwcfm_fast.method.rollout import start_conditions, start_noise
     from orwcfm_fast.method.samplers import times
     from orwcfm_fast.reporting.output import check_target, write_samples
     from orwcfm_fast.runs.load import Loader
@@ -101,7 +101,9 @@ def sample(
     target = out or (
         found.run.samples / f"sample-seed{s.seed}-n{s.n}.png" if found.run else Path("samples.png")
     )
-    x = policy.decode(draw(policy, start_noise(policy, s.n, s.seed), s, s.chunk))
+    x = policy.decode(
+        draw(policy, start_noise(policy, s.n, s.seed), s, s.chunk), start_conditions(policy, s.n, s)
+    )
     say(str(write_samples(x, target)))
 
 

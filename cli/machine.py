@@ -107,7 +107,7 @@ def _plan(s: Finetune, gpu_gib: float | None, ranks: int, as_json: bool) -> None
     import json
     from dataclasses import asdict
 
-    from orwcfm_fast.networks.diffusers import is_pipeline
+    from orwcfm_fast.networks.flow.library import is_pipeline
 
     with console.progress(1, "planning", as_json):
         if is_pipeline(s.model):

@@ -13,6 +13,7 @@ from orwcfm_fast.settings import RewardOptions
 
 CHUNK = 256
 SIDE = 64  # larger images are averaged down to this side before their pixels are compared
+FRAMES, SOUND = 8, 4096  # most frames of a video, and values of a channel of sound, that are compared
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,29 @@ class Features:
             return torch.cat([self.of(part).float() for part in samples.split(CHUNK)])
 
 
-def decoded_features(policy: Policy, features: Callable[[Tensor], Tensor], x: Tensor, chunk: int) -> Tensor:
-    """Features [N, F] of samples x [N, *shape], of which only a chunk is decoded at a time."""
-    return torch.cat([features(policy.decode(part)) for part in x.split(chunk)])
+def decoded_features(
+    policy: Policy,
+    features: Callable[[Tensor], Tensor],
+    x: Tensor,
+    chunk: int,
+    condition: Tensor | None = None,
+) -> Tensor:
+    """Features [N, F] of samples x [N, *shape] of conditions [N], decoded `chunk` at a time."""
+    parts = x.split(chunk)
+    rows = [None] * len(parts) if condition is None else condition.split(chunk)
+    return torch.cat([features(policy.decode(*part)) for part in zip(parts, rows, strict=True)])
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """Vectors and small images as they are, larger images averaged down to SIDE pixels along each side."""
+    """Vectors and small images as they are, larger images averaged down to SIDE pixels along each side.
+
+    Of videos [B, F, C, H, W] so many frames, evenly spaced; sound is averaged down to SOUND values a channel.
+    """
+    if x.dim() == 5:
+        frames = torch.linspace(0, x.shape[1] - 1, min(FRAMES, x.shape[1])).round().long()
+        x = x[:, frames.to(x.device)].flatten(1, 2)
+    if x.dim() == 3:
+        return F.adaptive_avg_pool1d(x, min(SOUND, x.shape[2])).flatten(1)
     if x.dim() == 4 and max(x.shape[2:]) > SIDE:
         x = F.adaptive_avg_pool2d(x, (min(x.shape[2], SIDE), min(x.shape[3], SIDE)))
     return x.flatten(1)

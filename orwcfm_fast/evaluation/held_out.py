@@ -148,7 +148,7 @@ def _score(name, policy, x, condition, evaluator, gap, start, chunk) -> HeldOutS
     features, probabilities, scores, held_out = [], [], [], []
     moments: Tensor | float = 0.0
     for part, rows in zip(x.split(size), conditions, strict=True):
-        seen, prompts = policy.decode(part), policy.prompts_of(rows)
+        seen, prompts = policy.decode(part, rows), policy.prompts_of(rows)
         features.append(evaluator.features(seen))
         with torch.inference_mode():
             probabilities += [evaluator.probabilities(seen)] if evaluator.probabilities else []

@@ -42,14 +42,19 @@ class Probe(Callback):
         self.noise = start_noise(self.policy, probe_size(s), s.seed, noise.PROBE)
         self.samples = self.of_reference = self._draw(self.reference)
         self.spread = pairwise_distance(self.of_reference)
-        self._feature_spread = self.diversity(self.of_reference)
+        self._feature_spread = self.diversity(self.of_reference, self.conditions)
 
     def on_measure(self, trainer: Trainer, rollout: Rollout, record: dict[str, Any]) -> None:
         """Draw the policy's samples as it is now; its drift and diversity."""
         with trainer.phases("probe"):
             record["velocity_gap"] = self._draw_with_gap()
-            record["diversity"] = self.diversity(rollout.x1[:ROLLOUT_SAMPLES])
-            record["diversity_share"] = self.diversity(self.samples) / max(self._feature_spread, 1e-12)
+            record["diversity"] = self.diversity(
+                rollout.x1[:ROLLOUT_SAMPLES],
+                None if rollout.condition is None else rollout.condition[:ROLLOUT_SAMPLES],
+            )
+            record["diversity_share"] = self.diversity(self.samples, self.conditions) / max(
+                self._feature_spread, 1e-12
+            )
             record["w2_coupled"] = coupled_w2(self.samples, self.of_reference)
 
     def on_restore(self, trainer: Trainer) -> None:
@@ -58,13 +63,19 @@ class Probe(Callback):
     def on_reset(self, trainer: Trainer) -> None:
         self.samples = self.of_reference
 
-    def diversity(self, x: Tensor) -> float:
+    @property
+    def conditions(self) -> Tensor | None:
+        """Rows [n] of the prompts of the whole probe, where there are some."""
+        return start_conditions(self.policy, len(self.noise), self.settings)
+
+    def diversity(self, x: Tensor, condition: Tensor | None = None) -> float:
         """Mean distance in features of two of any samples x [N, *shape], the same on all processes."""
-        mine = x[self.ranks.share(len(x))]
+        share = self.ranks.share(len(x))
+        mine, rows = x[share], None if condition is None else condition[share]
         with self.ranks.together():
             part = self.sizes.fit(
                 "chunk",
-                lambda chunk: decoded_features(self.policy, self.features, mine, chunk),
+                lambda chunk: decoded_features(self.policy, self.features, mine, chunk, rows),
                 len(mine),
             )
         return pairwise_distance(self.ranks.gather(part, len(x)))

@@ -39,6 +39,8 @@ class Adapters:
 def add_lora(network: nn.Module, rank: int, scale: float = 1.0, seed: int = 0) -> None:
     """Adapt every linear and convolution layer of more than `rank` inputs and outputs; freeze all the rest.
 
+    Grouped convolutions have no low-rank form of this kind and are passed over.
+
     Raises:
         UserError: no layer is that large, or the network has adapters already.
     """
@@ -48,7 +50,7 @@ def add_lora(network: nn.Module, rank: int, scale: float = 1.0, seed: int = 0) -
     generator = torch.Generator().manual_seed(seed % 2**63)
     network.requires_grad_(False)
     for name, layer in [*network.named_modules()]:
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) or getattr(layer, "groups", 1) != 1:
             continue
         if min(layer.weight.shape[0], layer.weight[0].numel()) <= rank:
             continue
@@ -70,8 +72,6 @@ def _pair(layer: nn.Linear | nn.Conv1d | nn.Conv2d, rank: int) -> tuple[Any, Any
     """A with the layer's inputs, kernel and stride, B pointwise onto its outputs."""
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
-    if layer.groups != 1:
-        raise UserError("--lora: grouped convolutions cannot be adapted")
     kind, geometry = type(layer), (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     down = kind(layer.in_channels, rank, *geometry, bias=False)  # type: ignore[arg-type]
     return down, kind(rank, layer.out_channels, 1, bias=False)

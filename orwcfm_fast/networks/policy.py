@@ -1,6 +1,7 @@
 """A policy: a velocity network with what is needed to sample from it and to show its samples to a reward."""
 
 import copy
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,10 +17,14 @@ from orwcfm_fast.networks.models import build_network
 from orwcfm_fast.networks.prompts import Conditions, Prompt
 
 if TYPE_CHECKING:
-    from orwcfm_fast.networks.diffusers import Pipeline
+    from orwcfm_fast.networks.flow.field import PipelineVelocity
 
 
 OWN = "own"  # the time grid of the pipeline itself
+LORA_FILES = (
+    "pytorch_lora_weights",
+    "pytorch_lora_weights_2",
+)  # of a pipeline's transformers, by their order
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,14 @@ class Policy:
     """dx/dt = velocity(t, x, condition) carries noise N(0, I) at t=0 to samples at t=1.
 
     Attributes:
-        network: v(t [B], x [B, *shape], *embeddings of conditions [B, …]); always in eval mode here.
+        network: v(t [B], x [B, *shape]), or of a pipeline v(t, x, rows [B]); always in eval mode here.
         shape: of one sample.
         model, data: names of the preset and of the data it was trained on.
         precision: float32, or bfloat16 by autocast.
         base_only: with the network's low-rank adapters off: the reference that shares a policy's weights.
         conditions: the prompts that samples are drawn for, where there are some.
-        guidance: g in v = v_none + g·(v_prompt − v_none), classifier-free; of the velocity in everything, so that
-            the policy that is trained is the one that is sampled from.
-        pipeline: of diffusers, around the network.
+        decode_chunk: samples that a pipeline decodes at once.
+        options: how a pipeline was asked to be, for checkpoints: guidance, image_size, prompt_tokens.
     """
 
     network: nn.Module
@@ -45,8 +49,13 @@ class Policy:
     precision: torch.dtype = torch.float32
     base_only: bool = False
     conditions: Conditions | None = None
-    guidance: float = 1.0
-    pipeline: "Pipeline | None" = None
+    decode_chunk: int = 1
+    options: dict[str, Any] | None = None
+
+    @property
+    def pipeline(self) -> "PipelineVelocity | None":
+        """The network, where it is a pipeline of diffusers."""
+        return None if self.options is None else cast("PipelineVelocity", self.network)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must say of it so that it can be built again."""
@@ -68,13 +77,7 @@ class Policy:
             t = torch.full((1,), t, device=x.device, dtype=torch.float32).expand(x.shape[0])
         adapters = lora.base_only(self.network) if self.base_only else nullcontext()
         with adapters, self.autocast():
-            if condition is None or self.conditions is None:
-                return self.network(t, x)
-            v = self.network(t, x, *self.conditions.look_up(condition))
-            if self.guidance == 1:
-                return v
-            none = torch.full_like(condition, self.conditions.none)
-            return torch.lerp(self.network(t, x, *self.conditions.look_up(none)), v, self.guidance)
+            return self.network(t, x) if condition is None else self.network(t, x, condition)
 
     def prompts_of(self, condition: Tensor | None) -> list[Prompt] | None:
         """What a reward is told of samples of those conditions."""
@@ -97,10 +100,17 @@ class Policy:
         on = self.precision != torch.float32
         return torch.autocast(self.device.type, self.precision if on else torch.bfloat16, enabled=on)
 
-    def decode(self, x1: Tensor) -> Tensor:
-        """What the reward sees: images in [-1, 1], vectors as they are."""
+    def decode(self, x1: Tensor, condition: Tensor | None = None) -> Tensor:
+        """What the reward sees of samples [B, *shape]: images in [-1, 1], vectors as they are.
+
+        Args:
+            condition: rows [B] of the table of prompts, where the policy has one; its first where None.
+        """
         if self.pipeline:
-            return self.pipeline.decode(x1)
+            if condition is None:
+                condition = torch.zeros(len(x1), dtype=torch.int64)
+            with self.autocast():
+                return self.pipeline.decode(x1, condition, self.decode_chunk)
         return x1.clamp(-1, 1) if len(self.shape) == 3 else x1
 
     def checkpoint_gradients(self, how: Callable[..., Any] | None = None) -> None:
@@ -114,7 +124,12 @@ class Policy:
         """
         if self.pipeline is None:
             raise UserError("--gradient-checkpointing: only for a diffusers pipeline; leave it out")
-        cast(Any, self.network).transformer.enable_gradient_checkpointing(how)
+        with self.autocast():
+            off = self.pipeline.enable_gradient_checkpointing(how)
+        for name in off:
+            print(
+                f"warning: the {name}'s own gradient checkpointing is wrong; it is left off", file=sys.stderr
+            )
 
     def frozen_copy(self) -> "Policy":
         """The reference: this policy with weights that never train, its own or those under its adapters."""
@@ -130,20 +145,37 @@ class Policy:
         """State dict of a network without adapters that has this velocity."""
         return lora.plain_state(self.network, merged=not self.base_only)
 
-    @property
-    def lora_file(self) -> str:
-        """Stem of the file of its adapters in a checkpoint; `load_lora_weights` of diffusers looks for the first."""
-        return "pytorch_lora_weights" if self.pipeline else "lora"
+    def _adapter_files(self) -> dict[str, str]:
+        """Prefix of keys by stem of file; `load_lora_weights` of diffusers reads each, with the first one's keys."""
+        if not self.pipeline:
+            return {"lora": ""}
+        return dict(zip(LORA_FILES, (f"{name}." for name in self.pipeline.denoisers), strict=False))
+
+    def adapters_from(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The adapters in a checkpoint's tensors, by the network's own keys; none where it has none."""
+        files = self._adapter_files()
+        first = next(iter(files.values()))
+        return {
+            prefix + key.removeprefix(first): value
+            for file, prefix in files.items()
+            for key, value in tensors.get(file, {}).items()
+        }
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds of it, by file; of a pipeline under adapters no weights of its own."""
-        adapters = {self.lora_file: lora.lora_state(self.network)} if lora.adapters_of(self.network) else {}
+        adapters: dict[str, dict[str, Tensor]] = {}
+        if lora.adapters_of(self.network):
+            state, files = lora.lora_state(self.network), self._adapter_files()
+            first = next(iter(files.values()))
+            for file, prefix in files.items():
+                own = {first + k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                adapters |= {file: own} if own else {}
         return adapters if self.pipeline and adapters else {"model": self.weights(), **adapters}
 
     def pipeline_state(self) -> dict[str, Any]:
         """How its pipeline was asked to be, and its prompts, as JSON values."""
-        assert self.pipeline and self.conditions
-        return {**self.pipeline.options, "prompts": [p.to_json() for p in self.conditions.prompts]}
+        assert self.options is not None and self.conditions
+        return {**self.options, "prompts": [p.to_json() for p in self.conditions.prompts]}
 
 
 def make_policy(

@@ -1,9 +1,10 @@
-"""Prompts: read from a file, drawn by counted noise, looked up as embeddings."""
+"""Prompts: read from a file, drawn by counted noise."""
 
+import difflib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +13,42 @@ from torch import Tensor
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.files import lines, read_text
+from orwcfm_fast.networks.flow.inputs import FILES
 
 MAX_PROMPTS_BYTES = 8 << 20
-ON_DEVICE_BYTES = 1 << 30  # larger tables stay in main memory
+OWN = ("prompt", "weight", "metadata")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; `weight` is its share of the draws, `metadata` what a reward may read beside the text."""
+    """One prompt.
+
+    Attributes:
+        weight: its share of the draws; metadata: what a reward may read beside the text.
+        inputs: more that the pipeline is called with, JSON values; pictures by the path of their file.
+    """
 
     text: str
     weight: float = 1.0
     metadata: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, values: Any) -> "Prompt":
-        """From a JSON object with `prompt`, and `weight` and `metadata` where it has them.
+    def of(cls, values: Any, takes: Collection[str] = ()) -> "Prompt":
+        """From a JSON object with `prompt`, `weight` and `metadata`, and what its pipeline `takes` besides.
 
         Raises:
             ValueError: it is none; says why.
         """
         if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
             raise ValueError('should be an object with a text "prompt"')
-        if strange := values.keys() - {"prompt", "weight", "metadata"}:
-            raise ValueError(f"knows prompt, weight and metadata, not '{min(strange)}'")
+        inputs = {key: value for key, value in values.items() if key not in OWN}
+        if strange := inputs.keys() - set(takes):
+            name = min(strange)
+            near = difflib.get_close_matches(name, sorted({*OWN, *takes}), n=1)
+            more = f", and what its pipeline's call takes: {', '.join(takes)}" if takes and not near else ""
+            hint = f"; did you mean '{near[0]}'?" if near else more
+            raise ValueError(f"knows prompt, weight and metadata, not '{name}'{hint}")
         try:
             values["prompt"].encode()
         except UnicodeEncodeError:
@@ -45,14 +58,36 @@ class Prompt:
             raise ValueError("weight should be a number above 0")
         if not isinstance(metadata, dict):
             raise ValueError("metadata should be an object")
-        return cls(values["prompt"], float(weight), metadata)
+        return cls(values["prompt"], float(weight), metadata, inputs)
 
     def to_json(self) -> dict[str, Any]:
-        return {"prompt": self.text, "weight": self.weight, "metadata": self.metadata}
+        return {"prompt": self.text, "weight": self.weight, "metadata": self.metadata, **self.inputs}
+
+    def from_folder(self, folder: Path) -> "Prompt":
+        """The same with the paths of its pictures made absolute.
+
+        Raises:
+            ValueError: no such file.
+        """
+
+        def absolute(value: Any) -> Any:
+            if isinstance(value, list):
+                return [absolute(v) for v in value]
+            if not isinstance(value, str):
+                return value
+            if not (folder / value).is_file():
+                raise ValueError(f"no file {folder / value}")
+            return str((folder / value).resolve())
+
+        inputs = {k: absolute(v) if FILES.search(k) else v for k, v in self.inputs.items()}
+        return replace(self, inputs=inputs)
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
+def read_prompts(path: str | Path, takes: Collection[str] = ()) -> list[Prompt]:
     """The prompts of a file: a line each, or, where its first line begins with {, JSON lines.
+
+    Args:
+        takes: what their pipeline's call takes besides the text; such keys may be in a JSON line.
 
     Raises:
         UserError: no such file, a line that is no prompt, or none at all.
@@ -77,7 +112,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     found = []
     for n, line in written:
         try:
-            found.append(Prompt.of(json.loads(line)))
+            found.append(Prompt.of(json.loads(line), takes).from_folder(Path(path).parent))
         except (ValueError, RecursionError) as error:
             raise UserError(f"--prompts {path}: line {n}: {error}") from None
     return found
@@ -95,37 +130,20 @@ class Conditions:
 
     Args:
         prompts: P of them.
-        embeddings: tensors [P + 1, …] by the order in which the network takes them; the last row is no prompt.
         device: where rows are wanted.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor], device: torch.device) -> None:
-        self.prompts, self.device = list(prompts), device
-        there = device if sum(e.nbytes for e in embeddings) <= ON_DEVICE_BYTES else torch.device("cpu")
-        self._embeddings = [e.to(there) for e in embeddings]
+    def __init__(self, prompts: Sequence[Prompt], device: torch.device) -> None:
+        self.prompts = list(prompts)
         weights = torch.tensor([p.weight for p in prompts], dtype=torch.float64)
         self._shares = (weights / weights.sum()).cumsum(0).float().to(device)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @property
-    def nbytes(self) -> int:
-        """Of the table, where it lies on the device."""
-        return sum(e.nbytes for e in self._embeddings if e.device == self.device)
-
-    @property
-    def none(self) -> int:
-        """The row of no prompt."""
-        return len(self.prompts)
-
     def at(self, u: Tensor) -> Tensor:
         """For each uniform number [B] in [0, 1) a row, int64 [B], with probability proportional to its weight."""
         return torch.searchsorted(self._shares, u, right=True).clamp_(max=len(self) - 1)
-
-    def look_up(self, rows: Tensor) -> list[Tensor]:
-        """Embeddings [B, …] of rows [B]."""
-        return [e[rows.to(e.device)].to(self.device) for e in self._embeddings]
 
     def of(self, rows: Tensor) -> list[Prompt]:
         return [self.prompts[i] for i in rows.tolist()]

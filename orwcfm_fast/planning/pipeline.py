@@ -1,37 +1,45 @@
 """Memory of fine-tuning a diffusers pipeline, by part, from its configuration alone: no weights are loaded.
 
-Its step, rollout and decoding run on fake tensors, which have shapes but no memory. Every storage that is created or
-freed is recorded at two batch sizes, from which `AllocationProfile` extrapolates to any other.
+The pipeline is called once, for one sample, with parts that give zeros; that shows with what its denoisers and its VAE
+are called. Step, rollout and decoding then make these calls on fake tensors, which have shapes but no memory; every
+storage that comes and goes is noted, for two batch sizes. From these `AllocationProfile` has the course at any size.
 """
 
-import copy
 import functools
-import json
+import math
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from orwcfm_fast.device import resolve_device, resolve_precision
 from orwcfm_fast.distributed import bucket_bytes
-from orwcfm_fast.evaluation.features import SIDE
+from orwcfm_fast.evaluation.features import FRAMES, SIDE, SOUND
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.rollout import sample
 from orwcfm_fast.method.samplers import SOLVERS
 from orwcfm_fast.method.step import PolicyOptimizer
-from orwcfm_fast.networks.diffusers import Pipeline, embedding_widths
+from orwcfm_fast.networks.flow.inputs import common_arguments, read_files
+from orwcfm_fast.networks.flow.loading import (
+    Description,
+    asked,
+    describe_pipeline,
+    inputs_of,
+    sizes_explained,
+    telling,
+)
 from orwcfm_fast.networks.lora import add_lora
-from orwcfm_fast.networks.pipeline_files import Description, describe_pipeline, telling
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.networks.prompts import Conditions, Prompt, read_prompts
+from orwcfm_fast.networks.prompts import Conditions, Prompt
 from orwcfm_fast.planning.allocations import AllocationProfile
 from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules, recompute
 from orwcfm_fast.planning.evaluation_memory import EvaluationMemory
 from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, largest_fitting
+from orwcfm_fast.planning.recorded import RecordedVelocity, recorded
 from orwcfm_fast.planning.torch_private import FakeTensorMode, TorchDispatchMode, tree_leaves
 from orwcfm_fast.settings import Finetune
 
@@ -82,41 +90,43 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None, ranks: int = 1) -> 
         UserError: there is no such pipeline, prompts file or image size.
     """
     found = describe_pipeline(s.model, weights=False)
-    shape = found.shape(s.image_size)
+    saved = {} if s.prompts else {"prompts": [Prompt("").to_json()]}
+    prompts, options = asked(found, s, saved)
+    arguments = common_arguments(found.kind, **options)
     where, limit = ("cuda", int(gpu_gib * 2**30)) if gpu_gib else (None, 0)
     if where is None:
         device = resolve_device(s.device)
         where, limit = device.type, available_bytes(device)
-        parameters = sum(p.numel() for p in found.transformer.parameters())
-        precision = resolve_precision(s.precision, device, parameters)
+        precision = resolve_precision(s.precision, device, found.parameters)
     else:
         precision = torch.float32 if s.precision == "fp32" else torch.bfloat16
     label = f"a GPU of {gpu_gib:g} GiB" if gpu_gib else str(where)
-    prompts = read_prompts(s.prompts) if s.prompts else [Prompt("")]
-    with telling(found.model):
-        encoding = _encoders(found, 2 if where == "cuda" else 4)
+    width = 2 if where == "cuda" else 4  # the encoders are there only while prompts are encoded
+    encoding = {
+        name: width * sum(p.numel() for p in shell.parameters()) for name, shell in found.encoders.items()
+    }
+    with telling(found.model, "cannot be planned"), sizes_explained(found, arguments, prompts[0], options):
+        network = recorded(found, arguments, read_files(inputs_of(prompts[0])))
     plans = {}
     for name, rank in (("all weights", 0), (f"adapters of rank {s.lora or RANK}", s.lora or RANK)):
         own = s.model_copy(update={"lora": rank})
-        with telling(found.model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about slower kernels on a CPU
-            plans[name] = _plan(found, shape, own, prompts, precision, label, limit, encoding, ranks)
+        with telling(found.model, "cannot be planned"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of slower kernels on a CPU
+            held = network.held_in(precision if rank else torch.float32)
+            policy = Policy(
+                held, network.shape, found.model, "prompts", precision, conditions=Conditions(prompts, CPU),
+                decode_chunk=s.vae_chunk, options=options,
+            )  # fmt: skip
+            plans[name] = _plan(found, policy, own, label, limit, encoding, ranks)
     return plans
 
 
-def _encoders(found: Description, width: int) -> dict[str, int]:
-    """Bytes of the text encoders, which are in memory only while the prompts are embedded."""
-    import transformers
-
-    sizes = {}
-    index = json.loads((found.folder / "model_index.json").read_bytes())
-    for name, value in index.items():
-        if name.startswith("text_encoder") and isinstance(value, list) and value[1]:
-            kind = getattr(transformers, value[1])
-            with torch.device("meta"):
-                encoder = kind(kind.config_class.from_pretrained(found.folder / name))
-            sizes[name] = width * sum(p.numel() for p in encoder.parameters())
-    return sizes
+def _feature(decoded: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of what decoded samples, images, videos or sound, are compared in."""
+    if len(decoded) == 2:
+        return decoded[0], min(SOUND, decoded[1])
+    *frames, channels, height, width = decoded
+    return *(min(FRAMES, n) for n in frames), channels, min(SIDE, height), min(SIDE, width)
 
 
 def _size(module: torch.nn.Module) -> int:
@@ -125,28 +135,24 @@ def _size(module: torch.nn.Module) -> int:
 
 def _plan(
     found: Description,
-    shape: tuple[int, int, int],
+    policy: Policy,
     s: Finetune,
-    prompts: Sequence[Prompt],
-    precision: torch.dtype,
     label: str,
     limit: int,
     encoding: dict[str, int],
     ranks: int,
 ) -> Plan:
     batch, rolled = (-(-n // ranks) for n in (s.batch, s.rollout))
-    policy = _policy(found, shape, s, prompts, precision)
-    assert policy.pipeline and policy.conditions
+    shape, network = policy.shape, cast(RecordedVelocity, policy.network)
     weights = _size(policy.network)
     if s.gradient_checkpointing:
-        policy.checkpoint_gradients(None if label == "cpu" else recompute)
+        network.enable_gradient_checkpointing(None if label == "cpu" else recompute)
     if s.lora:
         add_lora(policy.network, s.lora)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     as_there = nullcontext if label == "cpu" else CudaAutocastRules
     with fake, as_there():
-        for part in (policy.network, policy.pipeline.vae):
-            part.to_empty(device=CPU)
+        network.to_empty(device=CPU)
         optimizer = PolicyOptimizer(policy, s)
         adapters = _size(policy.network) - weights
         trained = sum(p.nbytes for p in optimizer.parameters)
@@ -168,7 +174,7 @@ def _plan(
             sample(policy, torch.empty(size, *shape), how, size, condition=rows)
 
         def decode(size: int) -> None:
-            policy.decode(torch.empty(size, *shape))
+            policy.decode(torch.empty(size, *shape), torch.zeros(size, dtype=torch.int64))
 
         one, drawn, decoded = _course(step), _course(rollout), _course(decode)
 
@@ -177,9 +183,10 @@ def _plan(
         with fake, as_there():
             return _course(lambda size: step(size, 2))
 
-    one_latent = 4 * shape[0] * shape[1] * shape[2]
-    one_image = 4 * 3 * (shape[1] * found.scale) * (shape[2] * found.scale)
-    one_feature = 4 * 3 * min(SIDE, shape[1] * found.scale) * min(SIDE, shape[2] * found.scale)
+    one_latent = 4 * math.prod(shape)
+    one_image, one_feature = (
+        4 * math.prod(x) for x in (network.decoded_shape, _feature(network.decoded_shape))
+    )
     memory = EvaluationMemory(
         s, ranks, one_latent, one_image, one_feature, drawn.peak, decoded.peak, True, label == "cpu"
     )
@@ -189,8 +196,7 @@ def _plan(
         "adapters and their initial values": 2 * adapters,
         "reference": 0 if s.lora else weights,
         "optimizer": 2 * trained,
-        "VAE": _size(policy.pipeline.vae),
-        "prompt embeddings": policy.conditions.nbytes,
+        "VAE": sum(_size(part) for part in found.decoders.values()),
         "stored rollout": s.rollout * one_latent,
         "stored probe samples": memory.stored_probe_samples,
     }
@@ -229,30 +235,3 @@ def _plan(
 def _course(work: Callable[[int], object]) -> AllocationProfile:
     """Measured at batch sizes 2 and 3, because at 1 some tensors share a shape that differs at larger sizes."""
     return AllocationProfile((2, 3), (changes(lambda: work(2)), changes(lambda: work(3))), (0.0, 0.0))
-
-
-def _policy(
-    found: Description,
-    shape: tuple[int, int, int],
-    s: Finetune,
-    prompts: Sequence[Prompt],
-    precision: torch.dtype,
-) -> Policy:
-    """The policy that `load_pipeline` would make, on the meta device."""
-    family = found.family
-    held = precision if s.lora else torch.float32
-    network = family(copy.deepcopy(found.transformer).to(held), s.guidance or 1.0)
-    vae = copy.deepcopy(found.vae).requires_grad_(False)
-    around = Pipeline(family, vae, None, 0, s.vae_chunk, precision, {})
-    widths = embedding_widths(found.transformer.config)
-    tokens = s.prompt_tokens or family.own_tokens
-    if family.clip_tokens:
-        tokens += json.loads((found.folder / "tokenizer" / "tokenizer_config.json").read_bytes())[
-            "model_max_length"
-        ]
-    table = [torch.empty(len(prompts) + 1, *rest) for rest in ((tokens, widths[0]), (widths[1],))]
-    guidance = 1.0 if family.embeds_guidance(found.transformer.config) else s.guidance or 1.0
-    return Policy(
-        network, shape, found.model, "prompts", precision, pipeline=around,
-        conditions=Conditions(prompts, table, CPU), guidance=guidance,
-    )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.reporting.images import grid_image, to_pil, to_pixels
-from orwcfm_fast.reporting.pictures import save_samples
+from orwcfm_fast.reporting.pictures import save_animation, save_samples
 
 FILES = (".png", ".npz")
 
@@ -33,10 +33,10 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 def write_samples(samples: Tensor, path: Path) -> Path:
-    """Write samples [N, *shape] to `path`: an .npz (array "samples"), one .png, or a folder of PNGs.
+    """Write samples [N, *shape] to `path`: an .npz (array "samples"), one .png, or a folder of PNGs or WebPs.
 
     Raises:
-        UserError: the samples are vectors, of which there is no folder of PNGs.
+        UserError: the samples are vectors or sound, of which there is no folder of PNGs.
         WorkError: the files could not be written.
     """
     try:
@@ -48,12 +48,15 @@ def write_samples(samples: Tensor, path: Path) -> Path:
                 grid_image(samples, columns=max(8, round(len(samples) ** 0.5))).save(path)
             else:
                 save_samples(path, {f"{len(samples)} samples": samples})
-        elif samples.dim() != 4:
-            raise UserError(f"--out {path}: these samples are vectors; write a .png or .npz")
+        elif samples.dim() not in (4, 5):
+            what = "sound" if samples.dim() == 3 else "vectors"
+            raise UserError(f"--out {path}: these samples are {what}; write a .png or .npz")
         else:
             path.mkdir(exist_ok=True)
             width = len(str(len(samples) - 1))
-            for i, image in enumerate(to_pixels(samples)):
+            for i, video in enumerate(samples if samples.dim() == 5 else ()):
+                save_animation(path / f"{i:0{width}d}.webp", video[None], 1)
+            for i, image in enumerate(to_pixels(samples) if samples.dim() == 4 else ()):
                 to_pil(image).save(path / f"{i:0{width}d}.png")
     except OSError as error:
         raise WorkError(f"{path}: {error.strerror or error}") from None

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.evaluation.intervals import Interval
-from orwcfm_fast.reporting.images import GAP, resized, tiled
+from orwcfm_fast.reporting.images import GAP, grid_image, resized, tiled
+
+WAVEFORMS = 8  # most of sound in one picture
 
 DPI = 100  # a point of layout below is a pixel at this resolution
 SHARPNESS = 2  # pixels written for each of them in the picture of a whole run, for dense screens
@@ -29,9 +31,37 @@ def _figure(columns: int, width: float = 4.2, height: float = 3.2):
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def save_animation(path: Path, videos: Tensor, columns: int = 8, seconds_a_frame: float = 0.125) -> Path:
+    """Videos [N, F, C, H, W] in [-1, 1] side by side, as an animated WebP."""
+    first, *others = (grid_image(frame, columns) for frame in videos.unbind(1))
+    first.save(path, save_all=True, append_images=others, duration=int(1000 * seconds_a_frame), loop=0)
+    return path
+
+
+def _waveforms(path: Path, samples: dict[str, Tensor]) -> Path:
+    """Sound [N, channels, time]: the first few waveforms of each title, one below the other."""
+    figure, axes = _figure(len(samples), 4.6, 4.9)
+    for axis, (title, sound) in zip(axes, samples.items(), strict=True):
+        for i, wave in enumerate(sound[:WAVEFORMS].float().mean(1).cpu()):
+            axis.plot(wave / wave.abs().max().clamp_min(1e-6) - 2 * i, linewidth=0.5)
+        axis.set(title=title, xlabel="time, in samples", yticks=[])
+    figure.savefig(path, dpi=120)
+    return path
+
+
 def save_samples(path: Path, samples: dict[str, Tensor]) -> Path:
-    """Samples of one shape under titles: one grid of images; a scatter plot each in 2-D; histograms in 1-D."""
+    """Samples of one shape under titles: one grid of images; a scatter plot each in 2-D; histograms in 1-D.
+
+    Of videos [N, F, C, H, W] the middle frames, with an animation beside `path`; of sound [N, channels, time] the
+    waveforms.
+    """
     first = next(iter(samples.values()))
+    if first.dim() == 3:
+        return _waveforms(path, samples)
+    if first.dim() == 5:
+        save_animation(path.with_suffix(".webp"), first)
+        samples = {title: x[:, x.shape[1] // 2] for title, x in samples.items()}
+        first = next(iter(samples.values()))
     if first.dim() == 4:
         ((title, images),) = samples.items()
         tiles, words = resized(images)

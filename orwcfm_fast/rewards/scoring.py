@@ -16,7 +16,7 @@ from orwcfm_fast.rewards.registry import Reward
 
 
 def _prompt_arguments(reward: Reward, prompts: Sequence[Prompt] | None) -> dict[str, list]:
-    """The arguments `prompts` and `metadata`, as far as the reward has parameters of these names."""
+    """The arguments `prompts`, `metadata` and `inputs`, as far as the reward has parameters of these names."""
     if prompts is None:
         return {}
     try:
@@ -26,6 +26,7 @@ def _prompt_arguments(reward: Reward, prompts: Sequence[Prompt] | None) -> dict[
     arguments: dict[str, list] = {
         "prompts": [p.text for p in prompts],
         "metadata": [copy.deepcopy(p.metadata) for p in prompts],
+        "inputs": [copy.deepcopy(p.inputs) for p in prompts],
     }
     return {name: values for name, values in arguments.items() if name in parameters}
 
@@ -67,7 +68,8 @@ def score(
 
     The reward is called on a copy of the samples, within `isolated`: it may write into its input, and where it draws
     from the global generators of torch, NumPy or Python, a resumed run draws the same numbers. One with a parameter
-    `prompts` or `metadata` is given the samples' prompts (texts) or their metadata (dicts).
+    `prompts`, `metadata` or `inputs` is given the samples' prompts (texts), their metadata or what else their
+    pipeline was called with (dicts; pictures by the path of their file).
 
     Raises:
         RewardError: the reward raised, called `sys.exit`, or returned another shape or values that are not finite.

@@ -13,16 +13,16 @@ from orwcfm_fast.data.datasets import load_data, source
 from orwcfm_fast.device import cache_dir
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.pretrain import pretrain
-from orwcfm_fast.networks.diffusers import is_pipeline
+from orwcfm_fast.networks.flow.library import is_pipeline
 from orwcfm_fast.networks.lora import KEYS, add_lora, load_lora
 from orwcfm_fast.networks.models import MODELS
-from orwcfm_fast.networks.policy import Policy, make_policy
+from orwcfm_fast.networks.policy import LORA_FILES, Policy, make_policy
 from orwcfm_fast.runs.run import Run, is_run, newest_run
 from orwcfm_fast.settings import Conditioned, Finetune, Pretrain
 
 DEFAULT = "unet-digits"
 FOREIGN_DATA = {"unet-cifar10": "cifar10", "unet-mnist": "mnist", "unet-digits": "digits"}
-WEIGHTS = ("model", "ema", "pytorch_lora_weights")
+WEIGHTS = ("model", "ema", *LORA_FILES)
 Watch = Callable[[int, int, float], None]
 
 
@@ -122,7 +122,8 @@ class Loader:
         try:
             model, data = str(found.state["model"]), str(found.state["data"])
             shape = tuple(int(n) for n in found.state["shape"])
-            if not 0 < len(shape) < 5 or not all(0 < n <= 4096 for n in shape):
+            largest = 2**31 if is_pipeline(model) else 4096  # a pipeline's samples may be flat
+            if not 0 < len(shape) < 5 or not all(0 < n <= largest for n in shape):
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"checkpoint {path}: state.json does not say which model it holds") from None
@@ -137,7 +138,7 @@ class Loader:
 
     def pipeline(self, model: str, saved: dict[str, Any] | None = None, frozen: bool = True) -> Policy:
         """A policy of a diffusers pipeline; its weights are not `frozen` where all of them will be trained."""
-        from orwcfm_fast.networks.pipeline_files import load_pipeline
+        from orwcfm_fast.networks.flow.loading import load_pipeline
 
         how = self.how
         if isinstance(how, Finetune):
@@ -151,7 +152,7 @@ class Loader:
         with checkpoint.reading(found):
             policy = self.pipeline(model, found.state["pipeline"], "model" not in found.tensors)
             where = f"checkpoint {found.path}"
-            if adapters := found.tensors.get(policy.lora_file):
+            if adapters := policy.adapters_from(found.tensors):
                 add_lora(policy.network, min(len(v) for k, v in adapters.items() if k.endswith(KEYS[0])))
                 load_lora(policy.network, adapters, where)
             elif weights := found.tensors.get("model"):

@@ -8,7 +8,7 @@ import torch
 
 from orwcfm_fast.data.datasets import source
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.networks.diffusers import PREFIX, is_pipeline
+from orwcfm_fast.networks.flow.library import PREFIX, is_pipeline
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.runs.load import DEFAULT, Loaded
 from orwcfm_fast.settings import Conditioned, Finetune, Settings

@@ -44,7 +44,7 @@ def restore_trainer(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
     policy, where = trainer.policy, str(found.path)
     with checkpoint.reading(found):
         if trainer.settings.lora:
-            load_lora(policy.network, found.tensors.get(policy.lora_file, {}), where)
+            load_lora(policy.network, policy.adapters_from(found.tensors), where)
         else:
             checkpoint.load_weights(policy.network, found.tensors["model"], where)
         checkpoint.load_optimizer(trainer.optimizer.optimizer, found.tensors["optimizer"], where)

@@ -15,7 +15,9 @@ from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.coupling import couple
 from orwcfm_fast.method.rollout import draw, sample, start_conditions, start_noise
 from orwcfm_fast.method.weighting import weigh, weigh_within
-from orwcfm_fast.networks import embeddings, lora
+from orwcfm_fast.networks import lora
+from orwcfm_fast.networks.flow import encodings
+from orwcfm_fast.networks.flow.field import PipelineVelocity
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
@@ -56,9 +58,8 @@ def their_images(folder, x0, texts, how):
 
     theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
-    packed = x0 if "3" in type(theirs).__name__ else theirs._pack_latents(x0, len(x0), *x0.shape[1:])
     made = theirs(
-        texts, height=how.image_size, width=how.image_size, num_inference_steps=how.nfe, latents=packed,
+        texts, height=how.image_size, width=how.image_size, num_inference_steps=how.nfe, latents=x0,
         guidance_scale=how.guidance, max_sequence_length=how.prompt_tokens, output_type="pt",
     )  # fmt: skip
     return 2 * made.images - 1
@@ -154,11 +155,12 @@ def test_with_groups_weights_compare_within_the_prompt_alone(trained_on):
     assert alone.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_guidance_is_part_of_the_policy_that_is_trained(trained_on):
+def test_guidance_is_part_of_the_policy_that_is_trained(trained_on, prompts_file):
+    prompts_file.write_text('{"prompt": "a cat"}\n{"prompt": "dog 3"}\n{"prompt": ""}\n')
     _, plain = trained_on()
     _, guided = trained_on(guidance=3.0)
     x, c, t = start_noise(plain, 2, 0), torch.tensor([0, 1]), torch.rand(2)
-    none = plain.velocity(t, x, torch.tensor([3, 3]))
+    none = plain.velocity(t, x, torch.tensor([2, 2]))
     expected = none + 3.0 * (plain.velocity(t, x, c) - none)
     assert torch.allclose(guided.velocity(t, x, c), expected, atol=1e-5)
     assert torch.equal(guided.frozen_copy().velocity(t, x, c), guided.velocity(t, x, c))
@@ -192,7 +194,7 @@ def test_bf16_holds_the_base_in_bf16_and_the_adapters_in_fp32(trained_on, pipeli
     assert record["w2_coupled"] > 0
 
 
-def test_embeddings_are_computed_once_and_the_cache_knows_what_they_were_made_of(
+def test_encodings_are_computed_once_and_the_cache_knows_what_they_were_made_of(
     trained_on, monkeypatch, pipeline_folder, tmp_path, prompts_file
 ):
     _, first = trained_on()
@@ -200,26 +202,26 @@ def test_embeddings_are_computed_once_and_the_cache_knows_what_they_were_made_of
 
     encoders = (transformers.T5EncoderModel, transformers.CLIPTextModelWithProjection)
     trained_on(prompt_tokens=5)
-    assert not [x for x in gc.get_objects() if type(x) in encoders]  # gone without a collection of ours
-    calls = []
-    monkeypatch.setattr(
-        embeddings, "_encode", lambda *a: calls.append(a) or [torch.zeros(4, 18, 32), torch.zeros(4, 32)]
-    )
+    there = [x for x in gc.get_objects() if type(x) in encoders]
+    assert {p.device.type for x in there for p in x.parameters()} == {"meta"}  # the weights are gone
+    added, add = [], PipelineVelocity.add
+    monkeypatch.setattr(PipelineVelocity, "add", lambda self, **of: added.append(of) or add(self, **of))
     _, again = trained_on()
-    rows = torch.arange(4)
-    assert not calls
-    assert all(map(torch.equal, first.conditions.look_up(rows), again.conditions.look_up(rows)))
+    assert not added
+    x, c, t = start_noise(first, 3, 0), torch.arange(3), torch.rand(3)
+    assert torch.equal(first.velocity(t, x, c), again.velocity(t, x, c))
     trained_on(prompt_tokens=7)
+    assert len(added) == 3
     prompts_file.write_text("a cat\ndog 3\nsky \nsea\n")
     trained_on()
-    assert len(calls) == 2
+    assert added[3:] == [{"prompt": "sea"}]
     other = shutil.copytree(pipeline_folder("sd3"), tmp_path / "other")
-    assert embeddings.fingerprint(other) == embeddings.fingerprint(pipeline_folder("sd3"))
+    assert encodings.fingerprint(other) == encodings.fingerprint(pipeline_folder("sd3"))
     weights = other / "text_encoder_3" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert embeddings.fingerprint(other) != embeddings.fingerprint(pipeline_folder("sd3"))
+    assert encodings.fingerprint(other) != encodings.fingerprint(pipeline_folder("sd3"))
 
 
 def test_clip_without_a_prompt_of_its_own_scores_each_image_against_its_own(trained_on, clip_folder):

@@ -1,6 +1,7 @@
 """`doctor --plan` of a pipeline: from its configurations alone, and what a run of it then takes."""
 
 import copy
+import functools
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ from orwcfm_fast.cli.machine import _show_plan
 from orwcfm_fast.evaluation.evaluate import evaluate
 from orwcfm_fast.evaluation.held_out import evaluator_for
 from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.networks.flow.call import mapped
 from orwcfm_fast.planning.allocations import record_allocations
 from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules
 from orwcfm_fast.planning.pipeline import Meter, plan_pipeline
@@ -32,8 +34,8 @@ SHORT = dict(device="cpu", precision="fp32", prompt_tokens=6, probe=4, steps_per
 def measured(s: Finetune) -> int:
     """Peak of torch's own accounting of CPU memory over two whole rounds, and what was there before."""
     policy = Loader(CPU, "fp32", how=s).load(s.model).policy
-    parts = [x for m in (policy.network, policy.pipeline.vae) for x in (*m.parameters(), *m.buffers())]
-    before = sum(x.nbytes for x in parts) + policy.conditions.nbytes
+    modules = (policy.network, policy.pipeline.pipe.vae)
+    before = sum(x.nbytes for m in modules for x in (*m.parameters(), *m.buffers()))
 
     def rounds():
         loop = build_trainer(policy, make_reward("brightness"), s)
@@ -112,8 +114,7 @@ def test_the_manuals_plan_needs_configurations_alone(run_cli, pipeline_folder, t
     page = (Path(__file__).parents[2] / "docs/large-models.md").read_text("utf-8")
     command = shlex.split(re.search(r"\norwcfm (doctor --plan --model diffusers:.*FLUX.*)\n", page).group(1))
     folder = tmp_path / "bare"
-    weights = shutil.ignore_patterns("*.safetensors", "tokenizer.json")
-    shutil.copytree(pipeline_folder("flux"), folder, ignore=weights)
+    shutil.copytree(pipeline_folder("flux"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     named = [f"diffusers:{folder}" if part.startswith("diffusers:") else part for part in command]
     planned = run_cli(*named, "--image-size", 32, "--prompt-tokens", 6, "--lora", 4, "--json")
     assert planned.code == 0, planned.err
@@ -147,17 +148,21 @@ def test_planned_for_a_gpu_a_step_keeps_what_autocast_there_keeps(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **more: True)
     s = Finetune(model=f"diffusers:{pipeline_folder(kind)}", prompts=str(prompts_file), **SHORT)
     policy = Loader(CPU, "fp32", how=s).load(s.model).policy
-    embeddings = policy.conditions.look_up(torch.tensor([0]))
-    shapes = [policy.shape, *(x.shape[1:] for x in embeddings)]
+    calls = []
+    field = policy.network
+    field.call(field.conditions[0], time=500.0, x=field.samples(1), leave="velocity",
+               answer=lambda call: calls.append(call) or field.zeros(call))  # fmt: skip
+    (call,) = calls
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
     kept = {}
     for device, mode in (("cuda", nullcontext), ("cpu", CudaAutocastRules), ("cpu", nullcontext)):
-        network = copy.deepcopy(policy.network).to("meta")
+        network = copy.deepcopy(call.module).to("meta").requires_grad_(True)
+        like = functools.partial(torch.empty_like, device=device)
         with FakeTensorMode(allow_non_fake_inputs=True):
             network.to_empty(device=device)
-            like = [torch.empty(2, *shape, device=device) for shape in shapes]
+            args, named = mapped((call.args, call.named), like, torch.device(device))
             with mode(), Meter() as meter, torch.autocast(device, torch.bfloat16):
-                found = network(torch.empty(2, device=device), *like)
+                found = network(*args, **named)
             kept[device, mode] = sum(meter.changes)
             del found
     assert kept["cpu", CudaAutocastRules] == kept["cuda", nullcontext] > kept["cpu", nullcontext]

@@ -3,8 +3,6 @@
 import builtins
 import json
 
-from orwcfm_fast.networks import diffusers as adapter
-
 
 def test_bad_input_is_one_line(run_cli, pipeline_folder, prompts_file, tmp_path, monkeypatch):
     def refused(*command):
@@ -67,4 +65,3 @@ def test_bad_input_is_one_line(run_cli, pipeline_folder, prompts_file, tmp_path,
     real = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", without)
     assert "transformers is missing: pip install 'orwcfm-fast[diffusers]'" in refused(*sd3)
-    assert adapter.FAMILIES.keys() == {"StableDiffusion3Pipeline", "FluxPipeline"}

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def test_prompts_are_drawn_by_their_weights_and_a_group_shares_one():
     prompts = [Prompt("a"), Prompt("b", 2.0), Prompt("c", 0.5)]
-    table = Conditions(prompts, [torch.zeros(4, 1)], CPU)
+    table = Conditions(prompts, CPU)
     rows = table.draw(torch.tensor(3), torch.arange(28_000), group=4)
     assert all(len(set(group.tolist())) == 1 for group in rows.view(-1, 4))
     share = torch.bincount(rows, minlength=3) / len(rows)

@@ -1,0 +1,336 @@
+"""`diffusers:PATH_OR_ID` to a policy: its folder, what must be so before weights are loaded, its parts."""
+
+import gc
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from orwcfm_fast.device import out_of_memory, resolve_precision
+from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.files import read_small
+from orwcfm_fast.networks.flow.call import DENOISERS, ENCODERS, Condition
+from orwcfm_fast.networks.flow.encodings import encoded
+from orwcfm_fast.networks.flow.field import PipelineVelocity
+from orwcfm_fast.networks.flow.inputs import arguments_of, common_arguments, read_files, sizes_of
+from orwcfm_fast.networks.flow.learning import NotAFlow
+from orwcfm_fast.networks.flow.library import PREFIX, library
+from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.networks.prompts import Conditions, Prompt, read_prompts
+from orwcfm_fast.settings import Conditioned
+
+MAX_CONFIG_BYTES = 1 << 20
+OPTIONS = ("guidance", "image_size", "prompt_tokens")
+NO_FLOW = ("epsilon", "sample", "v_prediction")  # predictions of schedulers that are no flow's
+
+
+@dataclass(frozen=True)
+class Description:
+    """A pipeline by its configurations alone.
+
+    Attributes:
+        model: diffusers:PATH, absolute, or diffusers:ID; folder: where it lies.
+        kind: its class; shells: its modules by name, without weights, on the meta device.
+    """
+
+    model: str
+    folder: Path
+    kind: type
+    shells: dict[str, nn.Module]
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        return {name: shell for name, shell in self.shells.items() if DENOISERS.match(name)}
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        return {name: shell for name, shell in self.shells.items() if ENCODERS.match(name)}
+
+    @property
+    def decoders(self) -> dict[str, nn.Module]:
+        """What is neither: it stays loaded, for decoding."""
+        rest = self.shells.keys() - self.denoisers.keys() - self.encoders.keys()
+        return {name: self.shells[name] for name in sorted(rest)}
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for shell in self.denoisers.values() for p in shell.parameters())
+
+    def load(self, shells: dict[str, nn.Module], dtype: dict[str, torch.dtype], device: torch.device) -> Any:
+        """The pipeline with `shells` in place of some parts; the others have their weights, on a device."""
+        pipe = self.kind.from_pretrained(  # type: ignore[attr-defined]
+            self.folder, dtype=dtype, use_safetensors=True, local_files_only=True, **shells
+        )
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module) and name not in shells:
+                part.to(device).eval().requires_grad_(False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+@contextmanager
+def telling(model: str, what: str = "cannot be loaded") -> Iterator[None]:
+    """What diffusers finds amiss with a pipeline, as one line."""
+    try:
+        yield
+    except (UserError, WorkError):
+        raise
+    except NotAFlow as error:
+        raise UserError(f"model {model}: no flow-matching pipeline: {error}") from error
+    except Exception as error:  # a dozen kinds, of configurations and of weights
+        reason = " ".join(str(error).split())[:200]
+        if out_of_memory(error):
+            raise WorkError(f"model {model}: out of memory while it was loaded: {reason}") from error
+        raise UserError(f"model {model}: {what}: {type(error).__name__}: {reason}") from error
+
+
+def describe_pipeline(model: str, weights: bool = True) -> Description:
+    """Find a pipeline and read its configurations.
+
+    Args:
+        weights: of a pipeline on the Hub, fetch them too.
+
+    Raises:
+        UserError: diffusers is missing, nothing is there, or it is no flow-matching pipeline.
+    """
+    diffusers, name = library(), model.removeprefix(PREFIX)
+    folder = Path(name).resolve()
+    if folder.is_dir():
+        model = f"{PREFIX}{folder}"
+    else:
+        folder = _fetched(model, name, weights)
+    index = _json(model, folder / "model_index.json")
+    kind, scheduler = str(index.get("_class_name")), str((index.get("scheduler") or [None])[-1])
+    if not isinstance(found := getattr(diffusers, kind, None), type):
+        raise UserError(f"model {model}: {kind} is no pipeline of diffusers {diffusers.__version__}")
+    _check_scheduler(model, folder, kind, scheduler)
+    with telling(model):
+        shells = {
+            name: shell
+            for name, value in sorted(index.items(), key=lambda item: not DENOISERS.match(item[0]))
+            if isinstance(value, list) and value[-1] and (shell := _shell(model, folder, name, *value))
+        }
+    return Description(model, folder, found, shells)
+
+
+def _check_scheduler(model: str, folder: Path, kind: str, scheduler: str) -> None:
+    own = getattr(library(), scheduler, None)
+    config = dict(own().config) if isinstance(own, type) else {}
+    file = folder / "scheduler" / "scheduler_config.json"
+    config |= _json(model, file) if file.is_file() else {}
+    if config.get("prediction_type") in NO_FLOW:
+        raise UserError(
+            f"model {model}: {kind} with {scheduler} is no flow-matching pipeline: it predicts "
+            f"'{config['prediction_type']}', a flow its velocity"
+        )
+
+
+def _shell(model: str, folder: Path, name: str, package: str, kind: str) -> nn.Module | None:
+    """A part without weights, on the meta device; None where it is no network."""
+    diffusers = library()
+    if hasattr(diffusers.pipelines, package):
+        module = getattr(diffusers.pipelines, package)
+    elif package in ("diffusers", "transformers"):
+        module = importlib.import_module(package)
+    else:
+        raise UserError(f"model {model}: its {name} is code of its own ({package}), which is not run")
+    found = getattr(module, kind)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        return None
+    config = _json(model, folder / name / "config.json")
+    with torch.device("meta"):
+        if package == "transformers":
+            return found(found.config_class.from_pretrained(folder / name)).eval()  # type: ignore[attr-defined]
+        return found.from_config(config).eval()  # type: ignore[attr-defined]
+
+
+def _fetched(model: str, name: str, weights: bool) -> Path:
+    """A pipeline of the Hub, in its client's own cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        if weights:
+            return Path(library().DiffusionPipeline.download(name, use_safetensors=True))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"]))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"model {model}: no such folder, and no download possible ({reason})") from None
+
+
+def _json(model: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_small(path, MAX_CONFIG_BYTES))
+        if isinstance(found, dict):
+            return found
+        reason = "no JSON object"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, RecursionError) as error:
+        reason = f"not JSON: {error}"
+    raise UserError(
+        f"model {model}: {path.parent.name}/{path.name}: {reason}; should be a diffusers pipeline"
+    )
+
+
+def load_pipeline(
+    model: str,
+    how: Conditioned,
+    device: torch.device,
+    precision: str = "auto",
+    saved: dict[str, Any] | None = None,
+    frozen: bool = True,
+) -> Policy:
+    """A policy of a pipeline's own weights, on its prompts.
+
+    Args:
+        how: what was asked for; saved: as `Policy.pipeline_state` gave it, for what was not.
+        frozen: the denoisers' own weights will not be trained, and are held in the precision they are used in.
+
+    Raises:
+        UserError: no such pipeline, prompts or image size; the pipeline is no flow.
+    """
+    found = describe_pipeline(model)
+    prompts, options = asked(found, how, saved or {})
+    arguments = common_arguments(found.kind, **options)
+    dtype = resolve_precision(precision, device, found.parameters)
+    with telling(found.model), sizes_explained(found, arguments, prompts[0], options):
+        conditions = encode(found, arguments, prompts, device)
+        parts = dict.fromkeys(found.denoisers, dtype if frozen else torch.float32)
+        pipe = found.load(found.encoders, parts | {"default": torch.float32}, device)
+        network = PipelineVelocity(pipe, arguments, conditions=conditions)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32):
+            shape = network.shape
+            check_one_shape(network, prompts)
+            check_guidance(found, network, options["guidance"])
+            output = network.call(conditions[0], final=network.samples(1)).output
+            made = sizes_of(network.decoded(output).shape)
+        if any(made.get(name, size) != size for name, size in sizes_asked(arguments, prompts[0]).items()):
+            raise ValueError(f"samples are {made}, not as asked for")
+    return Policy(
+        network.eval(), shape, found.model, "prompts", dtype, conditions=Conditions(prompts, device),
+        decode_chunk=how.vae_chunk, options=options,
+    )  # fmt: skip
+
+
+def encode(
+    found: Description, arguments: dict[str, Any], prompts: Sequence[Prompt], device: torch.device
+) -> list[Condition]:
+    """The pipeline's conditions; its encoders are loaded only where the cache lacks some, and then let go."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def missing(inputs: Sequence[dict[str, Any]]) -> Iterator[Condition]:
+        default = {"default": torch.float32} | dict.fromkeys(found.encoders, dtype)
+        pipe = found.load(found.denoisers, default, device)
+        encoder = PipelineVelocity(pipe, arguments, device)
+        for each in inputs:
+            yield encoder.add(**read_files(each))
+
+    made_of = {"kind": found.kind.__name__, "dtype": str(dtype), "arguments": arguments}
+    conditions = encoded(found.folder, made_of, [inputs_of(p) for p in prompts], missing)
+    for condition in conditions:
+        condition.inputs = read_files(condition.inputs)
+    gc.collect()  # the encoders hold each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return conditions
+
+
+def inputs_of(prompt: Prompt) -> dict[str, Any]:
+    """What the pipeline is called with for a prompt."""
+    return {"prompt": prompt.text, **prompt.inputs}
+
+
+def check_one_shape(network: PipelineVelocity, prompts: Sequence[Prompt]) -> None:
+    """Raises UserError where the samples of a prompt have another shape than those of the first."""
+    for prompt, condition in zip(prompts, network.conditions, strict=True):
+        if not prompt.inputs:
+            continue
+        seen = network.call(condition, answer=network.zeros, leave="second").seen["sample"]
+        shapes = [[*x.shape[1:]] for x in seen]
+        own = [[*shape] for shape in network.traits.shapes]
+        if shapes != own:
+            raise UserError(
+                f"--prompts: '{prompt.text[:60]}' makes samples {shapes}, the first prompt {own}; give all prompts "
+                "one height, width and num_frames, and pictures of one size"
+            )
+
+
+def sizes_asked(arguments: dict[str, Any], prompt: Prompt) -> dict[str, int]:
+    inputs = arguments | prompt.inputs
+    return {name: inputs[name] for name in ("height", "width", "num_frames") if inputs.get(name)}
+
+
+@contextmanager
+def sizes_explained(
+    found: Description, arguments: dict[str, Any], prompt: Prompt, options: dict[str, Any]
+) -> Iterator[None]:
+    """An error that comes of a size which the pipeline cannot make names those that it can.
+
+    Raises:
+        UserError: in place of that error.
+    """
+    try:
+        yield
+    except (UserError, WorkError):
+        raise
+    except Exception as error:
+        from orwcfm_fast.planning.torch_private import FakeTensorMode
+        from orwcfm_fast.planning.without_weights import check_sizes, without_weights
+
+        sizes = sizes_asked(arguments, prompt)
+        if sizes and not out_of_memory(error):
+            inputs = {**arguments, **read_files(inputs_of(prompt))}
+            bare = found.load(found.shells, {}, torch.device("cpu"))
+            own = {key: v for key, v in arguments.items() if key not in sizes}
+            field = without_weights(bare, own, FakeTensorMode(allow_non_fake_inputs=True))
+            check_sizes(field, inputs, sizes, "--image-size" if options["image_size"] else "height, width")
+        raise
+
+
+def check_guidance(found: Description, network: PipelineVelocity, guidance: float) -> None:
+    """Raises UserError where guidance was asked for and changes nothing."""
+    if guidance == 1:
+        return
+    x = torch.randn(1, *network.shape, generator=torch.Generator().manual_seed(0)).to(network.device)
+    t, row = torch.tensor([0.5]), torch.tensor([0])
+    condition = network.conditions[0]
+    before, velocities = condition.inputs, []
+    try:
+        with torch.no_grad():
+            for scale in (guidance, guidance + 1):
+                condition.inputs = {"guidance_scale": scale, **before}
+                velocities.append(network.one_by_one(t, x, row))
+    finally:
+        condition.inputs = before
+    if torch.equal(*velocities):
+        more = "" if "true_cfg_scale" not in arguments_of(found.kind) else (
+            ' (prompts as JSON lines may hold "true_cfg_scale" and "negative_prompt")'
+        )  # fmt: skip
+        raise UserError(f"--guidance {guidance:g}: model {found.model} was made without; leave it out{more}")
+
+
+def asked(found: Description, how: Conditioned, saved: dict[str, Any]) -> tuple[list[Prompt], dict[str, Any]]:
+    """Prompts and `OPTIONS`: as given, else as saved, else the defaults.
+
+    Raises:
+        UserError: no prompts, or none that can be read.
+    """
+    takes = arguments_of(found.kind)
+    if how.prompts:
+        prompts = read_prompts(how.prompts, takes)
+    elif saved.get("prompts"):
+        prompts = [Prompt.of(values, takes) for values in saved["prompts"]]
+    else:
+        raise UserError("--prompts: a pipeline needs a file of prompts, one a line")
+    given = {key: getattr(how, key) or saved.get(key) for key in OPTIONS}
+    return prompts, {
+        "guidance": float(given["guidance"] or 1.0),
+        "image_size": int(given["image_size"] or 0),
+        "prompt_tokens": int(given["prompt_tokens"] or 0),
+    }
