@@ -2,24 +2,26 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from orwcfm_fast.errors import RewardError, UserError
+from orwcfm_fast.method.rollout import start_conditions
 from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.networks.prompts import Conditions, Prompt, read_prompts
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.build import build_trainer
-from orwcfm_fast.settings import Finetune
+from orwcfm_fast.settings import Finetune, Sample
 
 CPU = torch.device("cpu")
 
 
 def test_prompts_are_drawn_by_their_weights_and_a_group_shares_one():
     prompts = [Prompt("a"), Prompt("b", 2.0), Prompt("c", 0.5)]
-    table = Conditions(prompts, CPU)
-    rows = table.draw(torch.tensor(3), torch.arange(28_000), group=4)
+    policy = replace(make_policy("mlp", "moons", (2,), CPU), conditions=Conditions(prompts, CPU))
+    rows = start_conditions(policy, 28_000, Sample(seed=3, group=4))
     assert all(len(set(group.tolist())) == 1 for group in rows.view(-1, 4))
     share = torch.bincount(rows, minlength=3) / len(rows)
     assert torch.allclose(share, torch.tensor([2, 4, 1]) / 7, atol=0.02)

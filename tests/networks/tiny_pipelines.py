@@ -12,7 +12,7 @@ import diffusers as d
 import torch
 import transformers as t
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 Made = tuple[Any, dict[str, Any]]
 FAMILIES: dict[str, Callable[["Parts"], Made]] = {}
@@ -82,6 +82,7 @@ class Parts:
         base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         base.decoder = decoders.ByteLevel()
         base.add_special_tokens(special)
+        base.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
         found = t.PreTrainedTokenizerFast(
             tokenizer_object=base, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
             model_max_length=512,
