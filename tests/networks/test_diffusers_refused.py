@@ -42,7 +42,6 @@ def test_bad_input_is_one_line(run_cli, pipeline_folder, prompts_file, tmp_path,
     assert "multiples of 4" in refused(
         "finetune", *of_pipeline("flux"), "--image-size", 10, "--reward", "brightness"
     )
-    assert "leave --pair out" in refused(*sd3, "--pair", "--lora", 4)
     empty = tmp_path / "none.txt"
     empty.write_text("\n")
     assert "holds no prompt" in refused(*sd3, "--prompts", empty)
