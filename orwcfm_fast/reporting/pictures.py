@@ -59,9 +59,10 @@ def save_samples(path: Path, samples: dict[str, Tensor]) -> Path:
     if first.dim() == 3:
         return _waveforms(path, samples)
     if first.dim() == 5:
-        save_animation(path.with_suffix(".webp"), first)
-        samples = {title: x[:, x.shape[1] // 2] for title, x in samples.items()}
-        first = next(iter(samples.values()))
+        title, videos = [*samples.items()][-1]
+        save_animation(path.with_suffix(".webp"), videos)
+        first = videos[:, videos.shape[1] // 2]
+        samples = {title: first}
     if first.dim() == 4:
         ((title, images),) = samples.items()
         tiles, words = resized(images)

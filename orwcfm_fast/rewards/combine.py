@@ -167,9 +167,13 @@ def decode_and_score(
     sizes, first = rewards[0].sizes, 0
     found: list[list[Scores]] = [[] for _ in rewards]
     while first < len(x1):
-        rest = x1[first:]
+        rest, left = x1[first:], None if condition is None else condition[first:]
         if policy.pipeline:
-            images = sizes.fit("chunk", lambda size, rest=rest: policy.decode(rest[:size]), len(rest))
+
+            def decode(size: int, rest: Tensor = rest, left: Tensor | None = left) -> Tensor:
+                return policy.decode(rest[:size], None if left is None else left[:size])
+
+            images = sizes.fit("chunk", decode, len(rest))
         else:  # costs nothing; rewards are called on as many samples as they take
             images = policy.decode(rest)
         rows = None if condition is None else condition[first : first + len(images)]

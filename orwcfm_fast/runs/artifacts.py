@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.features import decoded_features
@@ -32,10 +33,10 @@ class RunArtifacts:
         """A picture of the probe samples after the rounds trained so far; of images, beside the reference's."""
         number = self.trainer.round
         path, samples = self.run.samples / f"round_{number:03d}.png", self.trainer.find(Probe).samples
-        if samples.dim() == 4:
+        if self._are_images(samples):
             self._save_pairs(path, f"{number} round{'s' * (number != 1)}")
         else:
-            save_samples(path, {f"round {number}": self.trainer.reference.decode(samples)})
+            save_samples(path, {f"round {number}": self._decoded(samples)})
 
     def first_round_messages(self, record: dict[str, Any]) -> list[str]:
         """Messages for the user after the first round: weights that hardly differ, and the forecast."""
@@ -58,15 +59,26 @@ class RunArtifacts:
             about: what was run, in words, a line each.
         """
         path, probe, after = self.run.samples / "before_after.png", self.trainer.find(Probe), result.after
-        if probe.samples.dim() == 4:
+        if self._are_images(probe.samples):
             shares = (result.before.classes, after.classes) if after.classes else None
             self._save_pairs(path, f"{self.trainer.round} rounds", shares)
         else:
-            decode = self.trainer.reference.decode
-            save_samples(path, {"before": decode(probe.of_reference), "after": decode(probe.samples)})
+            before, after = self._decoded(probe.of_reference), self._decoded(probe.samples)
+            save_samples(path, {"before": before, "after": after})
         save_curves(self.run.path / "curves.png", result.records, after.reward.mean, after.diversity.mean)
         run_report(result, about)
         write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
+
+    def _are_images(self, samples: Tensor) -> bool:
+        return self.trainer.reference.decode(samples[:1]).dim() == 4
+
+    def _decoded(self, samples: Tensor) -> Tensor:
+        """Vectors as they are; of videos and sound as many as fit a picture."""
+        policy = self.trainer.reference
+        rows = self.trainer.find(Probe).conditions
+        if policy.pipeline and rows is not None:
+            return policy.decode(samples[:PAIRS], rows[:PAIRS])
+        return policy.decode(samples)
 
     def _save_pairs(self, path: Path, rounds: str, shares: tuple[Shares, Shares] | None = None) -> None:
         """The first probe samples, images, of the reference and of the policy in pairs."""

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from orwcfm_fast.device import out_of_memory
-from orwcfm_fast.errors import WorkError
 from orwcfm_fast.networks import lora
 from orwcfm_fast.networks.flow.batching import answer_together, main_input
 from orwcfm_fast.networks.flow.call import (
@@ -269,9 +268,6 @@ class PipelineVelocity(nn.Module):
 
         Returns:
             Images [B, 3, H, W] or videos [B, F, 3, H, W] in [-1, 1], or sound [B, channels, time].
-
-        Raises:
-            WorkError: memory ran out.
         """
         found, start = [], 0
         forms = [self._form(self.conditions[row]) for row in rows.tolist()]
@@ -280,15 +276,7 @@ class PipelineVelocity(nn.Module):
             while stop < min(len(x), start + at_once) and forms[stop] == forms[start]:
                 stop += 1
             condition = self.conditions[int(rows[start])]
-            try:
-                output = self.call(condition, final=self.split(x[start:stop])).output
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                raise WorkError(
-                    f"out of memory while {stop - start} samples were decoded: use a lower --vae-chunk, or make "
-                    f"smaller samples ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-                ) from None
+            output = self.call(condition, final=self.split(x[start:stop])).output
             found.append(self.decoded(output))
             start = stop
         return torch.cat(found)
