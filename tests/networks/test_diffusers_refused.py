@@ -52,7 +52,7 @@ def test_bad_input_is_one_line(run_cli, pipeline_folder, prompts_file, tmp_path,
     )
     assert run_cli("pretrain", "--data", "moons", "--steps", 2, "--out", "base", "--quiet").code == 0
     assert "only a diffusers pipeline" in refused("sample", "base", "--grid", "own")
-    assert "only for a diffusers" in refused("finetune", "--checkpoint", "base", "--gradient-checkpointing")
+    assert "is no pipeline" in refused("finetune", "--checkpoint", "base", "--gradient-checkpointing")
     assert "take several prompts for one" in refused("predict", f"diffusers:{pipeline_folder('sd3')}", *sd3[3:5],
                                                      "--reward", "brightness")  # fmt: skip
 
