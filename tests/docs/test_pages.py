@@ -14,7 +14,6 @@ MANY = (ROOT / "docs/many-gpus.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
 OF_OTHER_TOOLS = {
     "--help",
-    "--method",
     "--max-restarts",
     "--nodes",
     "--ntasks-per-node",
