@@ -176,7 +176,7 @@ def is_checkpoint(path: Path) -> bool:
 
 @contextmanager
 def reading(found: Checkpoint) -> Iterator[None]:
-    """What is amiss with a checkpoint's values, as one line that names it.
+    """Within this context, wrong values in a checkpoint become one line that names it.
 
     Raises:
         UserError: in place of what the values caused.

@@ -63,7 +63,7 @@ def check_pt(path: Path) -> None:
         try:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
-        except Exception as error:  # whatever zipfile finds amiss, it is no archive
+        except Exception as error:  # zipfile raises many kinds for what is no archive
             raise ValueError("not a torch checkpoint, or a truncated one") from error
     if any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries):
         raise ValueError("refused, its entries are compressed: not as torch writes them")

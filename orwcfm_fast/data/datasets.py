@@ -72,7 +72,7 @@ def local_or_downloaded(name: str, data_dir: Path, files: str, read: Callable[[b
     """
     try:
         return read(False)
-    except Exception:  # whatever a reader finds amiss with files, they are not whole
+    except Exception:  # a reader raises many kinds for files that are not whole
         pass
     try:
         return read(True)

@@ -1,4 +1,4 @@
-"""From what the user asked for, NAME[:ARG][=WEIGHT] once or more, to one reward."""
+"""Makes one reward, a weighted sum, of the rewards that the user names: NAME[:ARG][=WEIGHT], once or more."""
 
 import math
 import re
@@ -25,7 +25,7 @@ from orwcfm_fast.settings import RewardOptions, RewardsWithHoldout
 
 @dataclass(frozen=True)
 class Scores:
-    """What each reward says of N samples.
+    """The scores of N samples by each reward.
 
     Attributes:
         values: by name, [N], as the reward gave them.
@@ -103,12 +103,12 @@ class RewardSum:
             torch.cuda.synchronize(samples.device)  # or the first reward would be charged for the rollout
         for name, weight, function in self.terms:
             began = time.perf_counter()
-            found.values[name] = self._ask(function, samples, name, where, seed, prompts)
+            found.values[name] = self._in_batches(function, samples, name, where, seed, prompts)
             found.seconds[name] = time.perf_counter() - began
             found.weights[name] = weight
         return found
 
-    def _ask(
+    def _in_batches(
         self,
         function: Reward,
         samples: Tensor,
@@ -117,9 +117,9 @@ class RewardSum:
         seed: int,
         prompts: Sequence[Prompt] | None,
     ) -> Tensor:
-        """`score`, in parts that fit, each with random numbers of its own; waits for the device."""
+        """`score` in batches that fit into memory, each with a seed of its own."""
 
-        def asked(size: int) -> Tensor:
+        def scored(size: int) -> Tensor:
             parts = []
             for k, part in enumerate(samples.split(size)):
                 own = None if prompts is None else prompts[k * size : (k + 1) * size]
@@ -128,7 +128,7 @@ class RewardSum:
 
         n = max(1, len(samples))
         try:
-            return self.sizes.fit("reward_batch", asked, n)
+            return self.sizes.fit("reward_batch", scored, n)
         except RewardError:
             raise
         except WorkError as error:

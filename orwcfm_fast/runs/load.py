@@ -40,7 +40,7 @@ class Loader:
     """How to load: where to, in what precision, and what a foreign file does not say itself.
 
     Args:
-        how: what a diffusers pipeline is asked for.
+        how: prompts, guidance and sizes of a diffusers pipeline.
         given: settings that the user named, whose model and data must be those that are started from; a recipe's
             need not.
     """
