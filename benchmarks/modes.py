@@ -1,8 +1,8 @@
 """W2 to the exact recursion within each mode: `python -m orwcfm_fast.benchmarks.modes --out FILE.json`.
 
-Two Gaussians: the trained loop after six rounds beside `exact_recursion` of the same pretrained network. The ratio is
-to two exact samples of that size, so 1 is all that can be seen. τ = 0 weighs nothing: what it shows is the cost of
-training a network on its own samples, which every α has to bear.
+Two Gaussians: the trained loop after six rounds beside `exact_recursion` of the same method, from the density of the
+same pretrained network. W2 is divided by that of two exact samples of the same size, so 1 is the best that can be
+measured. At τ = 0 the reward has no say: what is left there is the cost of training a network on its own samples.
 """
 
 import argparse
@@ -28,20 +28,21 @@ from orwcfm_fast.theory import exact_recursion, refit
 ROUNDS, DRAWS, TAU = 6, 20, 0.5
 OF_MODE = 5000  # samples of both modes together
 MORE: dict[str, Any] = {"rollout": 32768, "batch": 1024, "steps_per_round": 400, "cooldown": 0.9}
-CASES: list[tuple[float, float, dict[str, Any]]] = [
-    (alpha, tau, more)
+CASES: list[tuple[str, float, float, dict[str, Any]]] = [
+    (method, alpha, tau, more)
+    for method in ("orw-centred", "orw")
     for alpha, tau in ((1.0, TAU), (0.3, TAU), (0.0, TAU), (0.0, 0.0))
     for more in ({}, MORE)
 ]
 
 
 def w2(a: Tensor, b: Tensor) -> float:
-    """Of two samples [N] on the line."""
+    """W2 between two samples [N] on the line, of the same size."""
     return float((a.sort().values - b.sort().values).square().mean().sqrt())
 
 
 def ratio(found: Tensor, exact: Tensor, n: int, generator: torch.Generator) -> float:
-    """Mean W2 of n found against n exact, over that of n exact against n exact."""
+    """Mean W2 between n of `found` and n of `exact`, divided by that between n and n of `exact`."""
 
     def some(x: Tensor) -> Tensor:
         return x[torch.randperm(len(x), generator=generator)[:n]]
@@ -54,16 +55,20 @@ def ratio(found: Tensor, exact: Tensor, n: int, generator: torch.Generator) -> f
     return statistics.mean(apart) / statistics.mean(floor)
 
 
-def measure(base: Policy, density: Any, alpha: float, tau: float, more: dict[str, Any]) -> dict[str, Any]:
-    """One setting of the real loop: E[r] and the ratio within each mode, left and right."""
+def measure(
+    base: Policy, density: Any, method: str, alpha: float, tau: float, more: dict[str, Any]
+) -> dict[str, Any]:
+    """One setting of the trained loop: E[r], and the ratio of W2 within the left and within the right mode."""
     reward = make_reward("right")
-    s = Finetune(**POINTS | {"alpha": alpha, "tau": tau, "rounds": ROUNDS, "cooldown": 0.5} | more)
+    s = Finetune(
+        **POINTS | {"method": method, "alpha": alpha, "tau": tau, "rounds": ROUNDS, "cooldown": 0.5} | more
+    )
     policy = base.trainable_copy()
     for _ in build_trainer(policy, reward, s, reference=base).train(ROUNDS):
         pass
     x = sample(policy, start_noise(policy, 100_000, 9), s, 50_000).flatten()
     exact = exact_recursion(
-        density, lambda p: (p[:, 0] > 0).float(), alpha, tau, ROUNDS, normalize=True, check=False
+        density, lambda p: (p[:, 0] > 0).float(), alpha, tau, ROUNDS, method=method, check=False
     )
     pool = exact.sample(exact.rounds[-1].round, 400_000, seed=1).flatten()
     generator = torch.Generator().manual_seed(2)
@@ -73,7 +78,7 @@ def measure(base: Policy, density: Any, alpha: float, tau: float, more: dict[str
         n = int(OF_MODE * len(inside) / len(pool))
         ratios.append(ratio(x[side * x > 0], inside, n, generator))
     return {
-        "alpha": alpha, "tau": tau, **more, "reached": float((x > 0).float().mean()),
+        "method": method, "alpha": alpha, "tau": tau, **more, "reached": float((x > 0).float().mean()),
         "exact": exact.rounds[-1].reward, "w2_ratio": ratios,
     }  # fmt: skip
 

@@ -119,8 +119,8 @@ def predict(
             print(json.dumps({"alpha_low": interval.low, "alpha_high": interval.high}))
         else:
             say(
-                f"α between {interval.low:.3g} and {interval.high:.3g} at τ={s.tau[0]:g}, after {s.rounds} rounds, "
-                "for a network without limits: one that learns images goes less far, so begin at the lower end"
+                f"α between {interval.low:.3g} and {interval.high:.3g} at τ={s.tau[0]:g}, after {s.rounds} rounds of "
+                f"{s.method}, for a network that fits its objective exactly"
             )
         return
     forecasts = prediction.forecast_grid(reference, s)
@@ -130,20 +130,26 @@ def predict(
 
 def _show_forecasts(forecasts: list["Forecast"], as_json: bool) -> None:
     if as_json:
-        found = [{"alpha": f.alpha, "tau": f.tau, "rounds": [vars(r) for r in f.rounds]} for f in forecasts]
+        found = [
+            {"alpha": f.alpha, "tau": f.tau, "doubt": f.doubt, "rounds": [vars(r) for r in f.rounds]}
+            for f in forecasts
+        ]
         print(json.dumps(found, indent=1, default=float))
         return
     rounds = _shown(len(forecasts[0].rounds))
-    columns = ["α", "τ", *(f"r{k}" for k in rounds), "±", "W2 coupled", "W2", "diversity", "ESS"]
+    columns = ["α", "τ", *(f"r{k}" for k in rounds), "±", "W2 coupled", "least", "W2", "diversity", "ESS"]
     rows = [
         [f"{f.alpha:g}", f"{f.tau:g}", *(f"{f.rounds[k].reward:.3f}" for k in rounds),
          f"{2 * f.final.reward_error:.3f}",
-         number(f.final.w2_coupled), number(f.final.w2), number(f.final.diversity),
-         f"{f.final.ess:.0f}" + ("" if f.within_reach else " beyond the forecast's reach")]
+         number(f.final.w2_coupled), number(f.final.w2_least), number(f.final.w2), number(f.final.diversity),
+         f"{f.final.ess:.0f}"]
         for f in forecasts
     ]  # fmt: skip
     say(f"reward before training {forecasts[0].rounds[0].reward:.3f}; reward after each round:")
     console.out.print(plain_table(columns, rows))
+    for f in forecasts:
+        if f.doubt:
+            say(f"α={f.alpha:g} τ={f.tau:g}: {f.doubt}")
 
 
 def _shown(rounds: int) -> list[int]:

@@ -10,6 +10,7 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.rollout import Rollout
 from orwcfm_fast.rewards.standardize import standardize
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.theory.recursion import METHODS
 
 FORECAST_SAMPLES = 512
 PER_PROMPT = 16  # samples that a prompt's own forecast needs
@@ -38,10 +39,13 @@ class W2Steering:
         """Where `target_w2` asks for it.
 
         Raises:
-            UserError: raw weights, whose mean is not 1: α would mean something else each round.
+            UserError: raw weights, whose mean is not 1: α would mean something else each round; a method of which
+                no recursion is known.
         """
         if s.target_w2 is None:
             return None
+        if s.method not in METHODS:
+            raise UserError(f"--target-w2: works with --method {' or '.join(METHODS)}, not {s.method}")
         if not s.normalize_weights and s.weights != "linear":
             raise UserError("--target-w2: needs normalised weights; leave out --no-normalize-weights")
         return cls(s.target_w2)
@@ -82,7 +86,9 @@ class W2Steering:
             of = rows == prompt
             if weighting == "linear" and not bool(r[of].any()):
                 continue  # the prompt's samples weigh nothing
-            found = forecast(x[of], r[of], 0.0, tau, 1, weighting=weighting, exact_w2=False, seed=s.seed)
+            found = forecast(
+                x[of], r[of], 0.0, tau, 1, weighting=weighting, exact_w2=False, parts=False, seed=s.seed
+            )
             squares += n * found.final.w2_coupled**2
         self.drive = math.sqrt(squares / sum(n for n, _ in known))
 

@@ -7,16 +7,22 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.rewards.standardize import standardize
 
 
-def weigh(reward: Tensor, tau: float, kind: str = "exp", normalize: bool = True) -> Tensor:
-    """Weights w [N] of a round's rewards [N], float32.
+def weigh(
+    reward: Tensor, tau: float, kind: str = "exp", normalize: bool = True, mass: Tensor | None = None
+) -> Tensor:
+    """Weights w [N] of a round's rewards [N], in the rewards' precision (computed in float64).
 
     exp: exp(τ·r); linear: r; advantage: exp(τ·(r − mean)/std). Divided by their mean over the round
     (for exp by log-sum-exp, so that no reward overflows) unless `normalize` is false; linear always is.
 
+    Args:
+        mass: probabilities [N] of the samples, under which every mean is taken; equal where None.
+
     Raises:
-        UserError: linear with a negative reward or none above zero; a weight too large for float32.
+        UserError: linear with a negative reward or none above zero; a weight that is too large a number.
     """
     r = reward.double()
+    p = torch.full_like(r, 1 / len(r)) if mass is None else mass.double()
     if kind == "linear":
         if bool((r < 0).any()):
             raise UserError(
@@ -24,13 +30,13 @@ def weigh(reward: Tensor, tau: float, kind: str = "exp", normalize: bool = True)
             )
         if not bool(r.any()):
             raise UserError("weights 'linear': every reward is 0; use exp")
-        return (r / r.mean()).float()
+        return (r / (p @ r)).to(reward.dtype)
     if kind == "advantage":
-        r = standardize(r)
+        r = standardize(r, mass)
     log_w = tau * r
     if normalize:
-        log_w = log_w - (log_w.logsumexp(0) - torch.tensor(float(len(r))).log())
-    w = log_w.exp().float()
+        log_w = log_w - torch.logsumexp(log_w + p.clamp_min(1e-300).log(), 0)
+    w = log_w.exp().to(reward.dtype)
     if not bool(w.isfinite().all()):
         raise UserError(f"τ = {tau:g} with rewards up to {reward.abs().max():.4g} overflows; lower |τ|")
     return w

@@ -17,6 +17,7 @@ from orwcfm_fast.reporting.report import Page, Picture, Table, data_uri, setting
 from orwcfm_fast.reporting.table import interval, measure_rows
 from orwcfm_fast.settings import Finetune, Sweep, build
 from orwcfm_fast.theory.forecast import Forecast
+from orwcfm_fast.theory.limit import LimitLine
 
 STYLES = "abcde"
 MEASURED = ("reward", "w2_coupled", "diversity")
@@ -54,7 +55,14 @@ class Outcome:
 def plain_forecast(f: Forecast) -> dict[str, Any]:
     """The last round of a forecast as a dict that JSON can hold."""
     values = {key: getattr(f.final, key) for key in FORECAST if key != "within_reach"}
-    return values | {"within_reach": f.within_reach}
+    return values | {"within_reach": f.within_reach, "limit": f.limit and f.limit.to_dict()}
+
+
+def _limit(groups: dict[str, list[Outcome]]) -> LimitLine | None:
+    """The least W2 of each reward, from the first run whose forecast knows it."""
+    known = (o.forecast.get("limit") for runs in groups.values() for o in runs if o.forecast)
+    found = next(filter(None, known), None)
+    return LimitLine.from_dict(found) if found else None
 
 
 def write_fronts(folder: Path, settings: Sweep, outcomes: Sequence[Outcome]) -> None:
@@ -147,6 +155,10 @@ def _plot(path: Path, groups: dict[str, list[Outcome]]) -> None:
                     [o.expected(key) for o in runs], [o.expected("reward") for o in runs],
                     "--", marker="o", markerfacecolor="none", color=f"C{i}", alpha=0.6, label=f"{name}, forecast",
                 )  # fmt: skip
+        if key == "w2_coupled" and (limit := _limit(groups)):
+            axis.fill_betweenx(
+                limit.reward, limit.w2_low, limit.w2, color="0.85", label="least W2 of any method"
+            )
         axis.set(xlabel=label, ylabel="mean reward")
         axis.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize=8, loc="lower right")
@@ -216,6 +228,10 @@ def _series(groups: dict[str, list[Outcome]], key: str) -> list[Series]:
             found.append(
                 Series(f"{name}, forecast", [o.expected(key) for o in runs], expected, f"{style} forecast")
             )
+    if key == "w2_coupled" and (limit := _limit(groups)):
+        found.append(
+            Series("least W2 of any method", limit.w2_low.tolist(), limit.reward.tolist(), "forecast")
+        )
     return found
 
 

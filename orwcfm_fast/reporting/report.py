@@ -164,6 +164,7 @@ def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
                                     _expected(expected, "reward", "reward_error")], "rounds trained", whole_x=True),
         chart("Coupled W2 to the reference", [w2, _expected(expected, "w2_coupled", "w2_error")],
               "rounds trained", whole_x=True),
+        chart("Reward against coupled W2", _front(reward, get("w2_coupled"), forecast), "coupled W2"),
         chart("Diversity, mean pairwise distance",
               [Series("measured", [*begun, n], [*get("diversity"), after.diversity.mean]),
                _expected(expected, "diversity")], "rounds trained", whole_x=True),
@@ -186,6 +187,14 @@ def _classes(before: "Measures", after: "Measures") -> str:
         y, low, high = parts
         groups.append(Series(m.name, range(len(y)), y, style, low, high))
     return bar_chart(f"Share of each class in {after.n} held-out samples, %", groups, [*after.classes])
+
+
+def _front(reward: list[float], w2: list[float], forecast: dict[str, Any] | None) -> list[Series]:
+    """The run's rounds, and the least W2 at which any method has a reward."""
+    found = [Series("measured", [0.0, *w2], reward)]
+    if limit := forecast and forecast.get("limit"):
+        found.append(Series("least W2 of any method", limit["w2_low"], limit["reward"], "forecast"))
+    return found
 
 
 def _expected(rounds: list[dict[str, float]], key: str, error: str = "") -> Series:

@@ -17,7 +17,7 @@ from orwcfm_fast.reporting.pictures import PAIRS, Shares, save_curves, save_pair
 from orwcfm_fast.reporting.report import run_report
 from orwcfm_fast.runs.result import Result
 from orwcfm_fast.runs.run import Run
-from orwcfm_fast.theory.prediction import MANY_PROMPTS, forecast_line, forecast_run, reached_line
+from orwcfm_fast.theory.prediction import MANY_PROMPTS, forecast_line, forecast_run, limit_note, reached_line
 
 FLAT = 0.995  # an ESS above this share of the rollout means weights within about 7 % of each other
 MAX_FORECAST_BYTES = 1 << 20
@@ -48,7 +48,9 @@ class RunArtifacts:
     def discard_unreadable_forecast(self) -> None:
         """Delete a forecast that cannot be read, which would otherwise fail the report after all the training."""
         try:
-            reached_line(json.loads(read_small(self.run.forecast, MAX_FORECAST_BYTES)), 0.0, 1)
+            found = json.loads(read_small(self.run.forecast, MAX_FORECAST_BYTES))
+            reached_line(found, 0.0, 1)
+            limit_note(found, 0.0, 1.0)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             self.run.forecast.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from orwcfm_fast.evaluation.evaluate import Measures
 from orwcfm_fast.method.trainer import PHASES
 from orwcfm_fast.runs.run import Run
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.theory.prediction import lower, reached_line
+from orwcfm_fast.theory.prediction import limit_note, lower, reached_line
 
 
 @dataclass
@@ -52,7 +52,10 @@ class Result:
         """The forecast of round 1 beside what was reached, in one line; None without a forecast."""
         try:
             found = json.loads(self.run.forecast.read_bytes())
-            return reached_line(found, self.after.reward.mean, len(self.records))
+            line = reached_line(found, self.after.reward.mean, len(self.records))
+            gain, w2 = self.after.reward.mean - self.before.reward.mean, self.after.w2_coupled
+            note = limit_note(found, gain, w2.mean) if w2 else ""
+            return f"{line}\n{note}" if note else line
         except FileNotFoundError:
             return None
 

@@ -105,13 +105,14 @@ class Sweeping:
             known = s.target_w2 is None and not s.standardize_rewards  # these cannot be forecast
             if known and name not in found:
                 rewards = tuple(str(getattr(s, key)) for key in REWARD_KEYS)
-                groups.setdefault((rewards, s.rounds, s.weights, s.normalize_weights), []).append(name)
+                how = (s.rounds, s.method, s.weights, s.normalize_weights)
+                groups.setdefault((rewards, *how), []).append(name)
         if not groups:
             return "all runs are forecast already"
         s = self.settings
         how = Predict(solver=s.solver, nfe=s.nfe, grid=s.grid, chunk=s.chunk, seed=s.seed)
         references: dict[tuple, Reference] = {}
-        for (rewards, rounds, weights, normalize), names in groups.items():
+        for (rewards, rounds, method, weights, normalize), names in groups.items():
             if rewards not in references:
                 own_settings = self.runs[names[0]]
                 with self._or_nothing():
@@ -123,7 +124,7 @@ class Sweeping:
             try:
                 forecasts = forecast_many(
                     reference.samples, reference.rewards[: how.n], once, min(rounds, FORECAST_ROUNDS),
-                    weighting=weights, normalize=normalize, features=reference.features,
+                    method=method, weighting=weights, normalize=normalize, features=reference.features,
                     scored=reference.rewards, exact_w2=False, seed=s.seed,
                 )  # fmt: skip
             except UserError as error:

@@ -2,7 +2,7 @@
 
 from orwcfm_fast.theory.bounds import BoundChain, bound_chain, paper_drift
 from orwcfm_fast.theory.density import Density, GaussianMixture, Grid, GridDensity
-from orwcfm_fast.theory.recursion import Recursion, Round, exact_recursion, mass_weights
+from orwcfm_fast.theory.recursion import Recursion, Round, exact_recursion
 from orwcfm_fast.theory.refit import refit
 from orwcfm_fast.theory.velocity import ExactVelocity
 
@@ -17,7 +17,6 @@ __all__ = [
     "Round",
     "bound_chain",
     "exact_recursion",
-    "mass_weights",
     "paper_drift",
     "refit",
 ]

@@ -25,7 +25,7 @@ def _legendre(n: int) -> tuple[list[float], list[float]]:
 def paper_drift(velocity: ExactVelocity, reference: ExactVelocity) -> Tensor:
     """D(x1) = ∫ E_{x0} ‖v(t, x_t) − v_ref(t, x_t)‖² dt, x_t = (1−t)·x0 + t·x1, on the grid → [P].
 
-    Gauss–Legendre in t; for each t the gap is laid on a grid of its own, which holds x_t to six
+    Gauss–Legendre in t; for each t the gap is evaluated on a grid of its own that covers x_t to six
     standard deviations, and averaged over x0 axis by axis.
     """
     grid = velocity.grid
@@ -81,13 +81,13 @@ Velocity = Callable[[float, Tensor], Tensor]
 
 
 def bound_chain(velocity: Velocity, reference: Velocity, pairs: int = 200, steps: int = 400) -> BoundChain:
-    """Follow x_policy and x_ref from common noise x0 (1-D) and take the bound chain apart.
+    """The terms of the bound chain along trajectories of policy and reference from common noise x0 (1-D).
 
     With Δ = x_policy − x_ref, δ(t) = v(t, x_policy) − v_ref(t, x_policy) and the secant slope
     s(t) = (v_ref(t, x_policy) − v_ref(t, x_ref))/Δ, dΔ/dt = δ + s·Δ and Δ(0) = 0, so
     Δ(1) = ∫₀¹ e^{∫_t^1 s(τ)dτ} δ(t) dt: an identity, where the paper bounds s by a constant L.
 
-    velocity, reference: (t, x [n, 1]) → [n, 1]. pairs: noise at equal probabilities. steps: Runge–Kutta 4.
+    velocity, reference: (t, x [n, 1]) → [n, 1]. pairs: noise quantiles. steps: of Runge–Kutta 4.
     """
     levels = (torch.arange(pairs, dtype=torch.float64) + 0.5) / pairs
     noise = torch.special.ndtri(levels)[:, None]

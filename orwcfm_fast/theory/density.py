@@ -160,7 +160,7 @@ def on_grid(
                 raise UserError("bounds: a density given as a function needs bounds=((low, high), …)")
             bounds = density.bounds()
         if len(bounds) not in (1, 2):
-            raise UserError(f"density: the exact recursion knows 1 and 2 dimensions, not {len(bounds)}")
+            raise UserError(f"density: the exact recursion works in 1 and 2 dimensions, not {len(bounds)}")
         counts = counts or ((256,) if len(bounds) == 1 else (96, 96))
         if len(counts) != len(bounds) or any(n % 2 or n < 8 for n in counts):
             raise UserError(f"cells: {tuple(counts)} must be an even number, 8 or more, for each axis")
@@ -181,7 +181,7 @@ def on_grid(
 
 
 def check_edges(grid: Grid, values: Tensor, what: str, tolerance: float = 1e-5) -> None:
-    """Refuse a density that the grid cuts off."""
+    """Raise UserError where more than `tolerance` of the mass lies in the outermost cells: the grid cuts it off."""
     shaped = values.reshape(grid.counts)
     for axis, (low, high) in enumerate(grid.bounds):
         for edge, name in ((0, f"low end {low:.3g}"), (-1, f"high end {high:.3g}")):

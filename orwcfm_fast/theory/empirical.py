@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -15,28 +17,39 @@ RESOLVED = 0.02  # posterior variance, as a share of the data's, at which the fl
 
 
 class Empirical:
-    """The flow-matching velocity of measures Σ p_j δ(s_j) on fixed samples s [S, D]: a softmax over them."""
+    """Samples s [S, D] that carry measures Σ p_j δ(s_j), and the times at which their flows are followed.
 
-    def __init__(self, samples: Tensor, seed: int) -> None:
-        self.centre = samples.mean(0)
-        self.samples = samples - self.centre  # keeps float32 exponents small; noise is moved along
+    Attributes:
+        samples: [S, D] less their mean, float32; points x_t are given less t times that mean.
+        times: from 0 to the earliest time at which x_t says which sample it leads to; shorter steps at the end,
+            where the velocity changes fast.
+    """
+
+    def __init__(self, samples: Tensor, generator: torch.Generator) -> None:
+        self.samples = samples - samples.mean(0)  # keeps float32 exponents small
         self.half_square = 0.5 * self.samples.square().sum(1)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.end = self._resolved_time()
+        self.generator = generator
+        end = self._resolved_time()
+        steps = max(4, math.ceil(end / STEP))
+        self.times = [end * (i / steps) ** 0.7 for i in range(steps + 1)]
+
+    @property
+    def end(self) -> float:
+        return self.times[-1]
 
     def kernel(self, t: float, x: Tensor) -> Tensor:
-        """N(x; t·s_j, (1−t)²) up to a factor per x: [n, S], greatest 1. x is x_t − t·centre."""
+        """N(x; t·s_j, (1−t)²) up to a factor per x: [n, S], greatest 1."""
         scale = t / (1 - t) ** 2
         logits = torch.addmm(-t * scale * self.half_square[None], x, self.samples.T, alpha=scale)
         # e^−80: no denormal numbers, in which exp is seven times slower
         return logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-80).exp_()
 
     def noised(self, t: float, index: Tensor) -> Tensor:
+        """x_t of the samples of index [n], noise drawn anew → [n, D]."""
         noise = torch.randn(len(index), self.samples.shape[1], generator=self.generator)
-        return t * self.samples[index] + (1 - t) * noise
+        return t * self.samples[index] + (1 - t) * noise.to(self.samples)
 
     def _resolved_time(self) -> float:
-        """The earliest time at which x_t says which sample it leads to."""
         index = torch.linspace(0, len(self.samples) - 1, min(512, len(self.samples))).long()
         variance = float(self.samples.square().sum(1).mean()) + 1e-30
         for t in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93):
@@ -47,42 +60,69 @@ class Empirical:
         return 0.95
 
 
-class EmpiricalVelocity:
-    """Mean D(t, x) of v* = (D − x)/(1−t) under masses [S], weights w [S] and an anchor of masses p0 at α."""
+@dataclass(frozen=True)
+class Stage:
+    """What one round's velocity is made of: masses p and weights w over the samples [S], and the round's α."""
 
-    def __init__(
-        self, measure: Empirical, masses: Tensor, weights: Tensor, start: Tensor, alpha: float
-    ) -> None:
-        self.measure, self.alpha, count = measure, alpha, len(masses)
-        self.mass = torch.stack([masses, masses * weights, start], 1).float() * count
-        self.columns = torch.cat([self.mass[:, 1:2] * measure.samples, self.mass[:, 1:2]], 1)
+    masses: Tensor
+    weights: Tensor
+    alpha: float
+
+
+class EmpiricalVelocity:
+    """v* = (D − x)/(1−t) of `theory.velocity.ExactVelocity`, on an empirical measure.
+
+    D(t, x) = Σ_j c_j(t, x)·s_j. Every posterior mean in it has the same kernel matrix, so the coefficients c are
+    the kernel times a sum over the rounds: K ∘ (B·M), with the masses M [2N + 1, S] of the rounds and factors
+    B(t, x) [n, 2N + 1].
+
+    Args:
+        start: p_0 [S], whose own velocity is v_ref. stages: as in ExactVelocity: all rounds so far for
+            orw-centred, the latest for orw, none for v_ref itself.
+    """
+
+    def __init__(self, measure: Empirical, start: Tensor, stages: Sequence[Stage], centred: bool) -> None:
+        self.measure, self.centred, count = measure, centred, len(start)
+        self.alpha = torch.tensor([s.alpha for s in stages]).to(measure.samples)
+        centre = [s.masses * (s.masses @ s.weights) for s in stages]
+        rows = [start, *centre, *(s.masses * s.weights for s in stages)]
+        # times S, near 1: float32 products stay normal numbers
+        self.rows = torch.stack(rows).to(measure.samples) * count
+        self.mean_weight = torch.tensor([float(s.masses @ s.weights) for s in stages]).to(measure.samples)
+        self.columns = self.rows.T.contiguous()
+
+    def _factors(self, kernel: Tensor) -> Tensor:
+        """B [n, 2N + 1]: what each of the rows counts for in D."""
+        sums = kernel @ self.columns
+        rounds = len(self.alpha)
+        start, mass, weighted = sums.split([1, rounds, rounds], dim=1)
+        mass = mass / self.mean_weight
+        share = 1 / (weighted / mass + self.alpha)  # 1 / (E[w | x_t] + α)
+        if not self.centred:
+            return torch.cat([self.alpha * share / start, torch.zeros_like(mass), share / mass], 1)
+        # D_N takes w̄·D_{N−1} times its share, so round k counts for the product of those from k on
+        kept = (share * self.mean_weight).flip(1).cumprod(1).flip(1)
+        left = kept / self.mean_weight
+        anchored = (kept[:, :1] + (left * self.alpha).sum(1, True)) / start
+        return torch.cat([anchored, -left / mass, left / mass], 1)
 
     def mean(self, t: float, x: Tensor) -> Tensor:
-        if self.alpha == 0:
-            sums = self.measure.kernel(t, x) @ self.columns
-            return sums[:, :-1] / sums[:, -1:]
-        return self._shares(self.measure.kernel(t, x)) @ self.measure.samples
-
-    def _shares(self, kernel: Tensor) -> Tensor:
-        """The coefficients [n, S] of the samples in D: (w_j·p_j/Σ + α·p0_j/Σ0), which sum to 1."""
-        mass, weighted, start = (kernel @ self.mass).T[:, :, None]
-        total = weighted / mass + self.alpha
-        mixed = torch.addcmul(
-            self.mass[:, 1] / (mass * total), 1 / (start * total), self.mass[:, 2], value=self.alpha
-        )
-        return kernel.mul_(mixed)
+        """D [n, D] at points x [n, D]."""
+        kernel = self.measure.kernel(t, x)
+        if not len(self.alpha):
+            posterior = kernel.mul_(self.rows)
+            return posterior @ self.measure.samples / posterior.sum(1, keepdim=True)
+        return kernel.mul_(self._factors(kernel) @ self.rows) @ self.measure.samples
 
     def __call__(self, t: float, x: Tensor) -> Tensor:
         return (self.mean(t, x) - x) / (1 - t)
 
-    def flow(self, x: Tensor, forward: bool, threads: int = 1) -> Tensor:
-        """Carry x from t=0 to the resolved time, or back; steps are longer where the velocity is smooth."""
-        end = self.measure.end
-        steps = max(4, math.ceil(end / STEP))
-        times = [end * (i / steps) ** 0.7 for i in range(steps + 1)]
-        return in_parallel(lambda part: self._flow(part, times if forward else times[::-1]), x, threads)
+    def flow(self, x: Tensor, forward: bool = True, threads: int = 1) -> Tensor:
+        """Carry x from t=0 to the resolved time, or back."""
+        times = self.measure.times if forward else self.measure.times[::-1]
+        return in_parallel(lambda part: self._flow(part, times), x, threads)
 
-    def _flow(self, x: Tensor, times: list[float]) -> Tensor:
+    def _flow(self, x: Tensor, times: Sequence[float]) -> Tensor:
         for t, t_next in pairwise(times):
             dt, half = t_next - t, (t + t_next) / 2
             k1 = self(t, x)
@@ -92,5 +132,6 @@ class EmpiricalVelocity:
         return x
 
     def landing(self, x: Tensor) -> Tensor:
-        """Shares [n, S] in which points at the resolved time go to the samples."""
-        return self._shares(self.measure.kernel(self.measure.end, x))
+        """Shares [n, S] in which points at the resolved time go to the samples: their posterior."""
+        shares = self.measure.kernel(self.measure.end, x).mul_(self.rows[len(self.alpha)])
+        return shares.div_(shares.sum(1, keepdim=True))

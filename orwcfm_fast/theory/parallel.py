@@ -1,5 +1,5 @@
-"""Chunks on threads of their own: torch's threads wait for each other at every operation, which is
-slow for small arrays and tenfold slower on a busy machine."""
+"""Rows in chunks on a pool of threads: torch's own threads synchronise at every operation, which is slow for
+small arrays and ten times slower on a busy machine."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ CHUNK = 256  # rows at once: the work arrays stay in cache
 
 @contextmanager
 def single_threaded() -> Iterator[int]:
-    """torch on one thread inside; yields how many it had."""
+    """Run torch on one thread inside the block; yields the number of threads that it had before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -23,7 +23,7 @@ def single_threaded() -> Iterator[int]:
 
 
 def in_parallel(function: Callable[[Tensor], Tensor], x: Tensor, threads: int) -> Tensor:
-    """function of x, CHUNK rows at a time, one thread to a chunk: the same bits on any number of threads."""
+    """Apply `function` to x, CHUNK rows at a time, one thread to a chunk; the same bits on any number of threads."""
     parts = x.split(CHUNK)
     if threads == 1 or len(parts) == 1:
         return torch.cat([function(part) for part in parts])

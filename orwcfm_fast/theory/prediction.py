@@ -1,4 +1,4 @@
-"""What settings will do, before or after training: the forecast on samples, the exact answer, a run laid beside."""
+"""Forecasts from samples of a model, exact answers in 1-D and 2-D, and finished runs compared with both."""
 
 import json
 import math
@@ -18,7 +18,9 @@ from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import RewardSum
 from orwcfm_fast.settings import Finetune, Predict, build, read_toml
 from orwcfm_fast.theory import Density, GaussianMixture, GridDensity, Recursion, exact_recursion, refit
-from orwcfm_fast.theory.forecast import AlphaInterval, Forecast, alpha_for, forecast_many
+from orwcfm_fast.theory.alpha_search import AlphaInterval, alpha_for
+from orwcfm_fast.theory.forecast import Forecast, forecast_many
+from orwcfm_fast.theory.limit import LEAST_SAMPLES, LimitLine, limit_line
 
 if TYPE_CHECKING:
     from orwcfm_fast.runs.run import Run
@@ -81,7 +83,7 @@ def forecast_grid(reference: Reference, s: Predict) -> list[Forecast]:
     """One forecast for each pair of α and τ."""
     pairs = [(a, t) for t in s.tau for a in s.alpha]
     return forecast_many(
-        reference.samples, reference.rewards[: s.n], pairs, s.rounds, weighting=s.weights,
+        reference.samples, reference.rewards[: s.n], pairs, s.rounds, method=s.method, weighting=s.weights,
         normalize=s.normalize_weights, features=reference.features, scored=reference.rewards, seed=s.seed,
     )  # fmt: skip
 
@@ -90,12 +92,13 @@ def wanted_alpha(reference: Reference, s: Predict) -> AlphaInterval:
     """The interval of α for --want-reward or --want-w2 at the first τ."""
     return alpha_for(
         reference.samples, reference.rewards[: s.n], s.tau[0], s.rounds, want_reward=s.want_reward,
-        want_w2=s.want_w2, weighting=s.weights, normalize=s.normalize_weights, scored=reference.rewards, seed=s.seed,
+        want_w2=s.want_w2, method=s.method, weighting=s.weights, normalize=s.normalize_weights,
+        scored=reference.rewards, seed=s.seed,
     )  # fmt: skip
 
 
 def own_density(policy: Policy, s: Predict) -> GridDensity:
-    """What the policy itself samples in 1-D or 2-D, refitted on REFITTED of its samples."""
+    """The density of the policy's own samples in 1-D or 2-D, estimated from REFITTED of them."""
     each = REFITTED // 10
 
     def drawn(k: int) -> Tensor:
@@ -113,6 +116,7 @@ def exact_grid(density: Density, reward: Callable[[Tensor], Tensor], s: Predict)
             alpha,
             tau,
             s.rounds,
+            method=s.method,
             weighting=s.weights,
             normalize=s.normalize_weights,
         )
@@ -121,21 +125,21 @@ def exact_grid(density: Density, reward: Callable[[Tensor], Tensor], s: Predict)
     ]
 
 
-FORECAST_SAMPLES, FORECAST_ROUNDS = 512, 12
+FORECAST_SAMPLES, FORECAST_ROUNDS, LIMIT_SAMPLES = 512, 12, 2048
 MANY_PROMPTS = "no forecast: it would take several prompts for one"
-STANDARDIZED = "its rewards are standardised anew each round, which no forecast knows"
-BY_ROUND = ("round", "reward", "reward_error", "w2_coupled", "w2_error", "diversity", "ess")
+STANDARDIZED = "its rewards are standardised anew each round, which the forecast cannot follow"
+BY_ROUND = ("round", "reward", "reward_error", "w2_coupled", "w2_error", "w2_least", "diversity", "ess")
 
 
 def lower(alpha: float) -> float:
-    """The α that is offered for more reward."""
+    """The smaller α that is suggested to a run that could have more reward."""
     return round(0.3 * alpha, 4)
 
 
 def forecast_run(
     rollout: Rollout, settings: Finetune, features: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, Any]:
-    """What a run will reach, from its first rollout, beside a third of its α; plain values for forecast.json.
+    """Forecast a run from its first rollout, at its own α and at 0.3 times that α; plain values for forecast.json.
 
     At most 12 rounds: a run that stays near its reference has settled by then.
 
@@ -151,33 +155,59 @@ def forecast_run(
     alphas = [settings.alpha, lower(settings.alpha)] if settings.alpha else [0.0]
     x1 = rollout.x1[:FORECAST_SAMPLES]
     found = forecast_many(
-        x1, rollout.reward[:FORECAST_SAMPLES], [(a, settings.tau) for a in alphas], rounds,
+        x1, rollout.reward[:FORECAST_SAMPLES], [(a, settings.tau) for a in alphas], rounds, method=settings.method,
         weighting=settings.weights, normalize=settings.normalize_weights, scored=rollout.reward,
         features=features and features(x1).cpu(), exact_w2=False, seed=settings.seed,
     )  # fmt: skip
     rows = [
-        {"alpha": f.alpha, "within_reach": f.within_reach, "rewards": [r.reward for r in f.rounds],
-         "reward_error": f.final.reward_error, "w2_coupled": f.final.w2_coupled,
+        {"alpha": f.alpha, "within_reach": f.within_reach, "doubt": f.doubt, "rewards": [r.reward for r in f.rounds],
+         "reward_error": f.final.reward_error, "w2_coupled": f.final.w2_coupled, "w2_least": f.final.w2_least,
          "ess": min(r.ess for r in f.rounds), "by_round": [{k: getattr(r, k) for k in BY_ROUND} for r in f.rounds]}
         for f in found
     ]  # fmt: skip
-    return {"rounds": rounds, "own": rows[0], "lower_alpha": rows[1] if len(rows) > 1 else None}
+    limit = None
+    if len(x1) >= LEAST_SAMPLES:
+        limit = limit_line(rollout.x1[:LIMIT_SAMPLES], rollout.reward[:LIMIT_SAMPLES])
+    return {
+        "rounds": rounds,
+        "own": rows[0],
+        "lower_alpha": rows[1] if len(rows) > 1 else None,
+        "limit": limit and limit.to_dict(),
+    }
 
 
 def forecast_line(found: dict[str, Any]) -> str:
-    """Before: what the run is forecast to reach."""
+    """The line before training: what the run is forecast to reach, and what speaks against the forecast."""
     own = found["own"]
     if not own["within_reach"]:
-        return f"forecast: beyond reach, its masses rest on {own['ess']:.0f} samples"
+        return f"forecast: {own['doubt']}"
     margin = 2 * own["reward_error"]
-    return (
+    line = (
         f"forecast from round 1: reward {own['rewards'][-1]:.3f} ± {margin:.3f} after {found['rounds']} rounds, "
-        f"coupled W2 {own['w2_coupled']:.2g}"
+        f"coupled W2 {own['w2_least']:.2g} to {own['w2_coupled']:.2g}"
+    )
+    return f"{line}; {own['doubt']}" if own["doubt"] else line
+
+
+def limit_note(found: dict[str, Any], gain: float, w2: float) -> str:
+    """How close a run came to the limit line, in words; empty where it gained nothing or the line is not known.
+
+    gain: the mean reward it added. w2: its coupled W2.
+    """
+    if found["limit"] is None:
+        return ""
+    limit = LimitLine.from_dict(found["limit"])
+    low, high = limit.least_w2(float(limit.reward[0]) + gain)
+    if not (gain > 0 and low > 0):
+        return ""
+    return (
+        f"coupled W2 {w2:.2f}; no method has this reward below {low:.2f} to {high:.2f} (optimal transport): "
+        f"{w2 / high:.2f} to {w2 / low:.2f} times the least"
     )
 
 
 def reached_line(found: dict[str, Any], reached: float, rounds: int) -> str:
-    """After: forecast, reached (where the run went on for longer, after how many rounds), and a lower α."""
+    """The line after training: forecast, reached, after how many rounds where these differ, and a lower α."""
     own, other = found["own"], found["lower_alpha"]
     line = f"forecast {own['rewards'][-1]:.2f}" if own["within_reach"] else "forecast beyond reach"
     if found["rounds"] < rounds:
@@ -192,7 +222,7 @@ def reached_line(found: dict[str, Any], reached: float, rounds: int) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A finished run beside its forecast (and the exact answer where there is one), reward by round."""
+    """A finished run, its forecast, and the exact answer where there is one: reward by round."""
 
     run: "Run"
     settings: Finetune
@@ -210,7 +240,7 @@ class Verdict:
         margin = math.hypot(self.half_width, 2 * self.forecast.final.reward_error) + 0.02
         gap = self.final - expected
         if not self.forecast.within_reach:
-            word = f"beyond the forecast's reach (ESS {min(r.ess for r in self.forecast.rounds):.0f})"
+            word = self.forecast.doubt
         elif abs(gap) <= margin:
             word = f"agrees within {margin:.3f}"
         elif gap < 0:
@@ -218,14 +248,15 @@ class Verdict:
         else:
             word = f"{gap:.3f} above: the loop moved further than the method's own recursion; look at the samples"
         exact = f", exact {self.exact.rounds[-1].reward:.3f}" if self.exact else ""
-        w2 = f"; coupled W2 {self.forecast.final.w2_coupled:.2f}, reached {self.w2_coupled:.2f}"
+        last = self.forecast.final
+        w2 = f"; coupled W2 {last.w2_least:.2f} to {last.w2_coupled:.2f}, reached {self.w2_coupled:.2f}"
         return f"forecast {expected:.3f}{exact}, reached {self.final:.3f}: {word}{w2}"
 
 
 def versus(
     run: "Run", load: Callable[[str], Policy], make: Callable[[Finetune], RewardSum], s: Predict
 ) -> Verdict:
-    """Lay a finished run beside the forecast made from its reference.
+    """Compare a finished run with the forecast made from its reference model.
 
     Raises:
         UserError: no finished run there.
@@ -247,8 +278,8 @@ def versus(
     policy, reward = load(str(run.reference)), make(settings)
     own = s.model_copy(
         update={
-            "alpha": [settings.alpha], "tau": [settings.tau], "rounds": len(records), "weights": settings.weights,
-            "normalize_weights": settings.normalize_weights,
+            "method": settings.method, "alpha": [settings.alpha], "tau": [settings.tau], "rounds": len(records),
+            "weights": settings.weights, "normalize_weights": settings.normalize_weights,
         }
     )  # fmt: skip
     (found,) = forecast_grid(draw_reference(policy, reward, own), own)
@@ -281,6 +312,8 @@ def save_front(path: Path, forecasts: Sequence[Forecast]) -> Path:
             right.plot(
                 [r.round for r in f.rounds], [r.reward for r in f.rounds], label=f"α={f.alpha:g} τ={tau:g}"
             )
+    if limit := forecasts[0].limit:
+        left.fill_betweenx(limit.reward, limit.w2_low, limit.w2, color="0.85", label="least W2 of any method")
     left.set(xlabel="coupled W2 to the reference", ylabel="reward", title="forecast after the last round")
     right.set(xlabel="round", ylabel="reward", title="forecast by round")
     left.margins(x=0.12)

@@ -11,24 +11,26 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.method.weighting import weigh
 from orwcfm_fast.theory.bounds import paper_drift
 from orwcfm_fast.theory.density import FLOOR, Density, Grid, as_double, check_edges, on_grid
 from orwcfm_fast.theory.parallel import single_threaded
 from orwcfm_fast.theory.transport import w2_line, w2_plane
-from orwcfm_fast.theory.velocity import ExactVelocity, push
+from orwcfm_fast.theory.velocity import ExactVelocity, Stage, push
 
 FIGURES = ("reward", "w2", "entropy", "drift")
+METHODS = ("orw-centred", "orw")  # those whose recursion is known
 DEFAULT_STEPS = {1: 48, 2: 24}
 
 
 @dataclass
 class Round:
-    """What round `round`, taken with `alpha`, leaves; round 0 is the start.
+    """The law q_N after round N = `round`, and its figures; round 0 is the start. alpha: the α of that round.
 
     reward: E[r] under q_N. w2: W2(q_N, q_0), units of x. entropy: −∫q log q, nats. drift: the paper's D^N,
     averaged over q_N, units of x²; drift_field [cells…]: D^N(x1). density: q_N on the grid [cells…].
     mass: ∫q_N before it is normalised, 1 up to the solver's error. velocity: v*_N(t, x).
-    error: for each figure how far it moves when cells and steps are halved; empty if that was not asked.
+    error: for each figure how far it moves when cells and steps are halved; empty without `check`.
     """
 
     round: int
@@ -46,7 +48,7 @@ class Round:
 
 @dataclass
 class Recursion:
-    """rounds[N] for N = 0, 1, …; settled: the round at which the fixed point was met, if it was asked for."""
+    """rounds[N] for N = 0, 1, …; settled: the first round that moved less than `settle`, None where none did."""
 
     alpha: float
     tau: float
@@ -74,31 +76,17 @@ class Recursion:
         return (self.grid.points[cell] + jitter * torch.tensor(self.grid.widths)).float()
 
 
-def mass_weights(reward: Tensor, mass: Tensor, tau: float, weighting: str, normalize: bool) -> Tensor:
-    """Weights [..., n] of rewards [n] that carry the probabilities `mass` [..., n].
+def is_centred(method: str) -> bool:
+    """Whether the method's weights are centred; of the others that have a recursion, only `orw`'s are not.
 
-    What weighting.weigh does for equally likely samples: exp(τ·r), linear r, or advantage
-    exp(τ·(r − E[r])/std), divided by the mean under `mass` (linear always).
+    Raises:
+        UserError: a method whose recursion is not known.
     """
-    if weighting == "linear":
-        if bool((reward < 0).any()) or not bool(reward.any()):
-            raise UserError("weights 'linear': rewards must be ≥ 0 and not all 0; use exp")
-        return reward / (mass * reward).sum(-1, keepdim=True)
-    if weighting == "advantage":
-        mean = (mass * reward).sum(-1, keepdim=True)
-        std = (mass * (reward - mean) ** 2).sum(-1, keepdim=True).sqrt()
-        reward = (reward - mean) / std.clamp_min(1e-8)
-    elif weighting != "exp":
-        raise UserError(f"weights: unknown kind {weighting!r}; use exp, linear or advantage")
-    log_weight = tau * reward
-    if normalize:
-        log_weight = log_weight - torch.logsumexp(log_weight + mass.clamp_min(FLOOR).log(), -1, keepdim=True)
-    weight = log_weight.exp()
-    if not bool(torch.isfinite(weight).all()):
+    if method not in METHODS:
         raise UserError(
-            f"τ = {tau:g} with rewards up to {float(reward.abs().max()):.4g} overflows; lower |τ|"
+            f"method {method!r} has no forecast: its recursion is not known; use {' or '.join(METHODS)}"
         )
-    return weight
+    return method == "orw-centred"
 
 
 def _rewards_on(grid: Grid, reward: Any, fine: Grid) -> Tensor:
@@ -128,13 +116,14 @@ def _solve(
     start: Tensor,
     reward: Tensor,
     alpha: Callable[[list[Round]], float],
-    weigh: Callable[[Tensor, Tensor], Tensor],
+    weights: Callable[[Tensor, Tensor], Tensor],
     rounds: int,
     steps: int,
     settle: float | None,
     threads: int,
+    centred: bool,
 ) -> tuple[list[Round], int | None]:
-    still = ExactVelocity(grid, start, torch.ones_like(start), start, 0.0)
+    still = ExactVelocity(grid, start, centred=centred)
     noise_start = push(still, steps)[0] if grid.dim == 1 else None
 
     def summary(number: int, q: Tensor, mass: float, noise: Tensor | None, velocity: ExactVelocity) -> Round:
@@ -154,14 +143,15 @@ def _solve(
             number, expected, w2, entropy, mean_drift, mass, q.reshape(shape), drift.reshape(shape), velocity
         )
 
-    q, found = start, [summary(0, start, 1.0, None, still)]
+    q, velocity = start, still
+    found = [summary(0, start, 1.0, None, still)]
     for number in range(1, rounds + 1):
-        weight, a = weigh(reward, q * grid.cell), alpha(found)
+        weight, a = weights(reward, q * grid.cell), alpha(found)
         if float(weight.min()) < 0 and float(weight.min()) + a <= 0:
             raise UserError(
                 f"the least weight is {float(weight.min()):.4g}: use α > {-float(weight.min()):.4g}"
             )
-        velocity = ExactVelocity(grid, q, weight, start, a)
+        velocity = velocity.after(Stage(q, weight, a))
         noise, q = push(velocity, steps, threads)
         mass = float(q.sum()) * grid.cell
         if not math.isfinite(mass) or abs(mass - 1) > 0.05:
@@ -185,6 +175,7 @@ def exact_recursion(
     tau: float,
     rounds: int = 6,
     *,
+    method: str = "orw-centred",
     normalize: bool = True,
     weighting: str | Callable[[Tensor, Tensor], Tensor] = "exp",
     bounds: Sequence[tuple[float, float]] | None = None,
@@ -194,11 +185,14 @@ def exact_recursion(
     tolerance: float | None = None,
     settle: float | None = None,
 ) -> Recursion:
-    """q_0 → q_1 → … under unlimited capacity: q_N is the law at t=1 of the flow of
+    """q_0 → q_1 → … under unlimited capacity: q_N is the law at t=1 of the flow of v*_N, where
 
-        v*_N(t, x) = (E[w·u | x_t=x] + α·v_ref(t, x)) / (E[w | x_t=x] + α),   expectations under q_{N−1}
+        orw          v*_N(t, x) = (E[w·u | x_t=x] + α·v_ref(t, x)) / (E[w | x_t=x] + α)
+        orw-centred  v*_N(t, x) = (E[(w − 1)·u | x_t=x] + v*_{N−1}(t, x) + α·v_ref(t, x)) / (E[w | x_t=x] + α)
 
-    with v_ref the velocity of q_0. α=0 gives q_N ∝ w·q_{N−1}, hence w^N·q_0.
+    with expectations under q_{N−1}, w of mean 1 and v*_0 = v_ref the velocity of q_0: each is where the gradient
+    of its objective vanishes. At α=0 v*_{N−1} is E[u | x_t], the two are one and q_N ∝ w·q_{N−1}, hence w^N·q_0.
+    At α>0 the centred form comes to rest where E[(w − 1)·(u − v) | x_t] = α·(v − v_ref).
 
     Relation to the paper (openreview 2IoFFexvuw): it writes q^N ∝ w·q^{N−1}·exp(−β·D^{N−1}) with
     D^{N−1}(x1) = E_{t, x_t | x1}‖v^{N−1}(t, x_t) − v_ref(t, x_t)‖². The two agree for α = β = 0. For α > 0
@@ -207,6 +201,7 @@ def exact_recursion(
 
     Args:
         alpha: α; or by round, from the rounds so far (round 0 first).
+        method: "orw-centred" or "orw"; of other methods no recursion is known.
         density: q_0 as a GaussianMixture, a GridDensity, or log q_0: [P, d] → [P] with `bounds`.
         reward: r: points [P, d] float64 → [P], or its values on the grid of a GridDensity.
         weighting: exp, linear, advantage; or any w: (reward [P], probabilities [P]) → [P], used as it is.
@@ -218,33 +213,34 @@ def exact_recursion(
 
     Raises:
         UserError: reward not finite on the grid; a density that cannot be normalised or leaves the grid;
-            a grid too coarse for `tolerance`; w + α ≤ 0.
+            a grid too coarse for `tolerance`; w + α ≤ 0; another method.
     """
+    centred = is_centred(method)
     by_round = alpha if callable(alpha) else lambda found: alpha
     if (not callable(alpha) and not 0 <= alpha < math.inf) or not math.isfinite(tau):
         raise UserError(f"α = {alpha}, τ = {tau:g}: α must be a number ≥ 0 and τ a number")
     if rounds < 1 or (steps is not None and steps < 4):
         raise UserError(f"rounds = {rounds}, steps = {steps}: at least 1 round and 4 steps")
 
-    def weigh(r: Tensor, mass: Tensor) -> Tensor:
-        return (
-            mass_weights(r, mass, tau, weighting, normalize)
-            if isinstance(weighting, str)
-            else weighting(r, mass)
-        )
+    def weights(r: Tensor, mass: Tensor) -> Tensor:
+        return weigh(r, tau, weighting, normalize, mass) if isinstance(weighting, str) else weighting(r, mass)
 
     fine, start = on_grid(density, bounds, cells, halved=False)
     steps = steps or DEFAULT_STEPS[fine.dim]
     values = _rewards_on(fine, reward, fine)
     with single_threaded() as threads:
-        found, settled = _solve(fine, start, values, by_round, weigh, rounds, steps, settle, threads)
+        found, settled = _solve(
+            fine, start, values, by_round, weights, rounds, steps, settle, threads, centred
+        )
     if check or tolerance is not None:
         coarse, start = on_grid(density, bounds, cells, halved=True)
         rough = _rewards_on(coarse, reward, fine)
         half = max(4, steps // 2)
         with single_threaded() as threads:
             same = lambda so_far: found[len(so_far)].alpha  # noqa: E731
-            halves, _ = _solve(coarse, start, rough, same, weigh, len(found) - 1, half, None, threads)
+            halves, _ = _solve(
+                coarse, start, rough, same, weights, len(found) - 1, half, None, threads, centred
+            )
         for mine, rougher in zip(found, halves, strict=True):
             mine.error = {name: abs(getattr(mine, name) - getattr(rougher, name)) for name in FIGURES}
     result = Recursion(found[-1].alpha, tau, fine, values, found, settled)

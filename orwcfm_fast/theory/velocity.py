@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -14,23 +14,51 @@ from orwcfm_fast.theory.parallel import CHUNK, in_parallel
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What one round's velocity is made of: density q and weights w on the grid [P], and α of that round."""
+
+    density: Tensor
+    weight: Tensor
+    alpha: float
+
+    @property
+    def mean_weight(self) -> Tensor:
+        return self.density @ self.weight / self.density.sum()
+
+
+@dataclass(frozen=True)
 class ExactVelocity:
-    """v*(t, x) = (E[w·u | x_t=x] + α·v_ref(t, x)) / (E[w | x_t=x] + α), expectations under `density`.
+    """The velocity that minimises a round's objective, given those of the rounds before it.
 
-    x_t = (1−t)·x0 + t·x1 and u = x1 − x0 = (x1 − x)/(1−t), so v* = (D − x)/(1−t) with a mean D of
-    x1 in which each point of the grid counts for its posterior mass times w, plus α times its mass in the
-    reference's posterior. The posterior is N(x; t·x1, (1−t)²)·q(x1), summed over the grid; in 2-D
-    the Gaussian factors by axis. Where its width in x1, s = (1−t)/t, falls below a cell, the score
-    (D − y)/s², y = x/t, is continued linearly in s² from widths of one cell and √2 cells: smooth up to t = 1.
+    With E[·] over x1 from the round's density q given x_t = x, w̄ the mean weight (1 where weights are
+    normalised), and v_old the velocity of the round before:
 
-    density, weight, reference: [P] on the grid; alpha ≥ 0, on the scale of the weights.
+        orw          v*(t, x) = (E[w·u] + α·v_ref) / (E[w] + α)
+        orw-centred  v*(t, x) = (E[(w − w̄)·u] + w̄·v_old + α·v_ref) / (E[w] + α)
+
+    x_t = (1−t)·x0 + t·x1 and u = x1 − x0 = (x1 − x)/(1−t), so v* = (D − x)/(1−t), where D mixes posterior
+    means of x1. The posterior is N(x; t·x1, (1−t)²)·q(x1), summed over the grid; in 2-D the Gaussian factors
+    by axis. Where its width in x1, s = (1−t)/t, falls below a cell, the score (D − y)/s², y = x/t, is continued
+    linearly in s² from widths of one cell and √2 cells: smooth up to t = 1.
+
+    reference: q_0 [P], whose own velocity is v_ref. stages: the rounds that v* depends on, the latest last:
+    all of them for orw-centred, whose v_old is theirs; one for orw; none for v_ref itself.
+    centred: whether w is centred and v_old held on to.
     """
 
     grid: Grid
-    density: Tensor
-    weight: Tensor
     reference: Tensor
-    alpha: float
+    stages: tuple[Stage, ...] = ()
+    centred: bool = False
+
+    def after(self, stage: Stage) -> ExactVelocity:
+        """The velocity that minimises the next round's objective."""
+        return replace(self, stages=(*self.stages, stage) if self.centred else (stage,))
+
+    @property
+    def density(self) -> Tensor:
+        """The density [P] that the latest round was trained on."""
+        return self.stages[-1].density if self.stages else self.reference
 
     def __call__(self, t: float | Tensor, x: Tensor) -> Tensor:
         """Velocity at time t in [0, 1] and points x [n, d] → [n, d], float64, per unit time."""
@@ -65,28 +93,37 @@ class ExactVelocity:
 
     def _mean_of(self, t: float, x: Tensor) -> tuple[Tensor, Tensor]:
         mass, first, second = self._moments(t, x)
-        mass_q, mass_w, mass_ref = mass
-        weight = mass_w / mass_q
-        mean_w, square_w = first[1] / mass_q[:, None], second[1] / mass_q[:, None]
-        mean_q = first[0] / mass_q[:, None]
-        total = (weight + self.alpha)[:, None]
-        # ∂E[f|x] = cov(f, x1)·t/(1−t)²
-        slope_weight, slope_mean = mean_w - weight[:, None] * mean_q, square_w - mean_w * mean_q
-        mean = mean_w
-        if self.alpha:
-            mean_ref = first[2] / mass_ref[:, None]
-            mean = mean_w + self.alpha * mean_ref
-            slope_mean = slope_mean + self.alpha * (second[2] / mass_ref[:, None] - mean_ref**2)
-        mean = mean / total
-        trace = ((slope_mean - mean * slope_weight) / total).sum(1) * t / (1 - t) ** 2
-        return mean, trace
+
+        def posterior(field: int, density: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """E[f], E[f·x1] and their derivatives in x along each axis, f the ratio of two of the fields."""
+            of = mass[density][:, None]
+            weight, mean, square = mass[field][:, None] / of, first[field] / of, second[field] / of
+            centre = first[density] / of
+            scale = t / (1 - t) ** 2  # ∂E[f|x] = cov(f, x1)·t/(1−t)²
+            return weight, mean, scale * (mean - weight * centre), scale * (square - mean * centre)
+
+        _, start, _, start_slope = posterior(0, 0)
+        mean, slope = start, start_slope
+        for k, stage in enumerate(self.stages):
+            weight, top, weight_slope, top_slope = posterior(2 * k + 2, 2 * k + 1)
+            if self.centred:
+                _, plain, _, plain_slope = posterior(2 * k + 1, 2 * k + 1)
+                top = top + stage.mean_weight * (mean - plain)
+                top_slope = top_slope + stage.mean_weight * (slope - plain_slope)
+            total = weight + stage.alpha
+            mean = (top + stage.alpha * start) / total
+            slope = (top_slope + stage.alpha * start_slope - mean * weight_slope) / total
+        return mean, slope.sum(1)
 
     def _moments(self, t: float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Σ K·f, Σ K·f·x1 and Σ K·f·x1² for f in (q, w·q, q_ref): [3, n], [3, n, d], [3, n, d]."""
-        weighted = self.weight * self.density
-        if float(self.weight.min()) >= 0:
-            weighted = weighted.clamp_min(FLOOR)
-        fields = torch.stack([self.density, weighted, self.reference], -1)
+        """Σ K·f, Σ K·f·x1 and Σ K·f·x1² for the F fields f = q_0, q_1, w_1·q_1, …: [F, n], [F, n, d], [F, n, d]."""
+        columns = [self.reference]
+        for stage in self.stages:
+            weighted = stage.weight * stage.density
+            if float(stage.weight.min()) >= 0:
+                weighted = weighted.clamp_min(FLOOR)
+            columns += [stage.density, weighted]
+        fields, count = torch.stack(columns, -1), len(columns)
         kernels = []
         for axis, y in enumerate(self.grid.axes):
             exponent = (x[:, axis, None] - t * y) / (1 - t)
@@ -96,11 +133,11 @@ class ExactVelocity:
         if self.grid.dim == 1:
             y = self.grid.axes[0][:, None]
             sums = kernels[0] @ torch.cat([fields, y * fields, y * y * fields], 1)
-            mass, first, second = sums.T.reshape(3, 3, -1)
+            mass, first, second = sums.T.reshape(3, count, -1)
             return mass, first[..., None], second[..., None]
         (y0, y1), (k0, k1) = self.grid.axes, kernels
         rows = fields.reshape(len(y0), -1)
-        along = [(k0 @ (y0[:, None] ** p * rows)).reshape(len(x), len(y1), 3) for p in range(3)]
+        along = [(k0 @ (y0[:, None] ** p * rows)).reshape(len(x), len(y1), count) for p in range(3)]
         across = [k1 * y1**p for p in range(3)]
 
         def total(p: int, r: int) -> Tensor:
@@ -120,7 +157,7 @@ def time_grid(steps: int, finest: float) -> list[float]:
 def _reachable(velocity: ExactVelocity) -> Tensor:
     """In 2-D the points where the new density can matter: 1e-16 of the peak, and a rim of two cells."""
     if velocity.grid.dim == 1:
-        return torch.arange(len(velocity.density))
+        return torch.arange(len(velocity.reference))
     near = torch.maximum(velocity.density, velocity.reference).reshape(1, 1, *velocity.grid.counts)
     near = torch.nn.functional.max_pool2d(near, 5, stride=1, padding=2).reshape(-1)
     return (near > 1e-16 * near.max()).nonzero().squeeze(1)

@@ -86,7 +86,14 @@ def run(base, reward=right, **settings):
         pass
     x = sample(policy, start_noise(policy, 20_000, 9), s, 20_000)
     exact = exact_recursion(
-        base[1], reward, s.alpha, s.tau, s.rounds, normalize=s.normalize_weights, check=False
+        base[1],
+        reward,
+        s.alpha,
+        s.tau,
+        s.rounds,
+        method=s.method,
+        normalize=s.normalize_weights,
+        check=False,
     )
     return x, exact
 

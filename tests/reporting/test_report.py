@@ -18,6 +18,7 @@ from orwcfm_fast.reporting.report import run_report
 from orwcfm_fast.runs.result import Result
 from orwcfm_fast.runs.run import Run
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.theory.limit import POINTS
 
 SMALL = ("--rounds", "2", "--rollout", "64", "--batch", "32", "--steps-per-round", "3", "--eval-n", "64",
          "--probe", "16", "--quiet")  # fmt: skip
@@ -87,9 +88,8 @@ def test_report_opens_in_a_browser_with_no_error_and_no_network_light_and_dark(r
         paper[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.evaluate("[...document.images].every(i => i.hidden || i.naturalWidth > 0)")
-        assert (
-            page.locator("figure.chart svg").count() == 6 and page.locator("g.forecast circle").count() == 9
-        )
+        assert page.locator("figure.chart svg").count() == 7
+        assert page.locator("g.forecast circle").count() == 9 + POINTS  # the last: the limit line's
     assert paper["light"] != paper["dark"]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.theory.density import on_grid
-from orwcfm_fast.theory.prediction import forecast_line, known_density, reached_line
+from orwcfm_fast.theory.prediction import forecast_line, known_density, limit_note, reached_line
 
 SMALL = ("-n", 200, "--rounds", 2, "--nfe", 6)
 
@@ -64,14 +64,24 @@ def test_the_closing_line_compares_and_offers_a_lower_alpha():
         "rewards": [0.5, 0.61],
         "reward_error": 0.01,
         "w2_coupled": 1.2,
+        "w2_least": 0.9,
+        "doubt": "",
         "ess": 300,
     }
     lower = own | {"alpha": 0.3, "rewards": [0.5, 0.78]}
     found = {"rounds": 8, "own": own, "lower_alpha": lower}
     assert reached_line(found, 0.6, 8) == "forecast 0.61, reached 0.60; α=0.3 would reach about 0.78"
     assert "forecast 0.61 after 8 rounds, reached 0.60 after 40;" in reached_line(found, 0.6, 40)
-    assert "0.610 ± 0.020 after 8 rounds" in forecast_line(found)
-    assert "beyond reach" in forecast_line(found | {"own": own | {"within_reach": False}})
+    assert forecast_line(found).endswith("0.610 ± 0.020 after 8 rounds, coupled W2 0.9 to 1.2")
+    assert "few samples" in forecast_line(
+        found | {"own": own | {"within_reach": False, "doubt": "few samples"}}
+    )
+
+
+def test_a_run_is_measured_against_the_limit_line():
+    limit = {"reward": [0.5, 0.6, 0.7], "w2": [0.0, 1.0, 2.0], "w2_low": [0.0, 0.8, 1.6]}
+    assert "1.20 to 1.50 times the least" in limit_note({"limit": limit}, 0.1, 1.2)
+    assert limit_note({"limit": limit}, -0.1, 1.2) == "" == limit_note({"limit": None}, 0.1, 1.2)
 
 
 @pytest.mark.parametrize("data", ["two-gaussians", "8gaussians", "moons", "checkerboard"])

@@ -30,28 +30,30 @@ def right(x):
 
 
 @pytest.mark.parametrize(
-    "alpha, normalize, rewards, limit",
+    "alpha, method, normalize, rewards, limit",
     [
-        (0.0, True, (0.622, 0.731, 0.818, 0.881, 0.924, 0.953), None),
-        (1.0, False, (0.570, 0.608, 0.629, 0.640, 0.646), 0.651),
-        (1.0, True, (0.561, 0.590, 0.602, 0.608, 0.610), 0.611),
-        (0.3, True, (0.594, 0.661, 0.705, 0.734, 0.753), 0.781),
+        (0.0, "orw", True, (0.622, 0.731, 0.818, 0.881, 0.924, 0.953), None),
+        (1.0, "orw", False, (0.570, 0.608, 0.629, 0.640, 0.646), 0.651),
+        (1.0, "orw", True, (0.561, 0.590, 0.602, 0.608, 0.610), 0.611),
+        (0.3, "orw", True, (0.594, 0.661, 0.705, 0.734, 0.753), 0.784),
+        (0.3, "orw-centred", True, (0.594, 0.661, 0.705, 0.735, 0.754), 0.785),
     ],
 )
-def test_table_of_the_design(alpha, normalize, rewards, limit):
-    rounds = 6 if limit is None else 60
+def test_table_of_the_design(alpha, method, normalize, rewards, limit):
     found = exact_recursion(
-        TWO_GAUSSIANS, right, alpha, 0.5, rounds, normalize=normalize, cells=(128,), settle=1e-5, check=False
-    )
+        TWO_GAUSSIANS, right, alpha, 0.5, 6 if limit is None else 14, method=method, normalize=normalize,
+        cells=(96,), steps=32, check=False,
+    )  # fmt: skip
     assert found.rewards[: len(rewards)] == pytest.approx(rewards, abs=0.002)
     if limit is not None:
-        assert found.settled is not None
         assert found.rewards[-1] == pytest.approx(limit, abs=0.002)
 
 
 def test_linear_log_weight_shifts_a_gaussian_exactly():
     """N(0, 1), w = exp(r/2), r = x: round N is N(N/2, 1), at distance N/2."""
-    for r in exact_recursion(STANDARD_NORMAL, lambda x: x[:, 0], 0.0, 0.5, 6, bounds=((-9, 12),)).rounds:
+    for r in exact_recursion(
+        STANDARD_NORMAL, lambda x: x[:, 0], 0.0, 0.5, 6, method="orw", bounds=((-9, 12),)
+    ).rounds:
         assert r.reward == pytest.approx(r.round / 2, abs=1e-6)
         assert r.w2 == pytest.approx(r.round / 2, abs=1e-6)
         assert r.entropy == pytest.approx(UNIT_ENTROPY, abs=1e-6)
@@ -65,6 +67,7 @@ def test_quadratic_log_weight_narrows_a_gaussian_exactly():
         0.0,
         -0.5,
         3,
+        method="orw",
         bounds=((-8, 8),),
         cells=(384,),
         steps=64,
