@@ -77,3 +77,14 @@ def test_the_method_imports_nothing_of_what_runs_it(rooms):
 def test_a_circle_would_be_seen(rooms):
     with pytest.raises(CycleError):
         TopologicalSorter(rooms | {"kernels": {"cli"}}).prepare()
+
+
+def test_every_folder_with_code_is_installed():
+    import tomllib
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {
+        dotted if path.name == "__init__.py" else dotted.rpartition(".")[0]
+        for dotted, path in modules().items()
+    }
+    assert sorted(listed) == sorted(folders)

@@ -11,7 +11,7 @@ from orwcfm_fast.errors import WorkError
 
 ROOT = Path(__file__).parents[1]
 PRIVATE = re.compile(r"\btorch(?:\.[a-z]\w*)*\._(?!_)\w+")
-WITH_A_GUARD = "orwcfm_fast/planning/torch_private.py"
+WITH_A_GUARD = "orwcfm_fast/torch_private.py"
 
 
 def private_names(source: Path) -> list[str]:
@@ -26,9 +26,9 @@ def test_torchs_private_names_are_used_behind_one_guard():
 
 def test_a_torch_without_those_names_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch._subclasses.fake_tensor", None)
-    monkeypatch.delitem(sys.modules, "orwcfm_fast.planning.torch_private", raising=False)
+    monkeypatch.delitem(sys.modules, "orwcfm_fast.torch_private", raising=False)
     with pytest.raises(WorkError, match=r"memory plan of a pipeline needs names that torch .* has moved"):
-        import orwcfm_fast.planning.torch_private  # noqa: F401
+        import orwcfm_fast.torch_private  # noqa: F401
 
 
 def test_the_lowest_versions_tested_are_those_that_the_package_allows():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from orwcfm_fast.planning.torch_private import tree_map
+from orwcfm_fast.torch_private import tree_map
 
 # those of torch's list of CUDA ops that autocast to float32 which transformers and VAEs contain
 FLOAT32_OPS = {

@@ -40,8 +40,8 @@ from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules, recompute
 from orwcfm_fast.planning.evaluation_memory import EvaluationMemory
 from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, largest_fitting
 from orwcfm_fast.planning.recorded import RecordedVelocity, recorded
-from orwcfm_fast.planning.torch_private import FakeTensorMode, TorchDispatchMode, tree_leaves
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.torch_private import FakeTensorMode, TorchDispatchMode, tree_leaves
 
 RANK = 16  # of the adapters in the second plan, unless --lora gives one
 EVALUATIONS = 6  # velocity evaluations of a rollout: enough to fill every solver's history

@@ -13,7 +13,7 @@ from orwcfm_fast.networks.flow.call import DENOISERS, Condition, mapped
 from orwcfm_fast.networks.flow.field import PipelineVelocity
 from orwcfm_fast.networks.flow.inputs import sizes_of
 from orwcfm_fast.networks.flow.learning import Traits, learn_shapes
-from orwcfm_fast.planning.torch_private import FakeTensorMode
+from orwcfm_fast.torch_private import FakeTensorMode
 
 CPU = torch.device("cpu")
 METHODS = ("forward", "encode", "decode", "get_image_features", "get_text_features")
