@@ -477,11 +477,6 @@ def ltx_i2v(parts: Parts) -> Made:
     return _ltx(parts, "LTXImageToVideoPipeline", image=picture(size=32))
 
 
-@family("LTX with conditions", VIDEO, EDIT)
-def ltx_condition(parts: Parts) -> Made:
-    return _ltx(parts, "LTXConditionPipeline", image=picture(size=32))
-
-
 @family("Mochi", VIDEO)
 def mochi(parts: Parts) -> Made:
     network = d.MochiTransformer3DModel(
@@ -502,6 +497,8 @@ def longcat_audio(parts: Parts) -> Made:
     network = d.LongCatAudioDiTTransformer(
         dit_dim=64, dit_depth=1, dit_heads=4, dit_text_dim=32, latent_dim=8, text_conv=False
     )
+    for p in (p for p in network.parameters() if not p.any()):
+        torch.nn.init.normal_(p, std=0.1)  # its last layers begin at zero
     vae = d.LongCatAudioDiTVae(
         in_channels=1, channels=16, c_mults=[1, 2], strides=[2], latent_dim=8, encoder_latent_dim=16,
         downsampling_ratio=2, sample_rate=2400,
