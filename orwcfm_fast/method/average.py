@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class PolicyAverage:
@@ -25,7 +26,7 @@ class PolicyAverage:
 
     def update(self, keep: float) -> None:
         """Take in the parameters as they are now."""
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - keep)
+        get_ema_multi_avg_fn(keep)(self.values, [p.detach() for p in self.parameters], 0)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
