@@ -13,7 +13,7 @@ from orwcfm_fast.networks.flow.call import Condition, DenoiserCall, leaves
 from orwcfm_fast.networks.flow.field import PipelineVelocity
 from orwcfm_fast.networks.flow.learning import CHECKED_TIME, Traits, learn_shapes
 from orwcfm_fast.networks.flow.loading import Description
-from orwcfm_fast.planning.without_weights import PartCall, for_rows, without_weights
+from orwcfm_fast.networks.flow.without_weights import PartCall, for_rows, without_weights
 from orwcfm_fast.torch_private import FakeTensorMode
 
 CPU = torch.device("cpu")

@@ -280,7 +280,7 @@ def sizes_explained(
     except (UserError, WorkError):
         raise
     except Exception as error:
-        from orwcfm_fast.planning.without_weights import check_sizes, without_weights
+        from orwcfm_fast.networks.flow.without_weights import check_sizes, without_weights
         from orwcfm_fast.torch_private import FakeTensorMode
 
         sizes = sizes_asked(arguments, prompt)
