@@ -8,7 +8,8 @@ from torch import Tensor
 
 from orwcfm_fast.kernels.anchored_residual import anchored_residual, anchored_residual_reference
 from orwcfm_fast.kernels.interpolate import interpolate, interpolate_reference
-from orwcfm_fast.kernels.philox import X0, normal
+from orwcfm_fast.kernels.philox import X0
+from orwcfm_fast.kernels.random_numbers import normal
 
 Inputs = dict[str, Tensor]
 

@@ -1,6 +1,7 @@
 """How samples are cut into programs, and where an element lies; shared by the kernels."""
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,27 +23,33 @@ class Launch(NamedTuple):
             self.kernel[self.grid](**self.args, **self.meta)
 
 
-def cut(elements: int, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
+def multiprocessors(device: torch.device) -> int:
+    """Of this GPU; an H100's where there is none but the kernel is to be compiled for one."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if device.type == "cpu" else 132  # the interpreter runs one program after the other
+
+
+@lru_cache(maxsize=256)
+def cut(elements: int, batch: int, itemsize: int, processors: int) -> tuple[int, dict[str, Any]]:
     """Number of chunks of a sample, and the block sizes.
 
-    A program takes one chunk: BLOCKS blocks of BLOCK elements of one sample, eight to a thread. No mask
-    where whole blocks divide the sample.
+    A program takes one chunk: BLOCKS blocks of BLOCK elements of one sample, eight to a thread. Chunks are as large as
+    leaves 4 programs to each multiprocessor, without a mask where whole blocks divide the sample.
     """
-    warps = 4 if elements >= 1024 else 1
-    block = 256 * warps
-    blocks = min(8, -(-elements // block))
-    if elements % block == 0:
-        blocks = max(n for n in range(1, blocks + 1) if elements // block % n == 0)
-    chunk = block * blocks
-    meta = {
-        "BLOCK": block,
-        "BLOCKS": blocks,
-        "MASKED": elements % chunk != 0,
-        "NEIGHBOURS": 4 if dtype == torch.float32 else 8,
-        "num_warps": warps,
-        "enable_fp_fusion": True,  # its default flips in triton 3.10
-    }
-    return -(-elements // chunk), meta
+    found: tuple[int, dict[str, Any]] = (0, {})
+    for warps, blocks in ((4, 4), (4, 3), (4, 2), (4, 1), (2, 1), (1, 1)):
+        block = 256 * warps
+        divides = elements % 256 == 0
+        idle = elements <= (block * (blocks - 1) if blocks > 1 else block // 2)
+        if warps > 1 and elements % (block * blocks) and (divides or idle):
+            continue
+        chunks = -(-elements // (block * blocks))
+        meta = {"BLOCK": block, "BLOCKS": blocks, "MASKED": not divides, "num_warps": warps}
+        found = chunks, meta | {"NEIGHBOURS": 4 if itemsize == 4 else 8, "enable_fp_fusion": True}
+        if batch * chunks >= 4 * processors:
+            break
+    return found
 
 
 def is_strided(name: str, x: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """triton and triton.language, or stand-ins where triton has no wheel (macOS): kernels then only import."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,3 +17,6 @@ except ImportError:
 
     triton = SimpleNamespace(jit=lambda fn: SimpleNamespace(fn=fn))
     tl = SimpleNamespace(constexpr=_Constexpr)
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Whether kernels run in triton's interpreter, which has no inline assembly."""

@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.kernels._check import check_counters, check_like, check_samples, check_tensor, refuse_grad
-from orwcfm_fast.kernels._launch import Launch, channels_and_pixels, cut, is_strided, pointers
+from orwcfm_fast.kernels._launch import (
+    Launch,
+    channels_and_pixels,
+    cut,
+    is_strided,
+    multiprocessors,
+    pointers,
+)
 from orwcfm_fast.kernels._triton import tl, triton
-from orwcfm_fast.kernels.philox import X0, normal, normal_kernel
+from orwcfm_fast.kernels.philox import X0, normal_kernel
+from orwcfm_fast.kernels.random_numbers import normal_reference
 
 Output = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -64,7 +72,7 @@ def _anchored_residual_kernel(
     GROUPS: tl.constexpr = 8 // NEIGHBOURS
     SUMS: tl.constexpr = BLOCK // GROUPS
     fm, w2 = tl.zeros([SUMS], tl.float32), tl.zeros([SUMS], tl.float32)
-    for block in range(BLOCKS):
+    for block in tl.static_range(BLOCKS):
         start = first + block * BLOCK
         mask = lane < elements - start if MASKED else None
         v_at = pointers(v_ptr + base, start, lane, channels, pixels, V_STRIDED)
@@ -73,7 +81,7 @@ def _anchored_residual_kernel(
         v = tl.load(v_at, mask).to(tl.float32)
         drift = v - tl.load(v_ref_at, mask).to(tl.float32)
         x0 = normal_kernel(start, seed, index, PURPOSE, BLOCK, NEIGHBOURS)
-        residual = x0 - tl.load(x1_at, mask).to(tl.float32) + v
+        residual = v - tl.load(x1_at, mask).to(tl.float32) + x0
         if MASKED:
             residual, drift = tl.where(mask, residual, 0.0), tl.where(mask, drift, 0.0)
         fm += tl.sum(tl.reshape(residual * residual, [GROUPS, SUMS]), 0)
@@ -106,7 +114,7 @@ def anchored_residual_reference(
     dtype = torch.promote_types(v.dtype, torch.float32)
     batch, w, a = v.shape[0], w.to(dtype), a.to(dtype)
     scale = 2 * batch / v.numel()
-    x0 = normal(tuple(x1.shape[1:]), seed, index, X0, dtype).view(batch, -1)
+    x0 = normal_reference(x1.shape[1:], seed, index, X0, dtype).view(batch, -1)
     residual = x0.sub_(x1.reshape(batch, -1)).add_(v.reshape(batch, -1))
     drift = v.reshape(batch, -1).to(dtype) - v_ref.reshape(batch, -1)
     fm, w2 = residual.square().mean(1), drift.square().mean(1)
@@ -131,7 +139,7 @@ def plan_anchored_residual(
     """The kernel calls, and the outputs that they fill."""
     _check(v, v_ref, x1, seed, index, w, a)
     batch, elements = v.shape[0], v[0].numel()
-    chunks, meta = cut(elements, v.dtype)
+    chunks, meta = cut(elements, batch, v.itemsize, multiprocessors(v.device))
     dv = torch.empty_like(v)
     loss, fm, w2 = (torch.empty_like(w) for _ in range(3))
     parts = (loss, fm, w2) if chunks == 1 else tuple(w.new_empty(batch * chunks) for _ in range(3))

@@ -22,7 +22,8 @@ from orwcfm_fast.kernels.anchored_residual import plan_anchored_residual
 from orwcfm_fast.kernels.interpolate import plan_interpolate
 
 TARGETS = (80, 90, 100)
-IMAGES, MASKED, ODD, HUGE = (64, 3, 32, 32), (64, 1, 28, 28), (5, 1023), (1, 2**31 + 1024)
+IMAGES, MASKED, ODD, HUGE = (1024, 3, 32, 32), (1024, 1, 28, 28), (1024, 1023), (1, 2**31 + 1024)
+FEW = (64, 3, 32, 32)  # cut into smaller programs, so that every multiprocessor has some
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
@@ -57,16 +58,22 @@ def launches() -> Iterator[tuple[str, Launch]]:
     cases = [(d, d, IMAGES, False) for d in (torch.bfloat16, torch.float16, torch.float32)]
     cases += [(torch.bfloat16, torch.float32, IMAGES, False)]
     cases += [
-        (torch.bfloat16, torch.bfloat16, *rest) for rest in ((MASKED, False), (ODD, False), (IMAGES, True))
+        (torch.bfloat16, torch.bfloat16, *rest)
+        for rest in ((MASKED, False), (ODD, False), (IMAGES, True), (FEW, False))
     ]
     for dtype, x1_dtype, shape, last in cases:
         v, x1 = samples(shape, dtype, last), samples(shape, x1_dtype, last)
         seed, index, w = per_sample(shape[0])
         name = _TYPES[dtype] + (f", x1 {_TYPES[x1_dtype]}" if x1_dtype != dtype else "")
-        name += ", channels_last" if last else {MASKED: ", masked", ODD: ", odd D"}.get(shape, "")
-        yield from ((name, launch) for launch in plan_anchored_residual(v, v, x1, seed, index, w, w)[0])
+        name += (
+            ", channels_last"
+            if last
+            else {MASKED: ", masked", ODD: ", odd D", FEW: ", batch 64"}.get(shape, "")
+        )
+        yield name, plan_anchored_residual(v, v, x1, seed, index, w, w)[0][0]
         if dtype == x1_dtype:
-            yield from ((name, launch) for launch in plan_interpolate(x1, w, seed, index)[0])
+            yield name, plan_interpolate(x1, w, seed, index)[0][0]
+            yield f"{name}, t drawn", plan_interpolate(x1, None, seed, index)[0][0]
     for name, which, v in (
         ("bf16, D > 2^31", 0, samples(HUGE, torch.bfloat16)),  # 64-bit sizes
         ("fp32", 1, samples((2, 2**20), torch.float32)),  # sums of chunks
@@ -147,16 +154,15 @@ def measure(launch: Launch, case: str, target: int) -> Row:
     if len(loops) > 1:
         raise RuntimeError(f"{row.kernel} on {row.target} has {len(loops)} loops, the count expects one")
     body = [op for at, op, _ in code if not loops or loops[0][0] <= at <= loops[0][1]]
-    accesses = [_width(op) for op in body if op.startswith(("LDG", "STG"))]
+    # single numbers of a sample are read and written 8 (seed, index) or 4 bytes at a time (t, w, a and sums)
+    accesses = [(op, _width(op)) for op in body if op.startswith(("LDG", "STG")) and _width(op) not in (4, 8)]
     blocks, per_block = launch.meta["BLOCKS"], launch.meta["BLOCK"] / (32 * launch.meta["num_warps"])
     out = launch.args["dv_ptr" if "dv_ptr" in launch.args else "out_ptr"]
-    stored = (
-        sum(_width(op) for op in body if op.startswith("STG")) / out.itemsize
-    )  # unrolled: of several blocks
+    stored = sum(width for op, width in accesses if op.startswith("STG")) / out.itemsize
     instructions = len(code) + len(body) * (blocks * per_block / stored - 1)
     return row._replace(
-        narrowest=min(accesses),
-        bytes_per_element=sum(accesses) / stored,
+        narrowest=min(width for _, width in accesses),
+        bytes_per_element=sum(width for _, width in accesses) / stored,
         instructions_per_element=round(instructions / (blocks * per_block), 1),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orwcfm_fast.kernels.interpolate import interpolate
+from orwcfm_fast.kernels.interpolate import interpolate_at_random_times
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.weighting import check_positive
 
@@ -80,8 +80,8 @@ def couple(
         x1, a, w = x1[pick], alpha * mean / w[pick], mean.expand(len(w)).contiguous()
     else:
         a = torch.full_like(w, alpha)
-    t = noise.uniform((1,), seed, index, noise.T)[:, 0]
-    return Batch(x1, t, interpolate(x1, t, seed, index), index, w, a)
+    x_t, t = interpolate_at_random_times(x1, seed, index)
+    return Batch(x1, t, x_t, index, w, a)
 
 
 def _weighted_plan_draw(x1: Tensor, w: Tensor, seed: Tensor, index: Tensor) -> Tensor:

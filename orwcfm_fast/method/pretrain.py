@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from orwcfm_fast.kernels.interpolate import interpolate
+from orwcfm_fast.kernels.interpolate import interpolate_at_random_times
 from orwcfm_fast.method import noise
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import Pretrain
@@ -61,8 +61,7 @@ class Pretrainer:
         if s.flip:
             mirror = noise.choice(2, self.seed, index, noise.FLIP).bool()
             x1 = torch.where(mirror.view(-1, 1, 1, 1), x1.flip(-1), x1)
-        t = noise.uniform((1,), self.seed, index, noise.T)[:, 0]
-        x_t = interpolate(x1, t, self.seed, index)
+        x_t, t = interpolate_at_random_times(x1, self.seed, index)
         x0 = noise.normal(self.policy.shape, self.seed, index, noise.X0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()

@@ -12,7 +12,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def zeroed(module: M) -> M:
-    """The module, which starts as nothing."""
+    """The module with all its parameters set to zero."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -27,11 +27,23 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-class Pointwise(nn.Conv1d):
-    """Conv1d over the positions of a map [B, C, H, W]: guided-diffusion's keys, no reshaping."""
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1×1 convolution as one matrix product, which a channels_last map is ready for; weight [out, in]."""
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
+class PositionConv(nn.Conv1d):
+    """Conv1d with kernel 1 over the positions of a map [B, C, H, W], with guided-diffusion's state-dict keys."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight[..., None], self.bias)
+        return _pointwise(x, self.weight[..., 0], self.bias)
+
+
+class PixelConv(nn.Conv2d):
+    """Conv2d with kernel 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _pointwise(x, self.weight[..., 0, 0], self.bias)
 
 
 class Downsample(nn.Module):
@@ -79,7 +91,7 @@ class ResBlock(nn.Module):
             zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = out_channels == channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if same else PixelConv(channels, out_channels, 1)
 
     def forward(self, x: Tensor, silu_emb: Tensor) -> Tensor:
         """x [B, C, H, W], silu_emb [B or 1, E] → [B, out, H', W']."""
@@ -111,8 +123,8 @@ class AttentionBlock(nn.Module):
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         self.split_qkv_first = split_qkv_first
         self.norm = GroupNorm(channels)
-        self.qkv = Pointwise(channels, 3 * channels, 1)
-        self.proj_out = zeroed(Pointwise(channels, channels, 1))
+        self.qkv = PositionConv(channels, 3 * channels, 1)
+        self.proj_out = zeroed(PositionConv(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape

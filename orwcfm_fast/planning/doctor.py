@@ -66,7 +66,7 @@ def _kernels(device: torch.device) -> dict[str, str]:
         which = "none: the device is a GPU but triton is not installed (pip install triton)"
     else:
         which = "plain-torch reference, because the device is a CPU"
-    return {op: which for op in ("interpolate", "anchored_residual")}
+    return {op: which for op in ("interpolate", "anchored_residual", "group_norm_silu", "random numbers")}
 
 
 def _writable(path) -> bool:

@@ -31,16 +31,15 @@ def device(request, poisoned):
 
 
 @pytest.fixture
-def assert_as_good_as_torch(device):
+def assert_as_good_as_torch():
     """|ours - exact| <= 2 * |torch at that precision - exact| + one ulp, element by element.
 
-    effect: how far each output moves when x0 moves by 1e-6, as it may on a GPU (fused multiply-add); the
-    interpreter draws torch's bits.
+    effect: how far each output moves when x0 moves by 3e-6, as it may with another logarithm and fused multiply-add.
     """
 
     def check(ours, torchs, exact, effect):
         ulp = torch.finfo(ours.dtype).eps * exact.abs() + torch.finfo(ours.dtype).smallest_normal
-        bound = 2 * (torchs.double() - exact).abs().max() + ulp + (effect if device == "cuda" else 0)
+        bound = 2 * (torchs.double() - exact).abs().max() + ulp + effect
         error = (ours.double() - exact).abs()
         assert (error <= bound).all(), f"off by {(error - bound).max():.3g} more than allowed"
 

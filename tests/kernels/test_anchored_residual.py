@@ -8,7 +8,8 @@ from orwcfm_fast.kernels.anchored_residual import (
     launch_anchored_residual,
 )
 from orwcfm_fast.kernels.interpolate import interpolate
-from orwcfm_fast.kernels.philox import X0, normal
+from orwcfm_fast.kernels.philox import X0
+from orwcfm_fast.kernels.random_numbers import normal
 
 SHAPES = [(1, 1), (3,), (3, 7), (5, 1023), (2, 4097), (2, 3072), (2, 9000), (7, 3, 5, 5)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -52,7 +53,7 @@ def test_kernel_matches_float64(shape, layout, dtypes, device, assert_as_good_as
     assert ours[3].stride() == args[0].stride() and ours[3].dtype == args[0].dtype
     assert {x.dtype for x in ours[:3]} == {torch.float32}
     w, fm = args[5].double(), exactly(*args)[1]
-    effects = 2e-6 * fm.sqrt() * w.abs(), 2e-6 * fm.sqrt(), 0, 2e-6 / args[0][0].numel() * w.abs().max()
+    effects = 6e-6 * fm.sqrt() * w.abs(), 6e-6 * fm.sqrt(), 0, 6e-6 / args[0][0].numel() * w.abs().max()
     for one, torchs, exact, effect in zip(
         ours, anchored_residual_reference(*args), exactly(*args), effects, strict=True
     ):

@@ -5,7 +5,7 @@ import torch
 
 from orwcfm_fast.kernels.anchored_residual import anchored_residual, anchored_residual_reference
 from orwcfm_fast.kernels.interpolate import interpolate, interpolate_reference
-from orwcfm_fast.kernels.philox import normal, uniform
+from orwcfm_fast.kernels.random_numbers import normal, uniform
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +23,7 @@ def arguments(shape, dtype=torch.float32):
 
 def test_cpu_and_gpu_draw_the_same_noise():
     index = torch.arange(64) + 2**31 - 32
-    for draw, error in ((normal, 1e-6), (uniform, 0)):
+    for draw, error in ((normal, 3e-6), (uniform, 0)):
         there = draw((3, 32, 32), -9, index.cuda(), 4).cpu()
         assert (draw((3, 32, 32), -9, index, 4) - there).abs().max() <= error
 

@@ -1,8 +1,15 @@
 import pytest
 import torch
 
-from orwcfm_fast.kernels.interpolate import interpolate, interpolate_reference, launch_interpolate
-from orwcfm_fast.kernels.philox import X0, normal
+from orwcfm_fast.kernels.interpolate import (
+    interpolate,
+    interpolate_at_random_times,
+    interpolate_at_random_times_reference,
+    interpolate_reference,
+    launch_interpolate,
+)
+from orwcfm_fast.kernels.philox import X0, T
+from orwcfm_fast.kernels.random_numbers import normal, uniform
 
 SHAPES = [(1, 1), (3,), (3, 7), (5, 1023), (2, 4097), (2, 3072), (2, 9000), (7, 3, 5, 5)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -29,9 +36,9 @@ CASES += [  # ten seconds each in the interpreter
 def test_kernel_matches_float64(shape, layout, dtype, device, assert_as_good_as_torch):
     x1, t, seed, index = arguments(shape, dtype, layout, device)
     exact = interpolate_reference(x1.double(), t.double(), seed, index)
-    ours = launch_interpolate(x1, t, seed, index)
+    ours, _ = launch_interpolate(x1, t, seed, index)
     assert ours.stride() == x1.stride() and ours.dtype == dtype
-    assert_as_good_as_torch(ours, interpolate_reference(x1, t, seed, index), exact, 1e-6)
+    assert_as_good_as_torch(ours, interpolate_reference(x1, t, seed, index), exact, 3e-6)
 
 
 def test_is_the_formula_with_counted_noise():
@@ -43,6 +50,24 @@ def test_is_the_formula_with_counted_noise():
     torch.testing.assert_close(x_t[1], 0.75 * x0[1] + 0.25 * x1[1])
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 9000), (7, 3, 5, 5)], ids=str)
+def test_kernel_draws_t_as_the_reference_does(shape, device, assert_as_good_as_torch):
+    x1, _, seed, index = arguments(shape, device=device)
+    x_t, t = launch_interpolate(x1, None, seed, index)
+    assert torch.equal(t, uniform((), seed, index, T))
+    exact, _ = interpolate_at_random_times_reference(x1.double(), seed, index)
+    assert_as_good_as_torch(x_t, interpolate_reference(x1, t, seed, index), exact, 3e-6)
+
+
+def test_random_times_are_uniform_numbers_of_their_own_purpose():
+    x1, _, seed, index = arguments((1000, 2))
+    x_t, t = interpolate_at_random_times(x1, seed, index)
+    assert torch.equal(t, uniform((), seed, index, T))
+    assert torch.equal(x_t, interpolate(x1, t, seed, index))
+    with pytest.raises(ValueError, match=r"^x1 requires grad"):
+        interpolate_at_random_times(x1.requires_grad_(), seed, index)
+
+
 def test_channels_last_has_the_same_noise():
     x1, t, seed, index = arguments((7, 3, 5, 5))
     last = x1.to(memory_format=torch.channels_last)
@@ -51,7 +76,9 @@ def test_channels_last_has_the_same_noise():
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_survives_opcheck(layout):
-    torch.library.opcheck(interpolate, arguments((4, 3, 5, 5), layout=layout))
+    x1, t, seed, index = arguments((4, 3, 5, 5), layout=layout)
+    torch.library.opcheck(interpolate, (x1, t, seed, index))
+    torch.library.opcheck(interpolate_at_random_times, (x1, seed, index))
 
 
 BAD = {

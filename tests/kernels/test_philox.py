@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from orwcfm_fast.kernels._triton import tl, triton
-from orwcfm_fast.kernels.philox import X0, normal, normal_kernel, philox4x32, philox_kernel, uniform
+from orwcfm_fast.kernels.philox import box_muller, box_muller_kernel, normal_kernel, philox4x32, philox_kernel
+from orwcfm_fast.kernels.random_numbers import normal
 
 SEEDS = [0, 1, 2**32 + 5, 2**40 + 7, -1, -(2**63), 2**63 - 1]
 INDICES = [0, 3, 2**31, 2**32 + 1, 2**40 + 9, 2**62]
@@ -28,13 +28,15 @@ def numpy_philox(c, seed):
 
 
 def float64_normals(words):
+    """Box-Muller in float64, and what the kernels may be off by: 6e-7 * max(1, radius)."""
     w = [word.double() for word in words]
-    pairs = []
+    normals, bounds = [], []
     for radius_word, angle_word in ((w[0], w[1]), (w[2], w[3])):
         radius = (-2 * ((radius_word + 0.5) / 2**32).log()).sqrt()
         angle = 2 * math.pi * angle_word / 2**32
-        pairs += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(pairs, -1).flatten()
+        normals += [radius * angle.cos(), radius * angle.sin()]
+        bounds += [6e-7 * radius.clamp_min(1)] * 2
+    return torch.stack(normals, -1).flatten(), torch.stack(bounds, -1).flatten()
 
 
 def index_words(index):
@@ -69,58 +71,21 @@ def test_integers_equal_numpys(seed, index):
         assert np.array_equal(a.numpy(), b.astype(np.int64)) and torch.equal(a, c)
 
 
-def test_normals_are_the_float64_formula_to_1e_6():
+def test_normals_are_the_float64_formula_within_the_stated_bound():
     z = normal((2**20,), 2**40 + 7, torch.tensor([3]), 5)[0]
     words = philox4x32(torch.arange(2**18), 5, torch.tensor(3), torch.tensor(0), 2**40 + 7)
-    assert (z - float64_normals(words)).abs().max() <= 1e-6
+    exact, bound = float64_normals(words)
+    assert ((z - exact).abs() <= bound).all()
+    assert (z - exact).square().mean().sqrt() < 1e-7
 
 
 def test_normals_keep_their_precision_in_the_tail_and_at_zero():
-    from orwcfm_fast.kernels.philox import _box_muller
-
-    edges = torch.tensor([0, 2**29, 2**30, 2**31, 3 * 2**30, 2**32, *(2**k for k in range(32))])
+    edges = torch.tensor([0, 2**29, 2**30, 2**31, 3 * 2**30, 7 * 2**29, 2**32, *(2**k for k in range(32))])
     near = (edges[:, None] + torch.arange(-2000, 2000)).flatten() % 2**32
     angle = torch.randint(0, 2**32, near.shape, generator=torch.Generator().manual_seed(0))
     for words in ((near, angle), (angle, near), (torch.zeros_like(near), near)):
-        z, exact = torch.stack(_box_muller(*words), -1), float64_normals([*words, *words]).view(-1, 4)[:, :2]
-        assert ((z - exact).abs() <= 3.5e-7 * exact.abs().clamp_min(1)).all()
-
-
-def test_an_element_depends_on_its_counter_alone():
-    index = torch.tensor([5, 2**33, -1])
-    z = normal((3, 5, 7), 11, index, 2)
-    assert torch.equal(z[1], normal((3, 5, 7), 11, index[1:2], 2)[0])
-    assert torch.equal(z.flatten(1)[:, :9], normal((9,), 11, index, 2))
-    many = normal((5000,), 0, torch.arange(30), X0)  # more than one chunk
-    assert torch.equal(many[29], normal((5000,), 0, torch.tensor([29]), X0)[0])
-    assert normal((), 0, index, X0).shape == (3,)
-    assert torch.equal(normal((8,), 0, index, X0, torch.bfloat16), normal((8,), 0, index, X0).bfloat16())
-
-
-@pytest.mark.parametrize("seed", [0, -5, 2**33 + 1])
-def test_draws_have_their_distributions(seed):
-    index = torch.arange(1000) + 2**31 - 500
-    assert stats.kstest(normal((1024,), seed, index, 3).flatten().numpy(), "norm").pvalue > 0.01
-    assert stats.kstest(uniform((1024,), seed, index, 3).flatten().numpy(), "uniform").pvalue > 0.01
-
-
-def test_draws_are_uncorrelated_across_element_index_purpose_and_seed():
-    index, n = torch.arange(1000), 1000 * 1024
-    z = normal((1024,), 0, index, 0)
-    pairs = [(z[:, :-lag], z[:, lag:]) for lag in (1, 2, 3, 4, 8, 128)] + [(z[:-1], z[1:])]
-    pairs += [(z, normal((1024,), 0, index + far, 0)) for far in (2**31, 2**32)]
-    pairs += [(z, normal((1024,), 0, index, purpose)) for purpose in (1, 2)]
-    pairs += [(z, normal((1024,), seed, index, 0)) for seed in (1, -1, 2**32)]
-    for a, b in pairs:
-        for f in (lambda x: x, torch.abs):
-            correlation = torch.corrcoef(torch.stack([f(a).flatten(), f(b).flatten()]))[0, 1]
-            assert abs(correlation) < 4 / math.sqrt(n)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_uniforms_are_never_1(dtype):
-    u = uniform((2**18,), 0, torch.arange(4), 1, dtype)
-    assert u.dtype == dtype and u.min() >= 0 and u.max() < 1
+        exact, bound = (x.view(-1, 4)[:, :2] for x in float64_normals([*words, *words]))
+        assert ((torch.stack(box_muller(*words), -1) - exact).abs() <= bound).all()
 
 
 def test_noise_needs_no_triton():
@@ -176,12 +141,31 @@ def test_triton_draws_the_same_integers(seed, index, device):
 
 
 @pytest.mark.parametrize("neighbours", [4, 8])
-@pytest.mark.parametrize("start", [0, 1024, 2**33])
+@pytest.mark.parametrize("start", [0, 2**33])
 def test_triton_draws_the_same_normals(neighbours, start, device):
-    z = torch.empty(4096, device=device)
+    z = torch.empty(2048, device=device)
     seed, index, first = (torch.tensor(x, device=device) for x in (-5, 2**33 + 1, start))
-    _normals_kernel[(1,)](z, seed, index, first, 4096, neighbours)
-    words = philox4x32(torch.arange(1024) + start // 4, 0, *index_words(2**33 + 1), -5)
-    assert (z.cpu() - float64_normals(words)).abs().max() <= 1e-6
-    if device == "cpu" and start == 0:
-        assert torch.equal(z, normal((4096,), -5, torch.tensor([2**33 + 1]), 0)[0])
+    _normals_kernel[(1,)](z, seed, index, first, 2048, neighbours)
+    words = philox4x32(torch.arange(512) + start // 4, 0, *index_words(2**33 + 1), -5)
+    exact, bound = float64_normals(words)
+    assert ((z.cpu() - exact).abs() <= bound).all()
+
+
+@triton.jit
+def _edges_kernel(radius_words, angle_words, out, N: tl.constexpr):
+    lane = tl.arange(0, N)
+    z0, z1 = box_muller_kernel(
+        tl.load(radius_words + lane).to(tl.uint32), tl.load(angle_words + lane).to(tl.uint32)
+    )
+    tl.store(out + 2 * lane, z0)
+    tl.store(out + 2 * lane + 1, z1)
+
+
+def test_tritons_logarithm_keeps_its_precision_where_the_two_formulas_meet(device):
+    edges = torch.tensor([0, 2**31, 7 * 2**29, 2**32])
+    words = ((edges[:, None] + torch.arange(-512, 512)).flatten() % 2**32).to(device)
+    angle = words.flip(0) * 3 % 2**32
+    z = torch.empty(8192, device=device)
+    _edges_kernel[(1,)](words, angle, z, 4096)
+    exact, bound = (x.view(-1, 4)[:, :2] for x in float64_normals([words, angle, words, angle]))
+    assert ((z.view(-1, 2) - exact).abs() <= bound).all()
