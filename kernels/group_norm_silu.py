@@ -42,7 +42,7 @@ def _channels(tile, groups, WIDTH: tl.constexpr, LANES: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def _forward_kernel(
+def _group_norm_silu_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
@@ -135,7 +135,7 @@ def _before_silu(dy_ptr, at, mask, n, weight, bias, SILU: tl.constexpr, MASKED: 
 
 
 @triton.jit
-def _backward_kernel(
+def _group_norm_silu_backward_kernel(
     dy_ptr,
     x_ptr,
     weight_ptr,
@@ -156,7 +156,7 @@ def _backward_kernel(
     HELD: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """As in _forward_kernel; dweight_ptr and dbias_ptr hold a row for each sample."""
+    """As in _group_norm_silu_kernel; dweight_ptr and dbias_ptr hold a row for each sample."""
     sample, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     channel, group, live, _ = _channels(tile, groups, WIDTH, LANES, TILE)
     row = groups * WIDTH
@@ -319,7 +319,9 @@ def plan_group_norm_silu(
         "rstd_ptr": rstd,
     }
     sizes = {"pixels": x.shape[2] * x.shape[3], "groups": groups, "tiles": tiles}
-    launch = Launch(_forward_kernel, (len(x) * tiles,), args | sizes, meta | {"EPS": eps, "SILU": silu})
+    launch = Launch(
+        _group_norm_silu_kernel, (len(x) * tiles,), args | sizes, meta | {"EPS": eps, "SILU": silu}
+    )
     return [launch], (y, mean, rstd)
 
 
@@ -343,7 +345,9 @@ def plan_group_norm_silu_backward(
     }
     outputs = {"dx_ptr": dx, "dweight_ptr": dweight, "dbias_ptr": dbias}
     sizes = {"pixels": x.shape[2] * x.shape[3], "groups": groups, "tiles": tiles}
-    launch = Launch(_backward_kernel, (len(x) * tiles,), args | outputs | sizes, meta | {"SILU": silu})
+    launch = Launch(
+        _group_norm_silu_backward_kernel, (len(x) * tiles,), args | outputs | sizes, meta | {"SILU": silu}
+    )
     return [launch], (dx, dweight, dbias)
 
 

@@ -19,7 +19,9 @@ import torch
 from orwcfm_fast.kernels._launch import Launch
 from orwcfm_fast.kernels._triton import triton
 from orwcfm_fast.kernels.anchored_residual import plan_anchored_residual
+from orwcfm_fast.kernels.group_norm_silu import plan_group_norm_silu, plan_group_norm_silu_backward
 from orwcfm_fast.kernels.interpolate import plan_interpolate
+from orwcfm_fast.kernels.random_numbers import plan_draw
 
 TARGETS = (80, 90, 100)
 IMAGES, MASKED, ODD, HUGE = (1024, 3, 32, 32), (1024, 1, 28, 28), (1024, 1023), (1, 2**31 + 1024)
@@ -28,8 +30,16 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
+MAPS = {  # of the CIFAR-10 U-Net, and of a larger image, whose pixels do not fit into registers at once
+    "128x32x32": (64, 128, 32, 32),
+    "256x16x16": (64, 256, 16, 16),
+    "384x32x32": (64, 384, 32, 32),
+    "128x64x64": (16, 128, 64, 64),
+}
+
+
 class Row(NamedTuple):
-    """One kernel on one target; the last three are of the loop over a sample's elements, where it has one."""
+    """One kernel on one target; the last three are those of kernels that run over elements without a loop."""
 
     kernel: str
     case: str
@@ -41,12 +51,34 @@ class Row(NamedTuple):
     """bytes of the narrowest global access"""
     bytes_per_element: float | None
     instructions_per_element: float | None
-    """the whole program's, loop body times trip count"""
+    """of the whole program"""
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
     """Every kernel in every way in which it is compiled for common shapes; on meta tensors, aligned."""
+    yield from _launches_of_the_path()
+    yield from _launches_of_the_norm()
+    seed, index = (torch.empty(n, dtype=torch.int64, device="meta") for n in ((), (1024,)))
+    for case, kind, shape, dtype in (
+        ("t", "uniform", (), torch.float32),
+        ("3x32x32", "normal", (3, 32, 32), torch.float32),
+        ("3x5x5", "normal", (3, 5, 5), torch.float32),
+        ("of 50000", "choice", (), torch.int64),
+    ):
+        yield f"{kind}, {case}", plan_draw(kind, shape, seed, index, 1, dtype, 50000)[0][0]
 
+
+def _launches_of_the_norm() -> Iterator[tuple[str, Launch]]:
+    cases = [(shape, torch.bfloat16) for shape in MAPS] + [("128x32x32", torch.float32)]
+    for shape, dtype in cases:
+        x = torch.empty(MAPS[shape], dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        p = torch.empty(x.shape[1], device="meta")
+        launch, (_, mean, rstd) = plan_group_norm_silu(x, p, p, 32, True)
+        yield f"{_TYPES[dtype]}, {shape}", launch[0]
+        yield f"{_TYPES[dtype]}, {shape}", plan_group_norm_silu_backward(x, x, p, p, mean, rstd, True)[0][0]
+
+
+def _launches_of_the_path() -> Iterator[tuple[str, Launch]]:
     def samples(shape, dtype, last=False):
         x = torch.empty(shape, dtype=dtype, device="meta")
         return x.to(memory_format=torch.channels_last) if last else x
@@ -127,44 +159,31 @@ def measure(launch: Launch, case: str, target: int) -> Row:
         int(re.search(rf"{what}:(\d+)", usage)[1])  # type: ignore[index]
         for what in ("REG", "STACK", "LOCAL")
     )
-    sass = re.findall(
-        r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", _cuobjdump(cubin, "-sass")
-    )
-    code = [(int(address, 16), op, rest) for address, op, rest in sass if op != "NOP"]
-    local += sum(_width(op) for _, op, _ in code if op.startswith(("LDL", "STL")))
-    row = Row(
-        launch.kernel.__name__.strip("_").removesuffix("_kernel"),
-        case,
-        f"sm_{target}",
-        registers,
-        stack,
-        local,
-        None,
-        None,
-        None,
-    )
-    if "BLOCKS" not in launch.meta:
+    sass = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", _cuobjdump(cubin, "-sass"))
+    code = [op for op in sass if op != "NOP"]
+    local += sum(_width(op) for op in code if op.startswith(("LDL", "STL")))
+    name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    row = Row(name, case, f"sm_{target}", registers, stack, local, None, None, None)
+    per_thread = _elements_of_a_thread(launch)
+    if per_thread is None:
         return row
-    jumps = [
-        (int(rest.split("0x")[1].split()[0].strip("`()"), 16), at)
-        for at, op, rest in code
-        if op == "BRA" or op == "BRA.U"
-    ]
-    loops = [(to, at) for to, at in jumps if to < at]
-    if len(loops) > 1:
-        raise RuntimeError(f"{row.kernel} on {row.target} has {len(loops)} loops, the count expects one")
-    body = [op for at, op, _ in code if not loops or loops[0][0] <= at <= loops[0][1]]
-    # single numbers of a sample are read and written 8 (seed, index) or 4 bytes at a time (t, w, a and sums)
-    accesses = [(op, _width(op)) for op in body if op.startswith(("LDG", "STG")) and _width(op) not in (4, 8)]
-    blocks, per_block = launch.meta["BLOCKS"], launch.meta["BLOCK"] / (32 * launch.meta["num_warps"])
-    out = launch.args["dv_ptr" if "dv_ptr" in launch.args else "out_ptr"]
-    stored = sum(width for op, width in accesses if op.startswith("STG")) / out.itemsize
-    instructions = len(code) + len(body) * (blocks * per_block / stored - 1)
+    # single numbers of a sample or of a group are read and written 8 (seed, index) or 4 bytes at a time
+    widths = [_width(op) for op in code if op.startswith(("LDG", "STG")) and _width(op) not in (4, 8)]
     return row._replace(
-        narrowest=min(width for _, width in accesses),
-        bytes_per_element=sum(width for _, width in accesses) / stored,
-        instructions_per_element=round(instructions / (blocks * per_block), 1),
+        narrowest=min(widths),
+        bytes_per_element=round(sum(widths) / per_thread, 2),
+        instructions_per_element=round(len(code) / per_thread, 1),
     )
+
+
+def _elements_of_a_thread(launch: Launch) -> float | None:
+    """That a thread computes in the whole program, where that has no loop."""
+    meta = launch.meta
+    if "BLOCKS" in meta:
+        return meta["BLOCKS"] * meta["BLOCK"] / (32 * meta["num_warps"])
+    if meta.get("HELD"):
+        return meta["PIXELS"] * meta["TILE"] * meta["LANES"] / (32 * meta["num_warps"])
+    return None
 
 
 def table(rows: list[Row]) -> str:
