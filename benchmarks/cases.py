@@ -1,12 +1,15 @@
 """The one list of what is measured: ops, the eager code that they replace, dtypes and sizes."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from orwcfm_fast.kernels.anchored_residual import anchored_residual, anchored_residual_reference
+from orwcfm_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from orwcfm_fast.kernels.interpolate import interpolate, interpolate_reference
 from orwcfm_fast.kernels.philox import X0
 from orwcfm_fast.kernels.random_numbers import normal
@@ -27,10 +30,44 @@ def eager_loss(v: Tensor, v_ref: Tensor, x1: Tensor, x0: Tensor, w: Tensor, a: T
     return w * fm + a * (v - v_ref.float()).square().flatten(1).mean(1)
 
 
-class Op(NamedTuple):
-    """floor: bytes an element of one pass over memory, in units of (the dtype's, x1's dtype's) size.
+def loss_and_gradient(
+    v: Tensor, v_ref: Tensor, x1: Tensor, x0: Tensor, w: Tensor, a: Tensor, **_
+) -> tuple[Tensor, Tensor]:
+    """`eager_loss` and its gradient by v, written out, for torch.compile to fuse."""
+    scale = 2 * len(v) / v.numel()
+    residual, drift = v.float() - (x1.float() - x0.float()), v.float() - v_ref.float()
+    fm, w2 = (x.square().flatten(1).mean(1) for x in (residual, drift))
+    per_sample = (-1, *[1] * (v.ndim - 1))
+    dv = scale * (w.view(per_sample) * residual + a.view(per_sample) * drift)
+    return w * fm + a * w2, dv.to(v.dtype)
 
+
+def _groups(x: Tensor) -> int:
+    return math.gcd(32, x.shape[1])
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Our GroupNorm and SiLU."""
+    return group_norm_silu(x, weight, bias, _groups(x), True)[0]
+
+
+def norm_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`norm` in plain torch."""
+    return group_norm_silu_reference(x, weight, bias, _groups(x), True)[0]
+
+
+def eager_norm(x: Tensor, weight: Tensor, bias: Tensor, **_) -> Tensor:
+    """torch's GroupNorm and SiLU, in x's dtype."""
+    return F.silu(F.group_norm(x, _groups(x), weight.to(x.dtype), bias.to(x.dtype)))
+
+
+class Op(NamedTuple):
+    """One op of ours and what it replaces.
+
+    floor: bytes an element of one pass over memory, in units of (the dtype's, x1's dtype's) size.
     result: the output that is held to float64; eager's gradient is held to the same.
+    by_hand: loss and gradient without autograd, for torch.compile.
+    maps: whether it is for feature maps, with parameters of their own.
     """
 
     ours: Callable
@@ -40,6 +77,8 @@ class Op(NamedTuple):
     passes: tuple[str, ...]
     floor: tuple[int, int]
     result: Callable[..., Tensor]
+    by_hand: Callable | None = None
+    maps: bool = False
 
 
 OPS = {
@@ -60,12 +99,24 @@ OPS = {
         ("forward", "forward+backward"),
         (3, 1),
         lambda loss, fm, w2, dv: dv,
+        by_hand=loss_and_gradient,
+    ),
+    "group_norm_silu": Op(
+        norm,
+        norm_reference,
+        eager_norm,
+        ("x", "weight", "bias"),
+        ("forward",),
+        (2, 0),
+        lambda y: y,
+        maps=True,
     ),
 }
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = {"fp32": (FP32, FP32), "bf16": (BF16, BF16), "fp16": (FP16, FP16), "bf16, x1 fp32": (BF16, FP32)}
 DIGITS, CIFAR = (256, 1, 8, 8), (128, 3, 32, 32)
+MAPS = (64, 64, 8, 8), (16, 128, 32, 32)  # of the digits U-Net, and of CIFAR-10's
 
 
 class Case(NamedTuple):
@@ -98,6 +149,9 @@ class Case(NamedTuple):
 
         seed, index = torch.tensor(7, device=device), torch.arange(batch, device=device)
         w, a, t = (torch.rand(batch, generator=g, device=device) + 0.5 for _ in range(3))
+        if OPS[self.op].maps:
+            x = randn(self.shape, dtype).to(memory_format=torch.channels_last)
+            return {"x": x, "weight": randn(self.shape[1], FP32), "bias": randn(self.shape[1], FP32)}
         found = {"x1": randn(self.shape, x1_dtype), "t": t - 0.5, "seed": seed, "index": index}
         if self.op == "anchored_residual":
             found |= {"v": randn(self.shape, dtype), "v_ref": randn(self.shape, dtype), "w": w, "a": a}
@@ -113,9 +167,12 @@ def cases(device: str | torch.device, short: bool) -> Iterator[Case]:
     sizes = ([2**28] if short else [2**24, 2**28, 2**31]) if cuda else []
     for op in OPS:
         for dtype, (kind, x1_kind) in DTYPES.items():
-            if op == "interpolate" and kind != x1_kind:
+            if op != "anchored_residual" and kind != x1_kind:
                 continue
             if short and dtype not in (("fp32", "bf16") if cuda else ("fp32",)):
+                continue
+            if OPS[op].maps:
+                yield from (Case(op, dtype, shape) for shape in MAPS)
                 continue
             large = [(size // (3072 * kind.itemsize), 3, 32, 32) for size in sizes]
             for shape in large[-2:-1] if cuda and dtype == "fp16" else [DIGITS, CIFAR, *large]:

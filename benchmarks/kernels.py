@@ -16,14 +16,16 @@ from torch import Tensor
 from orwcfm_fast.benchmarks.cases import CIFAR, OPS, Case, Inputs, cases
 from orwcfm_fast.device import device_name
 
-IMPLEMENTATIONS = ("eager", "compile", "ours")
+BY_HAND = "compile, gradient by hand"
+IMPLEMENTATIONS = ("eager", "compile", BY_HAND, "ours")
 
 
 @dataclass
 class Row:
     """One implementation of one case. seconds and what follows from it is None where the check failed.
 
-    bytes: the one-pass floor; gb_per_s: floor / seconds; copy_share: of the bandwidth of a copy of as many
+    seconds: of the kernels alone on a GPU, replayed from a CUDA graph, else of a call; host_seconds: of issuing a call
+    to a GPU. bytes: the one-pass floor; gb_per_s: floor / seconds; copy_share: of the bandwidth of a copy of as many
     bytes, copy_gb_per_s, timed in turn with it. speedup: over eager, at the same passes.
     peak_bytes: device memory above the inputs (GPU only). error: largest error of the gradient (of x_t
     for interpolate) against float64, over the largest value. step_share: of a CIFAR-10 training step on
@@ -38,6 +40,7 @@ class Row:
     correct: bool
     bytes: int
     seconds: float | None = None
+    host_seconds: float | None = None
     gb_per_s: float | None = None
     copy_gb_per_s: float | None = None
     copy_share: float | None = None
@@ -79,6 +82,38 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def kernels_alone(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Replays the call's kernels from a CUDA graph; the call itself on a CPU, or where it cannot be captured."""
+    if device.type != "cuda":
+        return call
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call
+    return graph.replay
+
+
+def host_seconds_of(call: Callable[[], object], device: torch.device) -> float | None:
+    """Median seconds of the host in issuing the call; None on a CPU, which does the work itself."""
+    if device.type != "cuda":
+        return None
+    found = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found)
+
+
 def copying(moved: int, device: torch.device) -> Callable[[], object]:
     """A copy that reads and writes `moved` bytes together: caches serve it as they serve an op of that size."""
     x = torch.zeros(max(moved // 2, 1), dtype=torch.uint8, device=device)
@@ -91,6 +126,9 @@ def _call(case: Case, inputs: Inputs, implementation: str, passes: str) -> Calla
     if implementation == "ours":
         args = [inputs[name] for name in op.names]
         return lambda: op.ours(*args)  # the gradient comes with the forward pass: v.backward(dv)
+    if implementation == BY_HAND:
+        by_hand = torch.compile(op.by_hand, fullgraph=True, dynamic=False)
+        return lambda: by_hand(**inputs)[1]
     function = (
         torch.compile(op.eager, fullgraph=True, dynamic=False) if implementation == "compile" else op.eager
     )
@@ -108,7 +146,8 @@ def _call(case: Case, inputs: Inputs, implementation: str, passes: str) -> Calla
 
 def _few(case: Case, inputs: Inputs, samples: int = 8) -> list[Tensor]:
     """The op's arguments for the first samples: samples do not depend on each other."""
-    return [inputs[name][:samples] if inputs[name].ndim else inputs[name] for name in OPS[case.op].names]
+    whole = ("seed", "weight", "bias")
+    return [inputs[name] if name in whole else inputs[name][:samples] for name in OPS[case.op].names]
 
 
 def _tuple(x):
@@ -180,6 +219,7 @@ def run(
     compiled: bool = True,
     training_step: bool = True,
     on_case: Callable[[str], None] = lambda name: None,
+    chosen: list[Case] | None = None,
 ) -> dict[str, Any]:
     """Measure every case.
 
@@ -188,7 +228,8 @@ def run(
         short: a few sizes (see cases), else all.
         compiled: whether torch.compile is measured, the slowest part to set up.
         training_step: whether a CIFAR-10 step is timed, for each op's share of it.
-        on_case: told the name of each case before it runs.
+        on_case: called with the name of each case before it runs.
+        chosen: the cases; by default those of `cases`.
 
     Returns:
         device, date, versions, step_seconds (of a CIFAR-10 batch of 128) and rows (Row, as
@@ -199,7 +240,7 @@ def run(
     batch, step = training_step_seconds(device) if training_step else (1, math.nan)
     step *= CIFAR[0] / batch
     rows: list[Row] = []
-    for case in cases(device, short):
+    for case in chosen or cases(device, short):
         on_case(str(case))
         rows += _measure(case, device, compiled, step)
     return {
@@ -227,7 +268,9 @@ def _measure(case: Case, device: torch.device, compiled: bool, step: float) -> l
     correct = check(case, inputs)
     for passes in OPS[case.op].passes:
         for implementation in IMPLEMENTATIONS:
-            if implementation == "compile" and not compiled:
+            if implementation.startswith("compile") and not compiled:
+                continue
+            if implementation == BY_HAND and (passes == "forward" or OPS[case.op].by_hand is None):
                 continue
             fine = correct or implementation != "ours"
             row = Row(case.op, case.dtype, case.shape, implementation, passes, fine, case.floor_bytes)
@@ -237,7 +280,8 @@ def _measure(case: Case, device: torch.device, compiled: bool, step: float) -> l
                 row.error = _error(case, inputs, _result(case, implementation, passes, call()))
                 if fine:
                     row.peak_bytes = _peak(call, device)
-                    calls.append((row, call))
+                    row.host_seconds = host_seconds_of(call, device)
+                    calls.append((row, kernels_alone(call, device)))
             except torch.OutOfMemoryError:
                 pass
     try:
@@ -261,6 +305,7 @@ COLUMNS = {
     "passes": "passes",
     "implementation": "by",
     "seconds": "time",
+    "host_seconds": "host time",
     "gb_per_s": "GB/s",
     "copy_gb_per_s": "copy GB/s",
     "copy_share": "of copy",
@@ -276,6 +321,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     formats: dict[str, Callable[[Any], str]] = {
         "shape": lambda shape: "×".join(map(str, shape)),
         "seconds": lambda s: f"{s * 1e3:.3g} ms",
+        "host_seconds": lambda s: f"{s * 1e6:.3g} µs",
         "gb_per_s": lambda x: f"{x:.4g}",
         "copy_gb_per_s": lambda x: f"{x:.4g}",
         "copy_share": lambda x: f"{x:.0%}",

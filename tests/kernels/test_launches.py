@@ -1,4 +1,4 @@
-"""Kernels that a GPU would be given, counted on fake CUDA tensors: each aten op or op of ours that is no view is one."""
+"""Kernels that a GPU would be given, counted on fake CUDA tensors: each op that is no view is one."""
 
 import pytest
 import torch
