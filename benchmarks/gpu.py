@@ -91,14 +91,14 @@ def steps(s: Sizes) -> dict[str, Any]:
     """Samples a second trained on, each way, at each batch size."""
     found = {}
     for batch in s.batches:
-        ready = loop.Measured(s.data, batch, 0.03, s.device)
+        ready = loop.LoopBenchmark(s.data, batch, 0.03, s.device)
         found[str(batch)] = alternate(ready.trainings(), s.repeats, s.device)
     return found
 
 
 def rollouts(s: Sizes) -> dict[str, Any]:
     """Samples a second drawn, each way, and FLOP of a forward pass of one sample."""
-    ready = loop.Measured(s.data, s.rollout, 0.03, s.device)
+    ready = loop.LoopBenchmark(s.data, s.rollout, 0.03, s.device)
     flop = forward_flop(ready.policies["fp32"])
     return {
         "flop": flop,

@@ -36,7 +36,7 @@ REUSE = DEFAULT.steps_per_round * DEFAULT.batch / DEFAULT.rollout  # gradient sa
 
 @dataclass(frozen=True)
 class Rung:
-    """One way of running the loop: how it draws, how it steps, how often it uses a sample."""
+    """One rung of the ladder: the ways in which it draws samples and takes steps, and how often it uses a sample."""
 
     way: str
     rollout: str
@@ -59,10 +59,10 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Row:
-    """Images a second drawn, trained on, and through the loop (an image drawn for every `reuse` trained on).
+    """Images a second that are drawn, trained on, and used by the whole loop, which draws one for every `reuse` used.
 
-    The ratios are to the plain loop, medians over runs paired in time; rollout_share:
-    of the loop's time; matrix_share: FLOP/s of the rollout over the highest seen in the same precision and run.
+    The ratios are to the plain loop, medians over runs paired in time. rollout_share: of the loop's time;
+    matrix_share: FLOP/s of the rollout, as a share of the highest rate seen at that precision in the same run.
     """
 
     data: str
@@ -77,8 +77,8 @@ class Row:
     matrix_share: float
 
 
-class Measured:
-    """Every way of drawing and of stepping on one data set, ready to run."""
+class LoopBenchmark:
+    """All ways of drawing samples and of taking gradient steps on one data set, each a call that can be timed."""
 
     def __init__(self, data: str, batch: int, euler_share: float, device: torch.device = CPU) -> None:
         self.batch, self.settings = batch, DEFAULT.model_copy(update={"batch": batch, "rollout": batch})
@@ -153,16 +153,16 @@ def measure(data: str, batch: int, repeats: int, euler_share: float, device: tor
     Args:
         euler_share: the plain rollout takes this share of its 99 steps and is scaled up; its steps are equal.
     """
-    ready = Measured(data, batch, euler_share, device)
+    ready = LoopBenchmark(data, batch, euler_share, device)
     rollout, step = (alternate(ways, repeats, device) for ways in (ready.rollouts(), ready.trainings()))
     rollout["plain"] = [v * ready.steps / EULER_STEPS for v in rollout["plain"]]
     flop = forward_flop(ready.policies["fp32"])
     rates = {t: matrix_rate(t, device) for t in (torch.float32, torch.bfloat16)}
-    base_loop = through(rollout["plain"], step["plain"], 1.0)
+    base_loop = loop_rates(rollout["plain"], step["plain"], 1.0)
     rows = []
     for rung in (rung for rung in LADDER if rung.step in step):
         drawn, trained = rollout[rung.rollout], step[rung.step]
-        both = through(drawn, trained, rung.reuse)
+        both = loop_rates(drawn, trained, rung.reuse)
         nfe = EULER_STEPS if rung.rollout == "plain" else ready.settings.nfe
         rate = rates[torch.bfloat16 if rung.rollout == "bf16" else torch.float32]
         rows.append(
@@ -176,15 +176,15 @@ def measure(data: str, batch: int, repeats: int, euler_share: float, device: tor
     return rows
 
 
-def through(drawn: list[float], trained: list[float], reuse: float) -> list[float]:
-    """Images a second through the loop that draws one for every `reuse` it trains on."""
+def loop_rates(drawn: list[float], trained: list[float], reuse: float) -> list[float]:
+    """Images a second of a loop that draws one image for every `reuse` that it trains on."""
     return [1 / (1 / (reuse * a) + 1 / b) for a, b in zip(drawn, trained, strict=True)]
 
 
 def run(
     full: bool = False, watch: Callable[[str], None] | None = None, device: torch.device = CPU
 ) -> dict[str, Any]:
-    """Measure; the short form takes under two minutes on two cores, the full one an hour.
+    """Measure the ladder; the short form takes under two minutes on two cores, the full one an hour.
 
     Returns:
         machine, versions, date and rows as plain values; with `full` also pretraining and peak memory of the
@@ -193,13 +193,13 @@ def run(
     from orwcfm_fast.benchmarks import memory, pretraining
     from orwcfm_fast.benchmarks.race import race
 
-    say = watch or (lambda text: None)
+    report = watch or (lambda text: None)
     cuda = device.type == "cuda"
     cifar = (512 if cuda else BATCH) if full else (128 if cuda else 2)
     plan = [("digits", BATCH, 3, 0.1), ("cifar10", cifar, 3 if full or cuda else 1, 0.03)]
     rows: list[Row] = []
     for data, batch, repeats, share in plan:
-        say(f"{data}, batch {batch}")
+        report(f"{data}, batch {batch}")
         rows += measure(data, batch, repeats, share, device)
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -210,17 +210,17 @@ def run(
         "rows": [asdict(row) for row in rows],
     }
     if full:
-        say("pretraining")
+        report("pretraining")
         found["pretraining"] = pretraining.measure(cifar, 3, device)
-        say("peak memory")
+        report("peak memory")
         found["memory"] = memory.measure(cifar if cuda else 16, device)
-        say("race to a wanted reward on digits")
+        report("race to a wanted reward on digits")
         found["race"] = race(seeds=3, limit=120.0, device=device)
     return found
 
 
 def extra_lines(found: dict[str, Any]) -> list[str]:
-    """What the full form measures besides the ladder, a line each."""
+    """A line for each of the measurements that the full form adds to the ladder."""
     lines = [
         f"pretraining, {row['way']}: {row['images_per_s']:.3g} images/s, {row['ratio']:.2f}×"
         for row in found.get("pretraining", ())
@@ -234,7 +234,7 @@ def extra_lines(found: dict[str, Any]) -> list[str]:
 
 
 def race_lines(found: dict[str, Any]) -> list[str]:
-    """What the race found, a line a way: medians over the seeds."""
+    """A line for each way of running the race: medians over the seeds."""
     lines = []
     late = any(f["seconds"] is None for f in found["finishes"] if f["way"] not in found["ratios"])
     least = "at least " if late else ""  # the plain loop was stopped on its way
@@ -252,7 +252,7 @@ def race_lines(found: dict[str, Any]) -> list[str]:
 
 
 def plot(found: dict[str, Any], path: str | Path) -> None:
-    """Write a PNG: images a second through the loop, over the plain loop's, by rung."""
+    """Write a PNG: images a second of the loop over the plain loop's, by rung."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -283,7 +283,7 @@ COLUMNS = (
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table, by `COLUMNS`."""
+    """Texts of a row, in the order of COLUMNS."""
     texts = [row["data"], row["way"]]
     texts += [f"{row[key]:.3g}" for key in ("rollout", "step", "loop")]
     texts += [f"{row[key]:.2f}" for key in ("rollout_ratio", "step_ratio", "loop_ratio")]

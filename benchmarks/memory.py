@@ -33,20 +33,20 @@ from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.settings import Finetune
 
 WAYS = ("plain", "fp32", "bf16", "lora")
-EVALUATIONS = 4  # a rollout's peak does not depend on how many there are
+EVALUATIONS = 4  # their number does not change a rollout's peak
 
 
-def most(device: torch.device) -> int:
-    """Bytes that this process held at most so far."""
+def peak_bytes(device: torch.device) -> int:
+    """The most bytes that this process has held at once so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # getrusage's figure is handed down: a child of a large process would begin at its peak
+    # a child process inherits getrusage's figure: that of a large parent would begin at its peak
     with suppress(OSError, IndexError):
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def size(tensors: Iterable[Tensor]) -> int:
+def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, each storage counted once."""
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(found.values())
@@ -57,7 +57,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def plain(batch: int, device: torch.device) -> int:
-    """Run the plain loop; bytes held."""
+    """Run the plain loop; the bytes that it holds."""
     policy = bench_policy("cifar10", "fp32")
     network = torchcfm_network(policy.model, policy.network.state_dict()).to(device)
     shape = policy.shape
@@ -68,11 +68,11 @@ def plain(batch: int, device: torch.device) -> int:
     loop.end_epoch()
     grads = [p.grad for p in network.parameters() if p.grad is not None]
     copies = [p for n in (network, loop.reference, loop.behaviour) for p in n.parameters()]
-    return size([*copies, *grads, *optimizer_state(loop.optimizer)])
+    return bytes_of([*copies, *grads, *optimizer_state(loop.optimizer)])
 
 
 def ours(way: str, batch: int, device: torch.device) -> int:
-    """Run our rollout and step; bytes held (gradients are freed after each step: counted as they were)."""
+    """Run our rollout and two steps; the bytes held, with those of the gradients, which are freed after each step."""
     policy = bench_policy("cifar10", "bf16" if way == "bf16" else "fp32", device)
     if way == "lora":
         add_lora(policy.network, LORA_RANK)
@@ -86,13 +86,13 @@ def ours(way: str, batch: int, device: torch.device) -> int:
         drawn = couple(x1, torch.ones(batch, device=device), 1.0, seed, index)
         learner.step(replace(drawn, anchor=velocities(reference, drawn, learner.sizes)), seed)
     copies = [*policy.network.parameters(), *reference.network.parameters()]
-    return size([*copies, *optimizer_state(learner.optimizer)]) + size(learner.parameters)
+    return bytes_of([*copies, *optimizer_state(learner.optimizer)]) + bytes_of(learner.parameters)
 
 
 def child(way: str, batch: int, device: torch.device) -> None:
-    before = most(device)
+    before = peak_bytes(device)
     held = plain(batch, device) if way == "plain" else ours(way, batch, device)
-    print(json.dumps({"way": way, "batch": batch, "peak": most(device) - before, "held": held}))
+    print(json.dumps({"way": way, "batch": batch, "peak": peak_bytes(device) - before, "held": held}))
 
 
 def measure(batch: int, device: torch.device = CPU) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def measure(batch: int, device: torch.device = CPU) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the children need what this process no longer does
+        torch.cuda.empty_cache()  # for the child processes
     for way in WAYS:
         command = [sys.executable, "-m", "orwcfm_fast.benchmarks.memory", "--child", way]
         command += ["--batch", str(batch), "--device", str(device)]

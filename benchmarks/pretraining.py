@@ -1,6 +1,6 @@
-"""A pretraining step, ours against torchcfm's own: `python -m orwcfm_fast.benchmarks.pretraining`.
+"""A pretraining step of ours against torchcfm's: `python -m orwcfm_fast.benchmarks.pretraining`.
 
-Same UNet, data and batch; the weight average is part of both.
+Both train the same U-Net on the same data and batch size, and both update a weight average.
 """
 
 import copy
@@ -18,12 +18,12 @@ from orwcfm_fast.method.pretrain import Pretrainer
 from orwcfm_fast.settings import Pretrain
 
 DECAY = 0.9999
-BATCHES = 2  # of data, drawn from again
+BATCHES = 2  # in the data set
 
 
 class PlainPretraining:
-    """torchcfm's CIFAR-10 example: float32 eager, dropout, Adam 2e-4 on a schedule, and an average that walks through
-    the state dict. With the independent coupling, the cheapest of its choices."""
+    """torchcfm's CIFAR-10 example: float32 eager, dropout, Adam at 2e-4 with warm-up, and a weight average that is
+    updated entry by entry of the state dict; with the independent coupling, the cheapest of its choices."""
 
     def __init__(self, network: nn.Module, data: Tensor, batch: int) -> None:
         from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
@@ -50,7 +50,7 @@ class PlainPretraining:
 
 
 def measure(batch: int, repeats: int, device: torch.device = CPU) -> list[dict[str, Any]]:
-    """Images a second of each way and their ratio to torchcfm's, alternating; the CIFAR-10 UNet."""
+    """Images a second of each way on the CIFAR-10 U-Net, and their ratio to torchcfm's, measured in turn."""
     policies = {precision: bench_policy("cifar10", precision, device) for precision in ("fp32", "bf16")}
     first = policies["fp32"]
     data = torch.randn(BATCHES * batch, *first.shape, device=device).clamp(-1, 1)

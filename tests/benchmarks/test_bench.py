@@ -117,7 +117,7 @@ def test_the_full_form_tells_pretraining_and_memory():
 
 def test_peak_memory_is_a_processes_own_and_not_its_parents():
     ballast = torch.ones(2**28)  # a GiB that the child never sees
-    code = "import torch; from orwcfm_fast.benchmarks.memory import most; print(most(torch.device('cpu')))"
+    code = "import torch; from orwcfm_fast.benchmarks.memory import peak_bytes; print(peak_bytes(torch.device('cpu')))"
     peak = int(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from orwcfm_fast.benchmarks.memory import most
+from orwcfm_fast.benchmarks.memory import peak_bytes
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.theory import GaussianMixture, GridDensity, bound_chain, exact_recursion, refit
 from orwcfm_fast.theory.density import on_grid
@@ -259,7 +259,7 @@ def test_five_rounds_on_a_96_by_96_grid_take_under_a_minute_and_four_gib(stopwat
     found = exact_recursion(ring, right, 1.0, 0.5, 5)
     assert stopwatch() < 60
     assert found.error["reward"] < 0.005 and abs(found.rounds[-1].mass - 1) < 1e-3
-    held = most(torch.device("cpu"))  # by this process so far
+    held = peak_bytes(torch.device("cpu"))  # by this process so far
     print(f"{held / 2**30:.2f} GiB")
     assert held < 4 * 2**30
 
