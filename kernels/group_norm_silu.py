@@ -202,35 +202,42 @@ def _group_norm_silu_backward_kernel(
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), rest)
 
 
-def _pieces(*maps: Tensor) -> Iterator[list[Tensor]]:
-    """Views [b, pixels, channels] of maps, a few samples at a time, so that temporaries stay in a CPU's cache."""
-    size = max(1, 2**18 // maps[0][0].numel())
-    yield from zip(*(x.permute(0, 2, 3, 1).flatten(1, 2).split(size) for x in maps), strict=True)  # type: ignore[misc]
+def _pieces(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A map, and what belongs to its samples, a few samples at a time.
+
+    Temporaries then stay in a CPU's cache: fresh pages of memory cost more than the arithmetic.
+    """
+    size = max(1, 2**16 // first[0].numel())
+    yield from zip(*(x.split(size) for x in (first, *others)), strict=True)
 
 
-def _each_channel(of_groups: Tensor, channels: int) -> Tensor:
-    """[b, groups] → [b, 1, channels]."""
-    return of_groups.repeat_interleave(channels // of_groups.shape[1], 1)[:, None]
-
-
-def _group_means(of_channels: Tensor, groups: int) -> Tensor:
-    """[b, channels] → [b, groups]."""
-    return of_channels.unflatten(1, (groups, -1)).mean(2)
+def _scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Those [b, C, 1, 1] with which h = x * scale + shift."""
+    width = len(weight) // mean.shape[1]
+    mean, rstd = (x[:, :, None].expand(-1, -1, width).flatten(1) for x in (mean, rstd))
+    scale = rstd * weight
+    return scale[..., None, None], torch.addcmul(bias, mean, scale, value=-1)[..., None, None]
 
 
 def group_norm_silu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool, eps: float = 1e-5
 ) -> Output:
     """The formulas in plain torch; the CPU path, and what tests compare with. Also takes float64."""
-    dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(dtype), bias.to(dtype)
     y, means, rstds = torch.empty_like(x), [], []
     for part, to in _pieces(x, y):
         part = part.to(dtype)
-        means.append(_group_means(part.mean(1), groups))
-        centred = part - _each_channel(means[-1], channels)
-        rstds.append((_group_means(centred.square().mean(1), groups) + eps).rsqrt())
-        h = torch.addcmul(bias, centred, _each_channel(rstds[-1], channels) * weight)
+        rows = part.permute(0, 2, 3, 1).flatten(1, 2)  # [b, pixels, channels]
+        level = rows.mean(1)
+        mean = level.unflatten(1, (groups, -1)).mean(2)
+        apart = level.unflatten(1, (groups, -1)) - mean[..., None]
+        squares = (rows - level[:, None]).square_().mean(1).unflatten(1, (groups, -1))
+        var = (squares + apart.square()).mean(2)
+        means.append(mean)
+        rstds.append((var + eps).rsqrt())
+        scale, shift = _scale_and_shift(mean, rstds[-1], weight, bias)
+        h = torch.addcmul(shift, part, scale)
         to.copy_(torch.nn.functional.silu(h, inplace=True) if silu else h)
     return y, torch.cat(means), torch.cat(rstds)
 
@@ -238,26 +245,21 @@ def group_norm_silu_reference(
 def group_norm_silu_backward_reference(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool
 ) -> Output:
-    """`group_norm_silu_backward` in plain torch. Also takes float64."""
-    dtype, channels, groups = torch.promote_types(x.dtype, torch.float32), x.shape[1], mean.shape[1]
+    """`group_norm_silu_backward` by torch's own backward ops. Also takes float64."""
+    dtype, (_, c, height, width) = torch.promote_types(x.dtype, torch.float32), x.shape
     weight32, bias32 = weight.to(dtype), bias.to(dtype)
     dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight32), torch.zeros_like(bias32)
-    start = 0
-    for part, dh, to in _pieces(x, dy, dx):
-        rows, start = slice(start, start + len(part)), start + len(part)
-        scale = _each_channel(rstd[rows], channels)
-        n = (part.to(dtype) - _each_channel(mean[rows], channels)).mul_(scale)
-        dh = dh.to(dtype)
+    for part, dh, to, m, r in _pieces(x, dy, dx, mean, rstd):
+        part, dh = part.to(dtype), dh.to(dtype)
         if silu:
-            dh = torch.ops.aten.silu_backward(dh, torch.addcmul(bias32, n, weight32))
-        along, level = (dh * n).sum(1), dh.sum(1)
-        dweight += along.sum(0)
-        dbias += level.sum(0)
-        along, level = (
-            _each_channel(_group_means(weight32 * s, groups) / part.shape[1], channels) * scale
-            for s in (along, level)
+            scale, shift = _scale_and_shift(m, r, weight32, bias32)
+            dh = torch.ops.aten.silu_backward(dh, torch.addcmul(shift, part, scale))
+        found = torch.ops.aten.native_group_norm_backward(
+            dh, part, m, r, weight32, len(part), c, height * width, m.shape[1], [True, True, True]
         )
-        to.copy_((dh * (scale * weight32)).sub_(level).addcmul_(n, along, value=-1))
+        to.copy_(found[0])
+        dweight += found[1]
+        dbias += found[2]
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
@@ -286,7 +288,9 @@ def _cut(x: Tensor, groups: int) -> tuple[int, dict[str, object]]:
     # whole 32-byte sectors, and enough numbers for a few warps
     while tile < groups and (tile * lanes * x.itemsize < 32 or tile * lanes * at_once < 4096):
         tile *= 2
-    at_once = min(at_once, max(1, 16384 // (tile * lanes)))
+    held = pixels <= min(at_once, 16384 // (tile * lanes))
+    if not held:  # sums are kept beside the numbers
+        at_once = max(1, 8192 // (tile * lanes))
     tiles = triton.cdiv(groups, tile)
     exact = lanes == width and groups % tile == 0 and pixels % at_once == 0
     meta = {
@@ -294,9 +298,9 @@ def _cut(x: Tensor, groups: int) -> tuple[int, dict[str, object]]:
         "LANES": lanes,
         "TILE": tile,
         "PIXELS": at_once,
-        "HELD": at_once >= pixels,
+        "HELD": held,
         "MASKED": not exact,
-        "num_warps": max(1, min(16, tile * lanes * at_once // 1024)),
+        "num_warps": max(1, min(16, tile * lanes * at_once // (1024 if held else 512))),
         "enable_fp_fusion": True,
     }
     return tiles, meta

@@ -9,7 +9,14 @@ from orwcfm_fast.kernels.interpolate import interpolate_at_random_times
 from orwcfm_fast.kernels.random_numbers import choice, normal, uniform
 from orwcfm_fast.networks.models import build_network
 
-NO_KERNEL = ("aten::empty", "aten::new_empty", "aten::detach", "aten::lift_fresh", "aten::_local_scalar")
+NO_KERNEL = (
+    "aten::empty",
+    "aten::new_empty",
+    "aten::detach",
+    "aten::lift_fresh",
+    "aten::_unsafe_view",
+    "prim::",
+)
 
 
 class Kernels(TorchDispatchMode):
@@ -23,7 +30,10 @@ class Kernels(TorchDispatchMode):
         name = op._schema.name
         if not op.is_view and not name.startswith(NO_KERNEL):
             self.names.append(name)
-        return op(*args, **(kwargs or {}))
+        found = op(*args, **(kwargs or {}))
+        if name == "aten::convolution":  # cuDNN keeps the layout, fake tensors do not know it
+            found = found.contiguous(memory_format=torch.channels_last)
+        return found
 
 
 @pytest.fixture
@@ -54,10 +64,17 @@ def test_drawing_takes_three_launches_at_most(counted, draw):
     assert 1 <= len(names) <= 3 and sum(name.startswith("orwcfm::") for name in names) == 1
 
 
-@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32], ids=str)
-def test_a_forward_pass_of_the_cifar_network_in_bf16(counted, held):
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
+def network(request):
+    """The CIFAR-10 U-Net with weights of that type, before there are fake tensors, which a module does not take."""
+    with torch.device("meta"):
+        return build_network("unet-cifar10", (3, 32, 32)).to(request.param).eval()
+
+
+def test_a_forward_pass_of_the_cifar_network_in_bf16(network, counted):
     """Weights that are held in bf16 need no casts; autocast casts all but those of the norms."""
-    network = build_network("unet-cifar10", (3, 32, 32)).to_empty(device="cuda").to(held).eval()
+    held = network.out[2].weight.dtype
+    network.to_empty(device="cuda")
     t, x = torch.zeros(8, device="cuda"), torch.zeros(8, 3, 32, 32, device="cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -67,6 +84,6 @@ def test_a_forward_pass_of_the_cifar_network_in_bf16(counted, held):
         torch.set_autocast_enabled("cuda", False)
         torch.clear_autocast_cache()
     casts = names.count("aten::_to_copy")
-    assert names.count("orwcfm::group_norm_silu") == 57
-    assert len(names) - casts <= 250
+    assert names.count("orwcfm::group_norm_silu") == 51
+    assert len(names) - casts <= 290
     assert casts <= 10 if held == torch.bfloat16 else casts > 100
