@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from orwcfm_fast.kernels._triton import tl, triton
-from orwcfm_fast.kernels.philox import box_muller, box_muller_kernel, normal_kernel, philox4x32, philox_kernel
+from orwcfm_fast.kernels.philox import (
+    X0,
+    box_muller,
+    box_muller_kernel,
+    normal_kernel,
+    philox4x32,
+    philox_kernel,
+)
 from orwcfm_fast.kernels.random_numbers import normal
 
 SEEDS = [0, 1, 2**32 + 5, 2**40 + 7, -1, -(2**63), 2**63 - 1]
