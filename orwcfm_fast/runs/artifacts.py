@@ -65,8 +65,8 @@ class RunArtifacts:
             shares = (result.before.classes, after.classes) if after.classes else None
             self._save_pairs(path, f"{self.trainer.round} rounds", shares)
         else:
-            before, after = self._decoded(probe.of_reference), self._decoded(probe.samples)
-            save_samples(path, {"before": before, "after": after})
+            pictures = {"before": self._decoded(probe.of_reference), "after": self._decoded(probe.samples)}
+            save_samples(path, pictures)
         save_curves(self.run.path / "curves.png", result.records, after.reward.mean, after.diversity.mean)
         run_report(result, about)
         write_text(self.run.summary, json.dumps(result.summary(), indent=1) + "\n")
