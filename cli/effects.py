@@ -74,7 +74,7 @@ def _clip_has_text(v: Any) -> bool:
 
 def _no_file(v: Any) -> bool:
     """No model is a .pt file, whose network and data must be named; a pipeline may be named by --model alone."""
-    from orwcfm_fast.networks.diffusers import is_pipeline
+    from orwcfm_fast.networks.flow.library import is_pipeline
 
     return not (is_pipeline(v.preset) and not any(v.models)) and not any(Path(m).is_file() for m in v.models)
 
@@ -93,9 +93,25 @@ def _digits_model(v: Any) -> bool:
     return not v.checkpoint and not v.model
 
 
+def _other_method(*names: str) -> Callable[[Any], bool]:
+    return lambda v: v.method not in names
+
+
+def _no_weights(v: Any) -> bool:
+    from orwcfm_fast.method.objectives import METHODS
+
+    return METHODS.get(v.method).signal != "weight"
+
+
 OVERWRITE = (Rule(("overwrite",), lambda v: v.out is None, "it is about --out, which is not given"),)
 SAMPLING = (Rule(("nfe", "grid"), _adaptive, "solver {solver} chooses its own time steps"),)
 WEIGHTING = (
+    Rule(("alpha", "weights", "normalize_weights"), _no_weights, "--method {method} has no weights and no α"),
+    Rule(("adrpo_beta0",), _other_method("adrpo"), "it is for --method adrpo"),
+    Rule(("ram_m",), _other_method("ram"), "it is for --method ram"),
+    Rule(("raft_best_of",), _other_method("raft"), "it is for --method raft"),
+    Rule(("nft_beta",), _other_method("nft"), "it is for --method nft"),
+    Rule(("kl",), _other_method("nft", "awm"), "it is for --method nft or awm"),
     Rule(
         ("tau",), lambda v: v.weights == "linear", "--weights linear takes the rewards themselves as weights"
     ),

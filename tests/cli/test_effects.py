@@ -35,10 +35,17 @@ REWARDS = {
     "--classifier-pixels": [("--classifier-pixels", "unit", "no reward is a classifier")],
     "--data-dir": ALWAYS,  # where a digit reward or the measures look for MNIST or CIFAR-10
 }
+RAM = ("--method", "ram")
 WEIGHTING = {
-    "--alpha": ALWAYS,
+    "--method": ALWAYS,
+    "--alpha": [("--alpha", 2, *RAM, "--method ram has no weights and no α")],
     "--tau": [("--tau", 2, *LINEAR, "takes the rewards themselves")],
-    "--weights": ALWAYS,
+    "--weights": [("--weights", "advantage", *RAM, "--method ram has no weights")],
+    "--adrpo-beta0": [("--adrpo-beta0", 2, "for --method adrpo")],
+    "--ram-m": [("--ram-m", 2, "for --method ram")],
+    "--raft-best-of": [("--raft-best-of", 2, *RAM, "for --method raft")],
+    "--nft-beta": [("--nft-beta", 2, "for --method nft")],
+    "--kl": [("--kl", 0.1, *RAM, "for --method nft or awm")],
     "--normalize-weights": [
         ("--normalize-weights", *LINEAR, "always divides by the mean"),
         ("--no-normalize-weights", *LINEAR, "always divides by the mean"),
@@ -78,7 +85,7 @@ FINETUNE = {
     "--coupling": ALWAYS, "--target-w2": ALWAYS, "--rollout": ALWAYS,
     "--standardize-rewards": [("--standardize-rewards", "--weights", "advantage", "standardises a single reward")],
     "--batch": ALWAYS, "--lr": ALWAYS, "--warmup": ALWAYS, "--grad-clip": ALWAYS, "--steps-per-round": ALWAYS,
-    "--cooldown": ALWAYS, "--reference-passes": ALWAYS, "--pair": ALWAYS,
+    "--cooldown": ALWAYS,
     "--graph": ALWAYS,  # refused where there is no GPU
     "--micro-batch": [("--micro-batch", 64, "--batch", 64, "a batch of 64 is no larger")],
     "--lora": ALWAYS,
