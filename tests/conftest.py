@@ -102,8 +102,10 @@ def digits_model(cache):
     torch.set_num_threads(1)
     data, _ = load_data("digits")
     policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("cpu"))
+    from orwcfm_fast.runs.trainer_state import save_pretrainer
+
     trainer = pretrain(policy, data, Pretrain(steps=150, ema=0.97), lambda step, loss: None)
-    trainer.save(cache / "pretrained" / "unet-digits")
+    save_pretrainer(trainer, cache / "pretrained" / "unet-digits")
     return trainer.averaged()
 
 

@@ -1,5 +1,6 @@
 """Rewards that users bring: `file.py:function` or `package.module:function`, run only when named."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.rewards.isolation import describe, isolated
@@ -41,7 +43,18 @@ def load_user_reward(spec: str) -> Reward:
         raise UserError(
             f"reward '{spec}': {where} has no function '{name}' (has: {', '.join(callables) or 'none'})"
         )
-    return function
+    return _beside(function, str(Path(where).resolve().parent)) if where.endswith(".py") else function
+
+
+def _beside(function: Reward, folder: str) -> Reward:
+    """The function with the modules of its folder at hand, for imports within it."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        with _neighbours(folder):
+            return function(*args, **named)
+
+    return call
 
 
 def _file(path: Path) -> ModuleType:
@@ -61,8 +74,7 @@ def _file(path: Path) -> ModuleType:
 def _neighbours(folder: str) -> Iterator[None]:
     """Modules beside a reward's file can be imported, as when Python runs the file.
 
-    Afterwards the folder is the last on the path, for imports within functions. The modules of another reward's
-    folder are hidden meanwhile, since both may have, say, a utils.py.
+    The modules of another reward's folder are hidden meanwhile, since both may have, say, a utils.py.
     """
     others = [name for name, module in sys.modules.items() if _folder(module) in _folders - {folder}]
     hidden = {name: sys.modules.pop(name) for name in others if not name.startswith("orwcfm_user_")}
@@ -72,8 +84,7 @@ def _neighbours(folder: str) -> Iterator[None]:
         yield
     finally:
         _folders.add(folder)
-        added = [entry for entry in sys.path if entry not in (folder, *before)]
-        sys.path[:] = [*(entry for entry in before if entry != folder), *added, folder]
+        sys.path[:] = before
         sys.modules.update(hidden)
 
 
