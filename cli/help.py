@@ -37,7 +37,7 @@ class SectionedCommand(TyperCommand):
             section = "Arguments" if argument else getattr(param, "rich_help_panel", None) or "Machine"
             name = record[0]
             if argument:
-                name = param.metavar
+                name = param.metavar or record[0]
             elif param.secondary_opts:
                 name = f"--[no-]{param.opts[0][2:]}"
             rows.append((section, name, record[1]))

@@ -12,6 +12,7 @@ Wu and He, "Group Normalization", ECCV 2018; Elfwing, Uchibe, Doya, "Sigmoid-wei
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -280,7 +281,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
             check_tensor(name, p, x.dtype, (x.shape[1],), x.device)
 
 
-def _cut(x: Tensor, groups: int) -> tuple[int, dict[str, object]]:
+def _cut(x: Tensor, groups: int) -> tuple[int, dict[str, Any]]:
     """Programs a sample, and what each of them takes: some groups, all their pixels at once where they fit."""
     width, pixels = x.shape[1] // groups, x.shape[2] * x.shape[3]
     lanes, tile = triton.next_power_of_2(width), 1
@@ -339,6 +340,9 @@ def plan_group_norm_silu_backward(
     dx = torch.empty_like(x)
     dweight, dbias = x.new_empty(2, len(x), x.shape[1], dtype=torch.float32)
     tiles, meta = _cut(x, groups)
+    meta["num_warps"] = min(
+        32, 2 * meta["num_warps"]
+    )  # it holds dy beside x: fewer numbers a thread, or they spill
     args = {
         "dy_ptr": dy,
         "x_ptr": x,

@@ -1,6 +1,7 @@
 """A grid of fine-tuning runs that start from one loaded model; what `orwcfm sweep` calls."""
 
 import copy
+import gc
 import json
 import shutil
 import time
@@ -219,6 +220,7 @@ class Sweeping:
 
     def _task(self, name: str) -> Finetuning:
         """A new run, or the one that was begun."""
+        gc.collect()  # the last run's trainer and callbacks refer to each other
         policy = replace(self.base.policy, network=copy.deepcopy(self.base.policy.network))
         loaded = replace(self.base, policy=policy)
         path = self.run.path / name
