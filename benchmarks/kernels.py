@@ -128,7 +128,7 @@ def _call(case: Case, inputs: Inputs, implementation: str, passes: str) -> Calla
         return lambda: op.ours(*args)  # the gradient comes with the forward pass: v.backward(dv)
     if implementation == BY_HAND:
         by_hand = torch.compile(op.by_hand, fullgraph=True, dynamic=False)
-        return lambda: by_hand(**inputs)[1]
+        return lambda: by_hand(**inputs)[1]  # type: ignore[call-arg, index]
     function = (
         torch.compile(op.eager, fullgraph=True, dynamic=False) if implementation == "compile" else op.eager
     )

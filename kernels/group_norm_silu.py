@@ -281,15 +281,15 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
             check_tensor(name, p, x.dtype, (x.shape[1],), x.device)
 
 
-def _cut(x: Tensor, groups: int) -> tuple[int, dict[str, Any]]:
-    """Programs a sample, and what each of them takes: some groups, all their pixels at once where they fit."""
+def _cut(x: Tensor, groups: int, largest: int = 16384) -> tuple[int, dict[str, Any]]:
+    """Programs a sample, and what each takes: some groups, all their pixels at once up to `largest` numbers."""
     width, pixels = x.shape[1] // groups, x.shape[2] * x.shape[3]
     lanes, tile = triton.next_power_of_2(width), 1
     at_once = min(triton.next_power_of_2(pixels), 1024)
     # whole 32-byte sectors, and enough numbers for a few warps
     while tile < groups and (tile * lanes * x.itemsize < 32 or tile * lanes * at_once < 4096):
         tile *= 2
-    held = pixels <= min(at_once, 16384 // (tile * lanes))
+    held = pixels <= min(at_once, largest // (tile * lanes))
     if not held:  # sums are kept beside the numbers
         at_once = max(1, 8192 // (tile * lanes))
     tiles = triton.cdiv(groups, tile)
@@ -339,10 +339,7 @@ def plan_group_norm_silu_backward(
     check_like("dy", dy, "x", x)
     dx = torch.empty_like(x)
     dweight, dbias = x.new_empty(2, len(x), x.shape[1], dtype=torch.float32)
-    tiles, meta = _cut(x, groups)
-    meta["num_warps"] = min(
-        32, 2 * meta["num_warps"]
-    )  # it holds dy beside x: fewer numbers a thread, or they spill
+    tiles, meta = _cut(x, groups, largest=8192)  # dy is held beside x: more would spill
     args = {
         "dy_ptr": dy,
         "x_ptr": x,

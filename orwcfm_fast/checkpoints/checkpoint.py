@@ -107,7 +107,7 @@ def _safetensors(tensors: Tensors) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for _, value in ordered:
-        yield memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _flush(folder: Path) -> None:

@@ -106,7 +106,7 @@ class ProcessReward:
             self._line.send_bytes(json.dumps(request).encode())
             answer = self._answer("answer")
             if "room" in answer:
-                self._send(memoryview(samples.flatten().numpy()).cast("B"))
+                self._send(memoryview(samples.flatten().numpy().data).cast("B"))
                 answer = self._answer("answer")
             if "scores" in answer:
                 return torch.frombuffer(bytearray(self._line.recv_bytes()), dtype=torch.float64)

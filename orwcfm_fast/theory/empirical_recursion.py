@@ -89,7 +89,8 @@ class EmpiricalRecursion:
         self, alpha: float, tau: float, rounds: int, weighting: str, normalize: bool, centred: bool
     ) -> list[Outcome]:
         """Rounds 0 … N of one setting."""
-        masses, stages = self.start, []
+        masses = self.start
+        stages: list[Stage] = []
         # v_ref by the sums of this setting: rounding alone can send a trajectory to another sample
         rest = self._landing(self.velocity([Stage(masses, torch.ones_like(masses), alpha)], centred))
         found = [Outcome(masses, float(masses @ self.rewards), 0.0, 0.0, 0.0)]
@@ -122,8 +123,8 @@ class EmpiricalRecursion:
         share = 0.0 if above.seen == below.seen else (seen - below.seen) / (above.seen - below.seen)
         share = min(max(share, 0.0), 1.0)
         miss = (1 - share) * (below.exact - below.seen) + share * (above.exact - above.seen)
-        rest = gains - (1 - share) * below.gains - share * above.gains
-        error = float((self.carried * (rest - self.carried @ rest)).square().sum().sqrt())
+        unexplained = gains - (1 - share) * below.gains - share * above.gains
+        error = float((self.carried * (unexplained - self.carried @ unexplained)).square().sum().sqrt())
         return tilted(self.rewards, float(self.start @ self.rewards) + seen + miss, masses), error
 
     def _around(self, seen: float) -> tuple[Tilt, Tilt]:
