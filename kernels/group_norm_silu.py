@@ -339,7 +339,9 @@ def plan_group_norm_silu_backward(
     check_like("dy", dy, "x", x)
     dx = torch.empty_like(x)
     dweight, dbias = x.new_empty(2, len(x), x.shape[1], dtype=torch.float32)
-    tiles, meta = _cut(x, groups, largest=8192)  # dy is held beside x: more would spill
+    # dy is held beside x, and masks beside both where a group's width is no power of two: more would spill
+    largest = 16384 if (x.shape[1] // groups).bit_count() == 1 else 8192
+    tiles, meta = _cut(x, groups, largest)
     args = {
         "dy_ptr": dy,
         "x_ptr": x,
