@@ -49,7 +49,7 @@ class Sizes:
 def sizes(dry: bool) -> Sizes:
     if dry:
         small: dict[str, Any] = dict(rollout=8, batch=4, steps_per_round=2, nfe=4, probe=2, eval_n=8)
-        shapes = ((4, 1, 8, 8), (2, 3, 32, 32))
+        shapes: tuple[tuple[int, ...], ...] = ((4, 1, 8, 8), (2, 3, 32, 32))
         collected = (*GPU_TESTS, "--collect-only")
         return Sizes(
             torch.device("cpu"), 2**20, shapes, ((2, 32, 8, 8),), "digits", (2,), 4, 1, small, 1.0, collected

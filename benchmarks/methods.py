@@ -70,13 +70,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    about = {
+    about: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(CPU),
         "versions": checkpoint.versions(),
         "held_out": HELD_OUT,
     }
-    found = json.loads(given.out.read_text()) if given.out.exists() else {**about, "runs": []}
+    found: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {**about, "runs": []}
     base = Loader(CPU, "fp32").default().policy
     for method, alpha, seed in product(given.method, given.alpha, range(given.seeds)):
         change = {"method": method, "alpha": alpha, "tau": given.tau, "rounds": given.rounds, "seed": seed}

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -42,7 +43,7 @@ class OneLineErrors(TyperGroup):
             raise Interrupted("interrupted") from None
 
     def format_commands(self, ctx, formatter) -> None:
-        commands = [self.get_command(ctx, name) for name in self.list_commands(ctx)]
+        commands: list[Any] = [self.get_command(ctx, name) for name in self.list_commands(ctx)]
         rows = [(c.rich_help_panel, c.name, c.get_short_help_str(limit=200)) for c in commands]
         write_sections(formatter, COMMAND_SECTIONS, rows)
 

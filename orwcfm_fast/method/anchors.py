@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.distributed import ProcessGroup
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.networks.policy import Policy
+
+if TYPE_CHECKING:
+    from orwcfm_fast.method.minibatches import Minibatches
 
 GPU_SHARE = 0.5  # of the memory that is free; what takes more lies in pinned host memory
 
@@ -76,7 +80,7 @@ def velocities(policy: Policy, batch: Batch, sizes: BatchSizes) -> Tensor:
 
 
 def compute_anchors(
-    batches: Sequence[Batch],
+    batches: "Sequence[Batch] | Minibatches",
     old: Callable[[Batch], Tensor] | None,
     reference: Callable[[Batch], Tensor] | None,
     blended: bool,

@@ -123,7 +123,7 @@ class Trainer:
         current.anchors = current.anchors or self.anchors(batches)
         for k in range(len(current.losses), len(batches)):
             self.notify("on_stage", "step")
-            batch = replace(batches[k], **current.anchors.of_step(k, self.policy.device))
+            batch = replace(batches[k], **current.anchors.of_step(k, self.policy.device))  # type: ignore[arg-type]
             current.losses.append(self.optimizer.step(batch, self.seed))
             if len(current.losses) < len(batches):
                 self.boundary()

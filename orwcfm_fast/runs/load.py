@@ -18,6 +18,7 @@ from orwcfm_fast.networks.lora import KEYS, add_lora, load_lora
 from orwcfm_fast.networks.models import MODELS
 from orwcfm_fast.networks.policy import LORA_FILES, Policy, make_policy
 from orwcfm_fast.runs.run import Run, is_run, newest_run
+from orwcfm_fast.runs.trainer_state import save_pretrainer
 from orwcfm_fast.settings import Conditioned, Finetune, Pretrain
 
 DEFAULT = "unet-digits"
@@ -202,5 +203,5 @@ class Loader:
         trainer = pretrain(
             policy, data.to(self.device), settings, lambda k, loss: watch(k, settings.steps, loss)
         )
-        trainer.save(path)
+        save_pretrainer(trainer, path)
         return Loaded(self._checkpoint(path).policy, f"the {DEFAULT} model, now cached")

@@ -106,8 +106,8 @@ class Sweeping:
             known = s.target_w2 is None and not s.standardize_rewards  # these cannot be forecast
             if known and name not in found:
                 rewards = tuple(str(getattr(s, key)) for key in REWARD_KEYS)
-                how = (s.rounds, s.method, s.weights, s.normalize_weights)
-                groups.setdefault((rewards, *how), []).append(name)
+                key = (rewards, s.rounds, s.method, s.weights, s.normalize_weights)
+                groups.setdefault(key, []).append(name)
         if not groups:
             return "all runs are forecast already"
         s = self.settings

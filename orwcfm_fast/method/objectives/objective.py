@@ -102,12 +102,12 @@ def signal_of(kind: Signal, rollout: Rollout, tau: float, s: Finetune) -> Tensor
     Raises:
         UserError: a reward that this signal cannot use.
     """
-    grouped = s.group > 1 and rollout.condition is not None
+    groups = rollout.condition if s.group > 1 else None
     if kind == "weight":
         how = (tau, s.weights, s.normalize_weights)
-        return (
-            weigh_within(rollout.reward, rollout.condition, *how) if grouped else weigh(rollout.reward, *how)
-        )
+        if groups is None:
+            return weigh(rollout.reward, *how)
+        return weigh_within(rollout.reward, groups, *how)
     if kind == "reward":
         if bool((rollout.reward < 0).any()):
             raise UserError(
@@ -115,16 +115,16 @@ def signal_of(kind: Signal, rollout: Rollout, tau: float, s: Finetune) -> Tensor
             )
         return rollout.reward.float()
     if kind == "best":
-        groups = rollout.reward.split(s.raft_best_of)
+        parts = rollout.reward.split(s.raft_best_of)
         return torch.cat(
-            [torch.zeros_like(r, dtype=torch.float32).index_fill_(0, r.argmax(), 1) for r in groups]
+            [torch.zeros_like(r, dtype=torch.float32).index_fill_(0, r.argmax(), 1) for r in parts]
         )
     r = tau * rollout.reward.double()
-    if not grouped:
+    if groups is None:
         return standardize(r).clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE).float()
     found = torch.zeros_like(r)
-    for one in rollout.condition.unique().tolist():
-        found[rollout.condition == one] = standardize(r[rollout.condition == one])
+    for one in groups.unique().tolist():
+        found[groups == one] = standardize(r[groups == one])
     return found.clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE).float()
 
 

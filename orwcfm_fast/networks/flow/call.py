@@ -180,7 +180,7 @@ class Part:
         self.__dict__.update(_owner=owner, _name=name, _module=module, _denoises=bool(DENOISERS.match(name)))
 
     @property
-    def __class__(self) -> type:
+    def __class__(self) -> type:  # type: ignore[misc]
         return type(self._module)
 
     @property

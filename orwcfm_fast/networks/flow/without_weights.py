@@ -100,11 +100,11 @@ def check_sizes(field: PipelineVelocity, inputs: dict[str, Any], sizes: dict[str
     for names, base, called, what in (
         (("height", "width"), 0, flag, "pixels"), (("num_frames",), 1, "num_frames", "frames"),
     ):  # fmt: skip
-        names = tuple(name for name in names if name in sizes)
-        if not names:
+        given = [name for name in names if name in sizes]
+        if not given:
             continue
-        size = sizes[names[0]]
-        makes = functools.cache(lambda n, names=names: is_made(field, inputs, dict.fromkeys(names, n)))
+        size = sizes[given[0]]
+        makes = functools.cache(lambda n, given=given: is_made(field, inputs, {name: n for name in given}))
         if makes(size):
             continue
         for unit in UNITS:
