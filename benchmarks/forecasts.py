@@ -113,7 +113,8 @@ def forms() -> Rows:
             ).rounds[-1]
             for method in ("orw", "orw-centred")
         )
-        low, high = density.bounds[0]
+        span: Any = density.bounds
+        low, high = (span() if callable(span) else span)[0]
         levels = np.arange(0.5, 8192) / 8192
         places = []
         for r in (paper, centred):

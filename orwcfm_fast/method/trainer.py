@@ -113,7 +113,7 @@ class Trainer:
         A round that was left after some of its steps continues with the next one.
 
         Raises:
-            whatever a callback raises to leave the round or to refuse it.
+            Exception: what a callback raises to leave the round or to refuse it.
         """
         resumed = self.current is not None
         self.current = current = self.current or self.draw_and_score()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_gap
 from orwcfm_fast.evaluation.evaluate import evaluate, exact_w2, lipschitz
 from orwcfm_fast.evaluation.held_out import evaluator_for
@@ -38,7 +39,9 @@ def test_w2_of_a_shift_is_the_shift_in_all_three_ways():
     moved = policy(0.3, 0.5)
     found = {
         m.name: m
-        for m in evaluate({"reference": reference, "moved": moved}, reference, evaluator, HOW, 256, 100)
+        for m in evaluate(
+            {"reference": reference, "moved": moved}, reference, evaluator, HOW, 256, BatchSizes(chunk=100)
+        )
     }
     shift = 0.5 * (2.718281828**0.3 - 1) / 0.3 * 2**0.5
     assert found["moved"].w2_coupled.mean == pytest.approx(shift, rel=1e-4)
@@ -82,6 +85,6 @@ def test_pairwise_distance_is_over_different_pairs():
 
 def test_without_a_reference_there_is_no_w2():
     evaluator = evaluator_for("moons", make_reward("right"), "right")
-    (found,) = evaluate({"a": policy()}, None, evaluator, HOW, 64, 64)
+    (found,) = evaluate({"a": policy()}, None, evaluator, HOW, 64, BatchSizes(chunk=64))
     assert found.w2_coupled is None and found.w2_exact is None and found.velocity_gap is None
     assert found.reward.mean == pytest.approx(0.5, abs=0.2)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.cli.machine import _show_plan
 from orwcfm_fast.evaluation.evaluate import evaluate
 from orwcfm_fast.evaluation.held_out import evaluator_for
@@ -93,7 +94,7 @@ def test_the_closing_evaluation_and_a_ranks_share_are_in_the_plan(pipeline_folde
     models = {"before": loop.reference, "after": policy}
 
     def closing():
-        evaluate(models, loop.reference, evaluator, s, s.eval_n, s.chunk)
+        evaluate(models, loop.reference, evaluator, s, s.eval_n, BatchSizes(chunk=s.chunk))
 
     closing()  # what torch builds on first use
     theirs = max(accumulate(record_allocations(closing, CPU)))

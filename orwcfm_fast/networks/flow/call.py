@@ -179,8 +179,8 @@ class Part:
     def __init__(self, owner: "PipelineVelocity", name: str, module: nn.Module) -> None:
         self.__dict__.update(_owner=owner, _name=name, _module=module, _denoises=bool(DENOISERS.match(name)))
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self._module)
 
     @property
