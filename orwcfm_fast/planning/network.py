@@ -25,6 +25,7 @@ from orwcfm_fast.planning.plan import (
     HEADROOM,
     Plan,
     available_bytes,
+    held_by_method,
     largest_fitting,
     resident_bytes,
 )
@@ -116,9 +117,10 @@ def make_plan(
         "reference": anchor,
         "optimizer": moments,
         "stored rollout": s.rollout * one_sample,
-        "stored anchors": s.steps_per_round * batch * one_sample * policy.precision.itemsize // 4,
     }
     gradients = sum(p.numel() * p.element_size() for p in optimizer.parameters)
+    velocity = one_sample * policy.precision.itemsize // 4
+    held |= held_by_method(s, s.steps_per_round * batch, velocity, gradients)
     exchange = bucket_bytes(gradients) if ranks > 1 else 0  # allocated when the activations are freed
 
     def step_at(size: int) -> dict[str, int]:

@@ -38,7 +38,7 @@ from orwcfm_fast.networks.prompts import Conditions, Prompt
 from orwcfm_fast.planning.allocations import AllocationProfile
 from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules, recompute
 from orwcfm_fast.planning.evaluation_memory import EvaluationMemory
-from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, largest_fitting
+from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, held_by_method, largest_fitting
 from orwcfm_fast.planning.recorded import RecordedVelocity, recorded
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.torch_private import FakeTensorMode, TorchDispatchMode, tree_leaves
@@ -199,7 +199,7 @@ def _plan(
         "VAE": sum(_size(part) for part in found.decoders.values()),
         "stored rollout": s.rollout * one_latent,
         "stored probe samples": memory.stored_probe_samples,
-    }
+    } | held_by_method(s, s.steps_per_round * batch, math.prod(shape) * policy.precision.itemsize, trained)
 
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several().peak(size)

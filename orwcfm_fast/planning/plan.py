@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from orwcfm_fast.method.objectives import METHODS
+from orwcfm_fast.settings import Finetune
+
 HEADROOM = 0.9  # share of the memory that a plan may use
 PHASES = ("step", "rollout", "reward", "probe", "evaluation")
 
@@ -57,6 +60,19 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.peak <= HEADROOM * self.limit
+
+
+def held_by_method(s: Finetune, draws: int, velocity: int, trained: int) -> dict[str, int]:
+    """Bytes that the method keeps throughout a round, by part.
+
+    Args:
+        draws: of this process in a round; velocity: bytes of one.
+        trained: bytes of the trained parameters.
+    """
+    method = METHODS.get(s.method)
+    held = {"stored anchors": draws * velocity * method.kept(s.alpha)}
+    # the policy's own parameters are set aside while it has the averaged ones
+    return held | ({"average of past policies": 2 * trained} if method.averages else {})
 
 
 def largest_fitting(size: int, room: int, at: Callable[[int], dict[str, int]]) -> int:

@@ -47,11 +47,12 @@ def test_the_shell_is_offered_commands_options_and_values(complete, words, offer
     assert complete(words) == offered
 
 
-def test_completion_is_installed_for_the_shell_that_is_named(tmp_path):
+def test_completion_is_installed_for_the_shell_in_use(tmp_path):
     environment = os.environ | {"HOME": str(tmp_path)}
-    made = subprocess.run(
-        [ORWCFM, "--install-completion", "bash"], env=environment, capture_output=True, text=True, check=True
-    )
+    made = subprocess.run(  # the shell stays the parent process, by which it is recognised
+        ["bash", "--norc", "-c", f"{ORWCFM} --install-completion; exit $?"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     (script,) = tmp_path.rglob("orwcfm*")
     assert str(script) in made.stdout and str(script) in (tmp_path / ".bashrc").read_text()
     asked = (

@@ -77,7 +77,8 @@ def test_what_fails_on_one_rank_ends_all_with_one_line(launch, run_cli):
     assert failed.codes == [1] * 4 and "".join(failed.err) == ON_2.format(round=2) + saved
     failed = launch(2, *LOOP, "bug", act="bug")
     assert (
-        failed.codes == [1, 1] and "".join(failed.err) == "error: RuntimeError: lost (--debug shows where)\n"
+        failed.codes == [1, 1]
+        and "".join(failed.err) == "error: RuntimeError: lost (--debug shows the traceback)\n"
     )
 
 
@@ -112,7 +113,7 @@ def test_a_killed_rank_is_lost_to_the_others_and_the_same_command_goes_on(launch
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ((*LOOP, "run", "--overwrite"), "--overwrite: a restart by torchrun would replace what was trained"),
+        ((*LOOP, "run", "--overwrite"), "--overwrite: a restart by torchrun would replace the trained run"),
         (LOOP[:-1], "--max-restarts: name the run with --out DIR"),
         ((*LOOP, "run", "--probe", 2), "--probe 2: is less than a sample for each of 3 ranks"),
         (("sweep", "--rounds", 1), "sweep: works in one process; torchrun is for finetune"),

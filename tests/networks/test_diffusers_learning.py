@@ -7,13 +7,13 @@ import torch
 from tiny_pipelines import build
 
 from orwcfm_fast.checkpoints import checkpoint
-from orwcfm_fast.checkpoints.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.rollout import sample, start_conditions, start_noise
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks import lora
 from orwcfm_fast.networks.flow.field import PipelineVelocity
 from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.settings import Finetune
 
 CPU = torch.device("cpu")

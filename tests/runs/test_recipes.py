@@ -179,8 +179,10 @@ def test_half_of_the_images_are_mirrored_the_same_ones_again(monkeypatch):
     from orwcfm_fast.networks.policy import make_policy
 
     seen = []
-    real = module.interpolate
-    monkeypatch.setattr(module, "interpolate", lambda x1, *rest: seen.append(x1.clone()) or real(x1, *rest))
+    real = module.interpolate_at_random_times
+    monkeypatch.setattr(
+        module, "interpolate_at_random_times", lambda x1, *rest: seen.append(x1.clone()) or real(x1, *rest)
+    )
     image = torch.linspace(-1, 1, 8).expand(1, 1, 8, 8)
     policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("cpu"))
     for _ in range(2):

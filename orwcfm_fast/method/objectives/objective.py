@@ -82,6 +82,11 @@ class Method:
         """Whether v_ref is needed with this α."""
         return self.reference and (self.signal != "weight" or alpha > 0)
 
+    def kept(self, alpha: float) -> int:
+        """Velocities that a round keeps of each draw: none, one, or v_old and v_ref apart where a step blends them."""
+        terms = self.old + self.has_reference(alpha)
+        return terms if self.reads_velocity else min(terms, 1)
+
 
 def method(name: str, signal: Signal, **kind) -> Callable[[Row], Row]:
     """Decorator: registers a row under its command-line name; `kind` as in `Method`."""
