@@ -23,7 +23,7 @@ class Anchors:
     """By name ("anchor", or "v_old" and "v_ref"): a velocity [b, *shape] for each gradient step of a round.
 
     b is this process's share of the minibatch. `drift` is the mean of 1/D ‖v_old − v_ref‖² over the share, 0-d, or
-    None where one of them is not computed.
+    None where one of them is not computed; from `gather` on it is the mean over all processes.
     """
 
     steps: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -31,10 +31,17 @@ class Anchors:
     whole: dict[str, Tensor] = field(default_factory=dict)  # [steps, batch, *shape] by name, from `gather`
 
     def gather(self, ranks: ProcessGroup, batch: int) -> None:
-        """Make `whole`, from the shares of all processes, for a checkpoint."""
+        """Make `whole` and the drift of all, from the shares of all processes, for a checkpoint."""
+        drift = self.mean_drift(ranks)
+        self.drift = None if drift is None else torch.tensor(drift, dtype=torch.float64)
         self.whole = {
             name: torch.stack([ranks.gather(v, batch) for v in found]) for name, found in self.steps.items()
         }
+
+    def mean_drift(self, ranks: ProcessGroup) -> float | None:
+        """The mean drift over all processes; called on all of them."""
+        found = [d for d in ranks.all(None if self.drift is None else float(self.drift)) if d is not None]
+        return sum(found) / len(found) if found else None
 
     @classmethod
     def from_whole(
@@ -42,7 +49,7 @@ class Anchors:
     ) -> "Anchors":
         """A process's share of what `gather` made."""
         steps = {name: [*v[:, share].to(device)] for name, v in whole.items()}
-        return cls(steps, None if drift is None else torch.tensor(drift))
+        return cls(steps, None if drift is None else torch.tensor(drift, dtype=torch.float64))
 
     def of_step(self, k: int, device: torch.device) -> dict[str, Tensor]:
         """Those of one step, on the device."""

@@ -235,7 +235,7 @@ class Trainer:
             return None
         if not self.method.old:
             return to_anchor
-        return sum(self.ranks.all(float(anchors.drift or 0.0))) / self.ranks.world
+        return anchors.mean_drift(self.ranks)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ from orwcfm_fast.kernels.interpolate import interpolate
 from orwcfm_fast.kernels.philox import X0
 from orwcfm_fast.kernels.random_numbers import normal
 
-SHAPES = [(1, 1), (3,), (3, 7), (5, 1023), (2, 4097), (2, 3072), (2, 9000), (7, 3, 5, 5)]
+SHAPES = [(1, 1), (3,), (3, 7), (5, 1023), (2, 4097), (2, 3072), (6, 9000), (7, 3, 5, 5)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 DTYPES = [
     (torch.float32, torch.float32),
