@@ -35,7 +35,7 @@ def from_state(found: Checkpoint, number: int, trainer: Trainer) -> tuple[RoundS
         ValueError, LookupError, TypeError, RuntimeError: what was kept is not a round of this run.
     """
     s, policy = trainer.settings, trainer.policy
-    saved, state, device = found.tensors["begun"], found.state["begun"], policy.device
+    saved, state, device = found.tensors["partial_round"], found.state["partial_round"], policy.device
     if saved["x1"].shape != (s.rollout, *policy.shape):
         raise ValueError("a rollout of another run")
     stride = [int(n) for n in state["x1_stride"]]

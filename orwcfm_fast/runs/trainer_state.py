@@ -24,7 +24,7 @@ def save_trainer(trainer: Trainer, path: str | Path, more: dict[str, Any]) -> No
         if trainer.ranks.world == 1:
             trainer.gather_anchors()
         trainer.phases.add(seconds := trainer.phases.read())
-        current["begun"], state["begun"] = partial_round.to_state(trainer.current, seconds)
+        current["partial_round"], state["partial_round"] = partial_round.to_state(trainer.current, seconds)
     checkpoint.save(
         path,
         {**state, **trainer.policy.describe(), **more},
@@ -52,7 +52,7 @@ def restore_trainer(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
             trainer.average.load(found.tensors["average"])
         number, step = int(found.state["round"]), int(found.state["step"])
         current = None
-        if "begun" in found.tensors:
+        if "partial_round" in found.tensors:
             current, seconds = partial_round.from_state(found, number, trainer)
             trainer.phases.add(seconds)
         taken = number * trainer.settings.steps_per_round + (len(current.losses) if current else 0)

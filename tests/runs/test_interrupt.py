@@ -95,7 +95,7 @@ def test_a_signal_between_steps_keeps_the_scored_rollout(run_cli, tiny_run, monk
     with monkeypatch.context() as patch:
         signal_at(patch, "step", 6, signal.SIGTERM)
         assert run_cli(*LOOP, "cut").code == 143
-    assert {p.name for p in Path("cut/checkpoints/step_6").iterdir()} >= {"begun.safetensors"}
+    assert {p.name for p in Path("cut/checkpoints/step_6").iterdir()} >= {"partial_round.safetensors"}
     from orwcfm_fast.rewards import RewardSum
 
     rounds = []
@@ -254,7 +254,7 @@ def test_strides_that_do_not_fit_the_samples_are_refused():
     for stride, fits in ((1, True), (0, False), (10**12, False), (-1, False)):
         begun = {"x1": torch.zeros(8, 1), "scores.0": torch.zeros(8), "losses": torch.zeros(1, 2)}
         state = {"x1_stride": [stride, 1], "seconds": {}, "seconds_scores": [0.0], "drift": None}
-        found = Checkpoint(Path("x"), {"begun": state}, {"begun": begun})
+        found = Checkpoint(Path("x"), {"partial_round": state}, {"partial_round": begun})
         if fits:
             assert from_state(found, 0, trainer)[0].rollout.x1.stride() == (1, 1)
         else:
