@@ -41,7 +41,7 @@ def test_plain_loop_follows_the_same_gradient_as_the_learner():
     assert float(torch.nn.functional.cosine_similarity(*both, dim=0)) > 0.99999
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_bench_loop_climbs_every_rung_on_digits():
     found = {r.way: r for r in loop.measure("digits", 8, 1, 0.03)}
     assert [*found] == [rung.way for rung in loop.LADDER if "graph" not in rung.step], "that needs a GPU"
@@ -76,7 +76,7 @@ def test_bench_refuses_what_it_does_not_know(run_cli):
     assert result.code == 2 and "did you mean 'kernels'" in result.err
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_bench_loop_prints_json(run_cli, monkeypatch):
     monkeypatch.setattr(
         loop, "measure", lambda data, *a: [loop.Row(data, "plain", 3, 2, 1, 1, 1, 1, 0.4, 0.5)]

@@ -62,7 +62,7 @@ LOOP = dict(
 )
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.4, 0.8, 1.2])
 def test_the_loop_ends_within_a_tenth_of_the_target_and_its_alphas_do_so_in_theory(target, two_gaussians):
     torch.set_num_threads(1)

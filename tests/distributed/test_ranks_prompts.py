@@ -58,7 +58,7 @@ def test_prompts_rewards_weights_and_samples_are_those_of_one_rank(launch, setti
         assert torch.equal(rank["parameters"], many[0]["parameters"])
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_under_torchrun_a_pipelines_run_has_the_figures_of_one_process(settings):
     flags = []
     for key, value in (settings | {"eval_n": 11, "precision": "fp32"}).items():

@@ -49,7 +49,7 @@ def f(x):
 """
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(launch, run_cli, torchrun):
     base(run_cli)
     Path("kills.py").write_text(KILLS)

@@ -109,7 +109,7 @@ def new_on(page: str) -> list[Command]:
 
 
 PAGES_TO_RUN = [
-    pytest.param(page, marks=() if page == "README.md" else pytest.mark.soak)
+    pytest.param(page, marks=() if page == "README.md" else pytest.mark.slow)
     for page in PAGES
     if new_on(page)
 ]

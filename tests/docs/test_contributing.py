@@ -40,7 +40,7 @@ def test_examples_are_complete_files_of_under_25_lines():
         assert not (ROOT / path).exists(), f"{path} would be replaced"
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_each_example_dropped_into_a_copy_of_the_package_is_used_by_name(tmp_path, stand_ins):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "orwcfm_fast", copy / "orwcfm_fast")

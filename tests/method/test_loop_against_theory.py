@@ -22,7 +22,7 @@ from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune, Pretrain
 from orwcfm_fast.theory import GridDensity, exact_recursion, refit
 
-pytestmark = pytest.mark.soak
+pytestmark = pytest.mark.slow
 
 LOOP = dict(
     method="orw",

@@ -58,13 +58,13 @@ def weights_carried_along(x1, w, alpha, seed, index, kind):
 
 
 # exact after 4 rounds at α=0 from 0.5: 0.881
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["independent", "ot"])
 def test_reward_rises_under_ot_coupling_as_under_independent(kind, two_gaussians, monkeypatch):
     assert reward_after(two_gaussians, couple, monkeypatch, coupling=kind) > 0.75
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [weights_left_behind, weights_carried_along])
 def test_both_published_ways_of_ot_fail_that_test(wrong, two_gaussians, monkeypatch):
     assert reward_after(two_gaussians, wrong, monkeypatch) < 0.65

@@ -18,7 +18,7 @@ PAGE = RESULTS.parents[2] / "docs/large-models.md"
 PROMPTS = ("a cat", "dog 3 by the blue sea")
 IN_EVERY_RUN = ("Wan 2.1", "FLUX.1 Kontext", "ACE-Step")
 TAKING_TURNS = [
-    name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.soak) for name in FAMILIES
+    name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
 ]
 
 

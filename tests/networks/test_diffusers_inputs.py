@@ -61,7 +61,7 @@ def test_a_setting_that_the_call_has_no_argument_for_is_named():
     assert found == {"height": 16, "width": 16, "max_sequence_length": 24, "guidance_scale": 3.5}
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_sizes_that_a_pipeline_cannot_make_are_one_line_and_memory_that_runs_out_is_seen(tmp_path, prompts):
     pipe, call = build("Wan 2.1")
     pipe.save_pretrained(tmp_path / "pipeline")

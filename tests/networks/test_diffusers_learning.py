@@ -78,7 +78,7 @@ class Leave(Callback):
             raise self.Left
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EIGHT)
 def test_a_family_learns_and_the_fresh_pipeline_reads_its_adapters(name, saved, tmp_path):
     folder = saved(name)
@@ -114,7 +114,7 @@ def check_export(folder, exported, policy, s):
     assert (ours - read).abs().max() <= 1e-4 * scale < (ours - base).abs().max()
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EIGHT)
 def test_a_run_that_was_left_ends_as_one_that_was_not(name, saved, tmp_path):
     folder = saved(name)

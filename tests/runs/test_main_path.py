@@ -41,7 +41,7 @@ def finished(digits_model, tmp_path_factory):
     return cwd, result.stdout
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_finetune_raises_the_reward_and_keeps_digits(finished):
     cwd, out = finished
     run = "runs/digits-even-digits-a1-t2-001"
@@ -115,7 +115,7 @@ def test_bf16_and_float32_runs_end_within_each_others_intervals(tmp_path):
         assert one["low"] <= other["mean"] <= one["high"] and other["low"] <= one["mean"] <= other["high"]
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_sample_and_evaluate_with_no_argument_use_that_run(finished):
     cwd, _ = finished
     sampled = orwcfm("sample", cwd=cwd)
@@ -147,7 +147,7 @@ def test_help_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_checkpoint_of_torchcfms_cifar10_script_serves_every_command(run_cli):
     """Its keys, its network, its files' form; weights as initialised."""
     import torch

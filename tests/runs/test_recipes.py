@@ -117,7 +117,7 @@ def test_every_recipe_is_tested_listed_and_made_of_known_settings(run_cli):
     assert torchcfm.items() <= clip.pretrain.items() and clip.pretrain["flip"]
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_mnist_even(run_cli, mnist, cache):
     made = run_cli("pretrain", "--recipe", "mnist-even", "--data-dir", mnist, *FEW)
     assert made.code == 0, made.err
@@ -130,7 +130,7 @@ def test_mnist_even(run_cli, mnist, cache):
     assert (cache / "mnist-classifier" / "model.safetensors").exists()
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_cifar10_compress_and_clip(run_cli, cifar, clip_folder, small_cifar_network):
     pretrain = (
         "pretrain",

@@ -58,7 +58,7 @@ def test_the_fixed_point_balances_reward_and_anchor(settled):
     assert float(pull.abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("dim", [1, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("dim", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_without_anchor_centred_and_paper_are_one_recursion(dim):
     if dim == 1:
         density, reward, how = TWO_GAUSSIANS, right, dict(cells=(128,), steps=128)
