@@ -71,25 +71,26 @@ def give_gradients(v, dv, policy):
 
 
 class Prompted(torch.nn.Module):
-    """A network that takes the embedding of a prompt."""
+    """A network that takes the rows of a table of prompts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = torch.nn.Linear(64 + 4, 64)
+        self.inner, self.table = torch.nn.Linear(64 + 4, 64), torch.nn.Embedding(3, 4)
 
-    def forward(self, t, x, embedding):
-        return self.inner(torch.cat([x.flatten(1), embedding], 1)).view_as(x)
+    def forward(self, t, x, rows):
+        return self.inner(torch.cat([x.flatten(1), self.table(rows)], 1)).view_as(x)
 
 
 def prompted_policy() -> Policy:
-    """Three prompts, guided, weights and table on the GPU."""
+    """Three prompts, weights and table on the GPU."""
     with torch.device("cuda"):
         network = Prompted().requires_grad_().eval()
     prompts = [Prompt(text, weight) for text, weight in (("a", 1.0), ("b", 2.0), ("c", 1.0))]
-    conditions = Conditions(prompts, [torch.zeros(4, 4)], torch.device("cuda"))
-    return Policy(network, (1, 8, 8), "prompted", "none", conditions=conditions, guidance=2.0)
+    conditions = Conditions(prompts, torch.device("cuda"))
+    return Policy(network, (1, 8, 8), "prompted", "none", conditions=conditions)
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # torch's own deepcopy does
 @pytest.mark.parametrize(
     "change",
     [{}, {"group": 4}, {"lora": 4}, {"micro_batch": 3}, {"method": "orw"}, {"method": "nft"}],
