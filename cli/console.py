@@ -110,7 +110,7 @@ def measures_table(measures: list["Measures"], reward: str) -> Table:
 def closing(result: "Result") -> None:
     """Print what a fine-tuning run reached, where its time went, where its files are and what to do next."""
     out.print()
-    out.print(measures_table([result.before, result.after], "+".join(result.settings.reward)))
+    out.print(measures_table(result.measured, "+".join(result.settings.reward)))
     summary = result.summary()
     phases = result.by_phase()
     total = sum(phases.values()) or 1.0

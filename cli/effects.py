@@ -48,6 +48,12 @@ def check_effect(rules: Iterable[Rule], given: Iterable[str], *settings: BaseMod
                 raise UserError(f"{flag} has no effect: {rule.because.format_map(vars(cases[0]))}")
 
 
+def _no_drift(v: Any) -> bool:
+    from orwcfm_fast.runs.drift_control import is_idle
+
+    return is_idle(v)
+
+
 def _adaptive(v: Any) -> bool:
     from orwcfm_fast.method.samplers import SOLVERS
 
@@ -135,6 +141,7 @@ FINETUNE = (
     *SAMPLING,
     *WEIGHTING,
     *REWARDS,
+    Rule(("drift_control",), _no_drift, "with these settings nothing moves at τ = 0, or no τ is used"),
     Rule(("alpha",), lambda v: v.target_w2 is not None, "--target-w2 chooses α anew every round"),
     Rule(
         ("standardize_rewards",),

@@ -105,7 +105,9 @@ def _finetune(ranks, given, recipe, config, out, overwrite, resume, quiet) -> No
             on_line=bar.line,
         )
     say("measuring before and after on held-out noise", quiet)
-    result = task.finish(began)
+    shown = task.has_drift_control and not quiet
+    with progress(s.rounds * s.steps_per_round, "once more with τ = 0", not shown) as bar:
+        result = task.finish(began, lambda p: bar.at(p.round * s.steps_per_round + p.step, p.stage))
     if result and not quiet:
         closing(result)
     say(f"run {task.run.path}")

@@ -100,8 +100,8 @@ def run_report(result: "Result", lines: Sequence[str]) -> Path:
         tables=[
             Table(
                 "Before and after on held-out noise",
-                ["", result.before.name, result.after.name],
-                measure_rows([result.before, result.after], "+".join(s.reward)),
+                ["", *(m.name for m in result.measured)],
+                measure_rows(result.measured, "+".join(s.reward)),
             ),
             _rounds_table(records),
             settings_table(s.model_dump()),

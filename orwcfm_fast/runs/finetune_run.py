@@ -20,9 +20,11 @@ from orwcfm_fast.evaluation.held_out import Evaluator, evaluator_for
 from orwcfm_fast.method.callbacks import Progress, ReportProgress
 from orwcfm_fast.method.rollout import Rollout
 from orwcfm_fast.method.samplers import times as solver_times
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.reporting.tracking import Log, check_loggers, loggers
 from orwcfm_fast.rewards import RewardSum, Scores, check_code_named, make_holdout, make_reward
 from orwcfm_fast.rewards.identity import record_code
+from orwcfm_fast.runs import drift_control
 from orwcfm_fast.runs.artifacts import RunArtifacts
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.checkpointing import CheckpointManager
@@ -315,10 +317,14 @@ class Finetuning:
         self.run.truncate_metrics(self.trainer.round)
         return self.trainer.round
 
-    def finish(self, began: float) -> Result | None:
-        """Held-out evaluation before and after, the pictures and summary.json; None on all ranks but the first."""
+    def finish(self, began: float, watch: Callable[[Progress], None] | None = None) -> Result | None:
+        """Held-out evaluation before and after, the pictures and summary.json; None on all ranks but the first.
+
+        Args:
+            watch: called while the settings are trained again with τ = 0, where that is wanted.
+        """
         try:
-            result = self._finish(began)
+            result = self._finish(began, watch)
             for rewards in self.trainer.rewards():
                 rewards.close()
             return result
@@ -335,12 +341,25 @@ class Finetuning:
         none = torch.empty(0)
         return self.trainer.signal(Rollout(none, none, self.trainer.trained_on(scores)))
 
-    def _finish(self, began: float) -> Result | None:
-        s, trainer = self.settings, self.trainer
-        measured = evaluate(
-            {"before": self.reference, "after": trainer.policy}, self.reference, self.evaluator, s, s.eval_n,
-            trainer.sizes, ranks=self.ranks, weigh=self._weights if s.group == 1 else None,
+    @property
+    def has_drift_control(self) -> bool:
+        """Whether `finish` trains the settings again with τ = 0."""
+        return self.settings.drift_control and not drift_control.is_idle(self.settings)
+
+    def _evaluate(self, **models: Policy) -> list[Measures]:
+        s = self.settings
+        return evaluate(
+            models, self.reference, self.evaluator, s, s.eval_n, self.trainer.sizes, ranks=self.ranks,
+            weigh=self._weights if s.group == 1 else None,
         )  # fmt: skip
+
+    def _finish(self, began: float, watch: Callable[[Progress], None] | None) -> Result | None:
+        s, trainer = self.settings, self.trainer
+        measured = self._evaluate(before=self.reference, after=trainer.policy)
+        if self.has_drift_control:
+            callbacks = [ReportProgress(watch)] if watch else []
+            with drift_control.trained_at_rest(trainer, *callbacks) as policy:
+                measured += self._evaluate(**{drift_control.NAME: policy})
         with self.ranks.together():
             if not self.ranks.first:
                 return None
@@ -348,7 +367,9 @@ class Finetuning:
             self.checkpoints.closing = closing_values(measured[1], s.rollout)
             self.checkpoints.prune()
             records, seconds = self.run.read_metrics(), time.perf_counter() - began
-            result = Result(self.run, s, measured[0], measured[1], records, seconds, self.checkpoints.best())
+            result = Result(
+                self.run, s, *measured[:2], records, seconds, self.checkpoints.best(), measured[2:]
+            )
             self.artifacts.save_results(
                 result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()]
             )

@@ -1,7 +1,7 @@
 """The result of a finished fine-tuning run."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Result:
         records: of metrics.jsonl, one for each round.
         seconds: of the whole run.
         best: the best checkpoint, where one is kept.
+        at_rest: measures of the same settings with τ = 0, where they were made.
     """
 
     run: Run
@@ -30,12 +31,19 @@ class Result:
     records: list[dict[str, Any]]
     seconds: float
     best: Path | None
+    at_rest: list[Measures] = field(default_factory=list)
+
+    @property
+    def measured(self) -> list[Measures]:
+        """All that was measured, in the order of the closing table."""
+        return [self.before, self.after, *self.at_rest]
 
     def summary(self) -> dict[str, Any]:
         """The content of summary.json."""
         return {
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
+            "at_rest": [m.to_dict() for m in self.at_rest],
             "rounds": len(self.records),
             "best": str(self.best.relative_to(self.run.path)) if self.best else None,
             "ess": self.records[-1]["ess"],

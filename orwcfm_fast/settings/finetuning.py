@@ -113,6 +113,11 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
         "at least 1,024 with --target-w2",
         ge=2,
     )
+    drift_control: bool = setting(
+        True,
+        panel="Output",
+        help="where the method moves with nothing to learn (orw), train again with τ = 0 and report what that does",
+    )
     eval_n: int = setting(2048, panel="Output", help="number of held-out samples of the closing table", ge=4)
     save_every: int = setting(1, panel="Output", help="number of rounds between checkpoints", ge=1)
     keep: int = setting(2, panel="Output", help="number of newest checkpoints to keep", ge=1)

@@ -95,6 +95,10 @@ FINETUNE = {
     "--guard-w2": [("--guard-w2", 5, "--guard", "off", "--guard is off")],
     "--guard-diversity": [("--guard-diversity", 0.5, "--guard", "off", "--guard is off")],
     "--probe": ALWAYS,
+    "--drift-control": [
+        ("--drift-control", "nothing moves at τ = 0"),
+        ("--no-drift-control", "--method", "orw", "--weights", "linear", "no τ is used"),
+    ],
     "--eval-n": ALWAYS, "--save-every": ALWAYS, "--keep": ALWAYS, "--best": ALWAYS, "--log": ALWAYS,
 }  # fmt: skip
 
