@@ -1,4 +1,4 @@
-"""GroupNorm, then SiLU if asked, of channels_last maps: one pass over memory forward and one backward.
+"""GroupNorm, then SiLU where requested, of channels_last maps: one pass over memory forward and one backward.
 
 Statistics of each sample and group, over its N = channels / groups * height * width numbers, in float32:
 

@@ -55,7 +55,7 @@ class Guard:
 
     Args:
         settings: `guard` and its bounds.
-        spread: mean distance of two reference samples, in which the drift's default ceiling is told.
+        spread: mean distance of two reference samples, the unit of the default ceiling of the drift.
     """
 
     settings: Finetune

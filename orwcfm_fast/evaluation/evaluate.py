@@ -95,7 +95,7 @@ class Measures:
 class FidelityTarget:
     """What fidelity is measured against: real samples, with labels where the data has them, or the reference.
 
-    `strict`: the user asked for it, so that too few samples are an error.
+    `strict`: requested by the user, so that too few samples are an error.
     """
 
     name: str

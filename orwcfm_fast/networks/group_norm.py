@@ -59,7 +59,7 @@ def _native_forward(x: Tensor) -> bool:
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, eps 1e-5, computed in float32 and returned in the dtype of x; then SiLU if asked."""
+    """32 groups, eps 1e-5, computed in float32 and returned in the dtype of x; then SiLU where requested."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(32, channels)

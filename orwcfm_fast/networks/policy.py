@@ -39,7 +39,7 @@ class Policy:
         base_only: with the network's low-rank adapters off: the reference that shares a policy's weights.
         conditions: the prompts that samples are drawn for, where there are some.
         decode_chunk: samples that a pipeline decodes at once.
-        options: how a pipeline was asked to be, for checkpoints: guidance, image_size, prompt_tokens.
+        options: the settings of a pipeline, for checkpoints: guidance, image_size, prompt_tokens.
     """
 
     network: nn.Module
@@ -80,7 +80,7 @@ class Policy:
             return self.network(t, x) if condition is None else self.network(t, x, condition)
 
     def prompts_of(self, condition: Tensor | None) -> list[Prompt] | None:
-        """What a reward is told of samples of those conditions."""
+        """The prompts of samples with those conditions, for rewards that take them."""
         return None if self.conditions is None or condition is None else self.conditions.of(condition)
 
     def grid(self, name: str) -> str | Callable[[int], list[float]]:
@@ -173,7 +173,7 @@ class Policy:
         return adapters if self.pipeline and adapters else {"model": self.weights(), **adapters}
 
     def pipeline_state(self) -> dict[str, Any]:
-        """How its pipeline was asked to be, and its prompts, as JSON values."""
+        """The settings of its pipeline, and its prompts, as JSON values."""
         assert self.options is not None and self.conditions
         return {**self.options, "prompts": [p.to_json() for p in self.conditions.prompts]}
 

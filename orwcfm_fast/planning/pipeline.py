@@ -26,9 +26,9 @@ from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.networks.flow.inputs import common_arguments, read_files
 from orwcfm_fast.networks.flow.loading import (
     Description,
-    asked,
     describe_pipeline,
     inputs_of,
+    requested,
     sizes_explained,
     telling,
 )
@@ -91,7 +91,7 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None, ranks: int = 1) -> 
     """
     found = describe_pipeline(s.model, weights=False)
     saved = {} if s.prompts else {"prompts": [Prompt("").to_json()]}
-    prompts, options = asked(found, s, saved)
+    prompts, options = requested(found, s, saved)
     arguments = common_arguments(found.kind, **options)
     where, limit = ("cuda", int(gpu_gib * 2**30)) if gpu_gib else (None, 0)
     if where is None:

@@ -148,7 +148,7 @@ def _tiles(result: "Result") -> list[tuple[str, str]]:
 def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
     """Charts over rounds. A rollout comes from the policy before its round; held-out samples give the last point."""
     records, after, n = result.records, result.after, len(result.records)
-    begun, done = [r["round"] - 1 for r in records], [r["round"] for r in records]
+    starts, done = [r["round"] - 1 for r in records], [r["round"] for r in records]
     expected = forecast["own"].get("by_round", []) if forecast else []
 
     def get(key: str) -> list[float]:
@@ -160,13 +160,13 @@ def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
     high = [*(m + h for m, h in zip(reward, half, strict=False)), after.reward.high]
     w2 = Series("measured", [0, *done], [0.0, *get("w2_coupled")])
     return [
-        chart("Mean reward, 95 %", [Series("measured", [*begun, n], reward, y_low=low, y_high=high),
+        chart("Mean reward, 95 %", [Series("measured", [*starts, n], reward, y_low=low, y_high=high),
                                     _expected(expected, "reward", "reward_error")], "rounds trained", whole_x=True),
         chart("Coupled W2 to the reference", [w2, _expected(expected, "w2_coupled", "w2_error")],
               "rounds trained", whole_x=True),
         chart("Reward against coupled W2", _front(reward, get("w2_coupled"), forecast), "coupled W2"),
         chart("Diversity, mean pairwise distance",
-              [Series("measured", [*begun, n], [*get("diversity"), after.diversity.mean]),
+              [Series("measured", [*starts, n], [*get("diversity"), after.diversity.mean]),
                _expected(expected, "diversity")], "rounds trained", whole_x=True),
         chart(f"Effective sample size of {result.settings.rollout}",
               [Series("", done, get("ess"))], "round", whole_x=True),

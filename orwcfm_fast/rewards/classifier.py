@@ -38,7 +38,7 @@ def classifier(argument: str, options: RewardOptions) -> Reward:
     classes = len(weights[last])
     if max(targets) >= classes:
         raise UserError(
-            f"classifier {architecture} {file}: has {classes} classes, 0 to {classes - 1}; asked for {max(targets)}"
+            f"classifier {architecture} {file}: has {classes} classes, 0 to {classes - 1}; requested {max(targets)}"
         )
     network = build(classes)
     checkpoint.load_weights(network, weights, f"classifier {architecture} {file}")

@@ -118,8 +118,8 @@ class Finetuning:
             device, settings.precision, settings.model, settings.data, watch_pretraining, settings, given
         )
         if resume:
-            begun = checkpoint.is_checkpoint(run.reference)  # else it was killed before its first round
-            spec = str(run.reference) if begun else settings.checkpoint
+            started = checkpoint.is_checkpoint(run.reference)  # else it was killed before its first round
+            spec = str(run.reference) if started else settings.checkpoint
             return cls.go_on(settings, ranks.in_turn(lambda: loader.load(spec)), run, ranks)
         spec = settings.checkpoint
         loaded = ranks.in_turn(lambda: loader.start(spec))
@@ -153,7 +153,7 @@ class Finetuning:
     def go_on(
         cls, settings: Finetune, loaded: Loaded, run: Run, ranks: ProcessGroup = SINGLE_PROCESS
     ) -> "Finetuning":
-        """A run that was begun, from its newest checkpoint; `loaded` is its reference."""
+        """A run that exists, from its newest checkpoint; `loaded` is its reference."""
         run = run if ranks.first else ReadOnlyRun(run.path)
         with ranks.together():
             run.lock()
@@ -226,7 +226,7 @@ class Finetuning:
         on_round: Log | None = None,
         on_line: Callable[[str], None] | None = None,
     ) -> None:
-        """All rounds that are left; each is recorded, saved and shown, `on_line` told what there is to say.
+        """All rounds that are left; each is recorded, saved and shown, `on_line` called with every message.
 
         Raises:
             WorkError: the reward failed, something became non-finite, or no room is left; says where the run

@@ -66,12 +66,12 @@ class Sweeping:
         Raises:
             UserError: a wrong setting, reward, model or directory; nothing is left behind.
         """
-        begun = out if out and not overwrite and read_command(out) == "sweep" else None
-        if begun:
-            settings = widened(begun, given)
+        existing = out if out and not overwrite and read_command(out) == "sweep" else None
+        if existing:
+            settings = widened(existing, given)
         runs = grid(settings)
-        if begun:
-            check_named(runs, given, begun)
+        if existing:
+            check_named(runs, given, existing)
         solver_times(settings.nfe, settings.solver, settings.grid)
         check_loggers(settings.log)
         if settings.reward:
@@ -82,13 +82,13 @@ class Sweeping:
         runs = {name: resolved(one, base) for name, one in runs.items()}
         first = next(iter(runs.values()))
         settings = settings.model_copy(update={key: getattr(first, key) for key in FILLED})
-        if begun:
-            run = Run(begun)
+        if existing:
+            run = Run(existing)
             run.lock()
         else:
             stem = "".join(c if c.isalnum() else "-" for c in f"{first.data}-{'+'.join(first.reward)}")
             run = Run.create(out or next_run_path(f"sweep-{stem}"), overwrite)
-        task = cls(settings, runs, base, run, new=begun is None)
+        task = cls(settings, runs, base, run, new=existing is None)
         run.write_config("sweep", settings)
         return task
 
@@ -162,7 +162,7 @@ class Sweeping:
 
     @contextmanager
     def _or_nothing(self) -> Iterator[None]:
-        """Leave nothing behind where a new sweep fails before any run has begun."""
+        """Leave nothing behind where a new sweep fails before any run has started."""
         try:
             yield
         except BaseException:
@@ -219,7 +219,7 @@ class Sweeping:
             task.run.unlock()
 
     def _task(self, name: str) -> Finetuning:
-        """A new run, or the one that was begun."""
+        """A new run, or the one that exists."""
         gc.collect()  # the last run's trainer and callbacks refer to each other
         policy = replace(self.base.policy, network=copy.deepcopy(self.base.policy.network))
         loaded = replace(self.base, policy=policy)

@@ -1,4 +1,4 @@
-"""Memory that runs out halves what was asked for, and the run goes on to the same end."""
+"""Memory that runs out halves the sizes, and the run goes on to the same end."""
 
 import json
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_a_resumed_run_starts_with_the_sizes_that_fitted(base, monkeypatch):
 
 
 class Narrow:
-    """A reward that holds 20 samples at once and draws random numbers; notes the sizes it was asked with."""
+    """A reward that holds 20 samples at once and draws random numbers; records the sizes of its batches."""
 
     def __init__(self, limit: int = 20) -> None:
         self.limit, self.sizes = limit, []

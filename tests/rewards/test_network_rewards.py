@@ -93,7 +93,7 @@ def test_without_timm_its_architectures_are_said_to_need_it(tmp_path, monkeypatc
     [
         ("classifier", "write classifier:ARCHITECTURE:FILE:CLASSES"),
         ("classifier:shufflenet_v2_x0_5:w.pt", "write classifier:ARCHITECTURE:FILE:CLASSES"),
-        ("classifier:shufflenet_v2_x0_5:w.pt:3,12", "has 10 classes, 0 to 9; asked for 12"),
+        ("classifier:shufflenet_v2_x0_5:w.pt:3,12", "has 10 classes, 0 to 9; requested 12"),
         ("classifier:shufflenet_v2_x0_5:w.pt:even", "should be whole numbers"),
         ("classifier:shufflenet_v2_x0_5:w.pt:6-4", "none in it"),
         ("classifier:shufflenet_v2_x0_6:w.pt:3", "did you mean 'shufflenet_v2_x0_5'"),

@@ -60,7 +60,7 @@ def ab2(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
 
 @solver("ab4", evals=1, order=4, extra=2, min_steps=2)
 def ab4(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    """Adams–Bashforth 4 for any grid, begun by one RK4 step over the first two intervals.
+    """Adams–Bashforth 4 for any grid, started by one RK4 step over the first two intervals.
 
     That step's slopes at its start and middle are the history, so the next step is already of order 3, and
     order 4 is kept with two evaluations more than there are intervals.

@@ -14,22 +14,22 @@ class DifferentForms(Exception):
     """Values that cannot be stacked into one batch."""
 
 
-def answer_together(asked: list[Calls]) -> list[dict[int, Any]]:
+def answer_together(requests: list[Calls]) -> list[dict[int, Any]]:
     """Outputs of every row's calls; rows whose arguments have the same shapes share a call.
 
     Args:
-        asked: by row, its calls.
+        requests: by row, its calls.
     """
-    found: list[dict[int, Any]] = [{} for _ in asked]
+    found: list[dict[int, Any]] = [{} for _ in requests]
     groups: dict[Any, list[int]] = {}
-    for row, calls in enumerate(asked):
+    for row, calls in enumerate(requests):
         for number, call in calls.items():
             form = tuple(
                 x.shape if isinstance(x, Tensor) else type(x) for x in leaves((call.args, call.named))
             )
             groups.setdefault((call.name, number, form), []).append(row)
     for (_, number, _), rows in groups.items():
-        for row, out in zip(rows, _outputs([asked[r][number] for r in rows]), strict=True):
+        for row, out in zip(rows, _outputs([requests[r][number] for r in rows]), strict=True):
             found[row][number] = out
     return found
 

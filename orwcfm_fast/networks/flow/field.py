@@ -229,11 +229,11 @@ class PipelineVelocity(nn.Module):
     def together(self, t: Tensor, x: Tensor, rows: Tensor) -> Tensor:
         """Velocities, rows sharing calls: each is called twice, for its calls of denoisers and with the outputs."""
         calls, grad = self._calls(t, x, rows), torch.is_grad_enabled()
-        asked: list[dict[int, DenoiserCall]] = []
+        requests: list[dict[int, DenoiserCall]] = []
         for call in calls:
-            asked.append({})
-            call(answer=self._noted(asked[-1]))
-        outputs = answer_together(asked)
+            requests.append({})
+            call(answer=self._noted(requests[-1]))
+        outputs = answer_together(requests)
         return self._velocities(
             [
                 call(grad=grad, answer=lambda c, out=out: out[c.number])
@@ -241,9 +241,9 @@ class PipelineVelocity(nn.Module):
             ]
         )
 
-    def _noted(self, asked: dict[int, DenoiserCall]) -> Callable[[DenoiserCall], Any]:
+    def _noted(self, requests: dict[int, DenoiserCall]) -> Callable[[DenoiserCall], Any]:
         def answer(call: DenoiserCall) -> Any:
-            asked[call.number] = call
+            requests[call.number] = call
             return self.zeros(call)
 
         return answer

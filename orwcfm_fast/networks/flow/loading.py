@@ -189,14 +189,14 @@ def load_pipeline(
     """A policy of a pipeline's own weights, on its prompts.
 
     Args:
-        how: what was asked for; saved: as `Policy.pipeline_state` gave it, for what was not.
+        how: what the user requested; saved: as `Policy.pipeline_state` gave it, for what was not.
         frozen: the denoisers' own weights will not be trained, and are held in the precision they are used in.
 
     Raises:
         UserError: no such pipeline, prompts or image size; the pipeline is no flow.
     """
     found = describe_pipeline(model)
-    prompts, options = asked(found, how, saved or {})
+    prompts, options = requested(found, how, saved or {})
     arguments = common_arguments(found.kind, **options)
     dtype = resolve_precision(precision, device, found.parameters)
     with telling(found.model), sizes_explained(found, arguments, prompts[0], options):
@@ -211,7 +211,7 @@ def load_pipeline(
             output = network.call(conditions[0], final=network.samples(1)).output
             made = sizes_of(network.decoded(output).shape)
         if any(made.get(name, size) != size for name, size in sizes_asked(arguments, prompts[0]).items()):
-            raise ValueError(f"samples are {made}, not as asked for")
+            raise ValueError(f"samples are {made}, not as requested")
     return Policy(
         network.eval(), shape, found.model, "prompts", dtype, conditions=Conditions(prompts, device),
         decode_chunk=how.vae_chunk, options=options,
@@ -294,7 +294,7 @@ def sizes_explained(
 
 
 def check_guidance(found: Description, network: PipelineVelocity, guidance: float) -> None:
-    """Raises UserError where guidance was asked for and changes nothing."""
+    """Raises UserError where guidance was requested and changes nothing."""
     if guidance == 1:
         return
     x = torch.randn(1, *network.shape, generator=torch.Generator().manual_seed(0)).to(network.device)
@@ -315,7 +315,9 @@ def check_guidance(found: Description, network: PipelineVelocity, guidance: floa
         raise UserError(f"--guidance {guidance:g}: model {found.model} was made without; leave it out{more}")
 
 
-def asked(found: Description, how: Conditioned, saved: dict[str, Any]) -> tuple[list[Prompt], dict[str, Any]]:
+def requested(
+    found: Description, how: Conditioned, saved: dict[str, Any]
+) -> tuple[list[Prompt], dict[str, Any]]:
     """Prompts and `OPTIONS`: as given, else as saved, else the defaults.
 
     Raises:

@@ -91,7 +91,7 @@ def check_sizes(field: PipelineVelocity, inputs: dict[str, Any], sizes: dict[str
 
     Args:
         field: without weights.
-        inputs: of its call, by default; sizes: of height, width and num_frames, those that were asked for.
+        inputs: of its call, by default; sizes: of height, width and num_frames, those that were requested.
         flag: what the user calls height and width.
 
     Raises:
