@@ -50,11 +50,12 @@ class PlainLoop:
     tau: float
     batch: int = BATCH
     euler_steps: int = EULER_STEPS
+    lr: float = LEARNING_RATE
 
     def __post_init__(self) -> None:
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
         self.behaviour = copy.deepcopy(self.network).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=LEARNING_RATE)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.lr)
 
     def rollout(self) -> Tensor:
         """A fresh batch from the behaviour policy."""
