@@ -17,7 +17,7 @@ from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.settings import Finetune
 
 CPU = torch.device("cpu")
-EIGHT = ("FLUX.1 Kontext", "FLUX.1 Fill", "Chroma", "AuraFlow", "Bria", "Wan 2.1", "LTX", "LongCat-AudioDiT")
+EIGHT = ("FLUX.1 Kontext", "FLUX.1 Fill", "Chroma", "AuraFlow", "Bria", "Wan 2.1", "LTX", "Z-Image")
 ROUNDS, HELD_OUT = 10, 48
 
 
@@ -46,7 +46,7 @@ def saved(tmp_path_factory):
 
 def settings(folder, **more):
     small = dict(
-        rollout=24, batch=24, steps_per_round=4, rounds=ROUNDS, lr=1e-2, warmup=0, alpha=0.0, tau=1.0,
+        rollout=24, batch=24, steps_per_round=8, rounds=ROUNDS, lr=1e-2, warmup=0, alpha=0.0, tau=1.0,
         weights="advantage", solver="euler", grid="own", nfe=3, probe=4, lora=4, chunk=24,
     )  # fmt: skip
     return Finetune(prompts=str(folder / "prompts.jsonl"), **small | more)
