@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -53,7 +53,10 @@ def progress(total: int, label: str, quiet: bool) -> Iterator["Bar"]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=out, disable=not shown, transient=True) as bar:
+    bar = Progress(*columns, console=out, disable=not shown, transient=True)
+    with (
+        bar if shown else nullcontext()
+    ):  # older releases of rich end a bar that is not shown with an empty line
         yield Bar(bar, bar.add_task(label, total=total, note=""), shown, quiet)
 
 

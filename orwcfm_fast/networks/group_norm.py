@@ -35,7 +35,9 @@ class _Float32Norm(torch.autograd.Function):
         c, size = x.shape[1], x.shape[2] * x.shape[3]
         dx, dw, db = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
         for part, g, to in zip(*(_pieces(a) for a in (x, grad, dx)), strict=True):
-            b, x32, g = len(part), part.float(), g.float().contiguous(memory_format=torch.channels_last)
+            # one layout for both: torch 2.11 is silently wrong where they differ
+            x32, g = (a.float().contiguous(memory_format=torch.channels_last) for a in (part, g))
+            b = len(part)
             y, mean, rstd = torch.native_group_norm(x32, weight, bias, b, c, size, 32, 1e-5)
             if ctx.silu:
                 g = torch.ops.aten.silu_backward(g, y)
