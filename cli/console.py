@@ -129,8 +129,7 @@ def closing(result: "Result") -> None:
         say(forecast)
     if drop := result.reward_drop():
         say(drop)
-    lower = result.lower_alpha()
-    more = "" if lower is None or drop else f" · orwcfm finetune --alpha {lower:g} (more reward, more drift)"
+    more = "" if drop or not (command := result.next_command()) else f" · {command} (more reward, more drift)"
     say(
         f"look at {result.run.path / 'report.html'} and {result.run.samples / 'before_after.png'}\n"
         f"next: orwcfm sample · orwcfm evaluate{more}"

@@ -103,19 +103,29 @@ def _other_method(*names: str) -> Callable[[Any], bool]:
     return lambda v: v.method not in names
 
 
-def _no_weights(v: Any) -> bool:
+def _no_alpha(v: Any) -> bool:
     from orwcfm_fast.method.objectives import METHODS
 
-    return METHODS.get(v.method).signal != "weight"
+    return not METHODS.get(v.method).uses_alpha
+
+
+def _signal_is_not(kind: str) -> Callable[[Any], bool]:
+    def idle(v: Any) -> bool:
+        from orwcfm_fast.method.objectives import METHODS
+
+        return METHODS.get(v.method).signal != kind
+
+    return idle
 
 
 OVERWRITE = (Rule(("overwrite",), lambda v: v.out is None, "it is about --out, which is not given"),)
 SAMPLING = (Rule(("nfe", "grid"), _adaptive, "solver {solver} chooses its own time steps"),)
 WEIGHTING = (
-    Rule(("alpha", "weights", "normalize_weights"), _no_weights, "--method {method} has no weights and no α"),
+    Rule(("alpha",), _no_alpha, "--method {method} does not use α"),
+    Rule(("weights", "normalize_weights"), _signal_is_not("weight"), "--method {method} has no weights"),
     Rule(("adrpo_beta0",), _other_method("adrpo"), "it is for --method adrpo"),
     Rule(("ram_m",), _other_method("ram"), "it is for --method ram"),
-    Rule(("raft_best_of",), _other_method("raft"), "it is for --method raft"),
+    Rule(("raft_best_of",), _signal_is_not("best"), "it is for --method raft"),
     Rule(("nft_beta",), _other_method("nft"), "it is for --method nft"),
     Rule(("kl",), _other_method("nft", "awm"), "it is for --method nft or awm"),
     Rule(

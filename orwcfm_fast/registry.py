@@ -38,6 +38,8 @@ class Registry:
         """Decorator: the entry `name`."""
 
         def add(entry: Any) -> Any:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} '{name}' is registered twice; give one of them another name")
             self._entries[name] = entry
             return entry
 

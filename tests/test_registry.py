@@ -9,6 +9,7 @@ import torch
 from orwcfm_fast.data.datasets import DATA, load_data
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.samplers import SOLVERS, solve
+from orwcfm_fast.registry import Registry
 from orwcfm_fast.rewards import REWARDS, make_reward
 
 REWARD = '''"""Darkness of images."""
@@ -93,3 +94,11 @@ def test_a_dropped_file_that_cannot_be_imported_is_named_each_time(drop):
     for _ in range(2):
         with pytest.raises(UserError, match=r"rewards\.dropped_by_test: ModuleNotFoundError"):
             REWARDS.names()
+
+
+def test_a_name_that_is_taken_is_refused():
+    registry = Registry("reward")
+    registry.register("mine")(1)
+    with pytest.raises(ValueError, match="'mine' is registered twice"):
+        registry.register("mine")(2)
+    assert registry.get("mine") == 1

@@ -154,8 +154,9 @@ def milder(alpha: float, tau: float, found: Sequence[Finding], s: Finetune) -> t
     hold-out reward double α (0 becomes 0.5). What cannot serve is left to the other: α where it is steered
     (--target-w2), τ under linear weights. A method without α and τ has nothing milder.
     """
-    weighs = METHODS.get(s.method).signal == "weight"
-    use_tau, use_alpha = weighs and s.weights != "linear", weighs and s.target_w2 is None
+    method = METHODS.get(s.method)
+    use_tau = method.signal == "weight" and s.weights != "linear"
+    use_alpha = method.uses_alpha and s.target_w2 is None
     new_alpha, new_tau = alpha, tau
     if use_tau and (not use_alpha or any(f.cure == "tau" for f in found)):
         new_tau = tau / 2

@@ -177,7 +177,7 @@ class Trainer:
         )
         if not self.method.reads_velocity:
             at = Point(signal, found.mean, torch.ones_like(signal), self.alpha, self.settings)
-            check_bounded(self.method.coefficients(at))
+            check_bounded(self.settings.method, self.method.coefficients(at))
         return found
 
     def anchors(self, batches: Minibatches) -> Anchors:
@@ -336,7 +336,7 @@ def _check(policy: Policy, settings: Finetune, ranks: ProcessGroup) -> None:
         raise UserError(
             f"coupling 'ot': its plan needs the positive weights of --method orw, not {settings.method}'s"
         )
-    if settings.target_w2 is not None and row.signal != "weight":
+    if settings.target_w2 is not None and not row.uses_alpha:
         raise UserError(
             f"--target-w2: sets α, which --method {settings.method} does not have; use orw-centred"
         )

@@ -6,8 +6,7 @@ from orwcfm_fast.checkpoints import checkpoint, retention
 from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.method.trainer import Trainer
-from orwcfm_fast.runs.resume import finetune_resume_command
-from orwcfm_fast.runs.run import Run
+from orwcfm_fast.runs.run import Run, resume_command
 from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
 
 
@@ -55,7 +54,7 @@ class CheckpointManager:
                 self.prune()
             except OSError as error:
                 raise self.run.write_failed(
-                    error, finetune_resume_command(self.run, self.settings)
+                    error, resume_command(self.run, "finetune", self.settings)
                 ) from error
         return path
 

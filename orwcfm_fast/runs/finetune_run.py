@@ -32,8 +32,8 @@ from orwcfm_fast.runs.interrupt import SignalHandler, StopRequested
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
 from orwcfm_fast.runs.resolve import anchored, resolved, run_name
 from orwcfm_fast.runs.result import Result
-from orwcfm_fast.runs.resume import MAY_CHANGE, finetune_resume_command, restarted_settings
-from orwcfm_fast.runs.run import ReadOnlyRun, Run, next_run_path, resumed_settings
+from orwcfm_fast.runs.resume import MAY_CHANGE, restarted_settings
+from orwcfm_fast.runs.run import ReadOnlyRun, Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.settings import Finetune
 
 
@@ -235,7 +235,7 @@ class Finetuning:
         """
         on_line = on_line or (lambda text: None)
         self.controller.report_to(on_line)
-        s, resume = self.settings, finetune_resume_command(self.run, self.settings)
+        s, resume = self.settings, resume_command(self.run, "finetune", self.settings)
         try:
             with SignalHandler(f"left at once; {resume}" if self.ranks.first else "") as signals:
                 try:
@@ -329,10 +329,10 @@ class Finetuning:
                 rewards.close()
             return result
         except KeyboardInterrupt:
-            resume = finetune_resume_command(self.run, self.settings)
+            resume = resume_command(self.run, "finetune", self.settings)
             raise Interrupted(f"interrupted; training is done and saved; to evaluate it: {resume}") from None
         except OSError as error:
-            raise self.run.write_failed(error, finetune_resume_command(self.run, self.settings)) from error
+            raise self.run.write_failed(error, resume_command(self.run, "finetune", self.settings)) from error
         finally:
             self.run.unlock()
 

@@ -105,7 +105,8 @@ class Loader:
                     f"--{key} {value}: checkpoint {checkpoint} is of {own[key]}; leave --{key} out"
                 )
             raise UserError(
-                f"--{key} {value}: name weights of it with --checkpoint, or make some: orwcfm pretrain"
+                f"--{key} {value}: needs a model trained on it: orwcfm pretrain --{key} {value} --out DIR, then "
+                "orwcfm finetune --checkpoint DIR"
             )
         return loaded or self.default()
 

@@ -1,14 +1,16 @@
 """The result of a finished fine-tuning run."""
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.evaluation.evaluate import Measures
+from orwcfm_fast.method.objectives import METHODS
 from orwcfm_fast.method.trainer import PHASES
-from orwcfm_fast.runs.run import Run
+from orwcfm_fast.runs.run import Run, named_code
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.theory.prediction import limit_note, lower, reached_line
 
@@ -73,10 +75,13 @@ class Result:
             return None
         return "the reward fell: the policy drifted without gaining reward; try a higher --tau or --alpha"
 
-    def lower_alpha(self) -> float | None:
-        """A smaller α to try for more reward; None where α is 0 already or is set by --target-w2."""
+    def next_command(self) -> str:
+        """The command of the same run with a smaller α; empty where α is 0 already, is not used or is set by W2."""
         s = self.settings
-        return lower(s.alpha) if s.alpha and s.target_w2 is None else None
+        if not s.alpha or s.target_w2 is not None or not METHODS.get(s.method).uses_alpha:
+            return ""
+        config = shlex.quote(str(self.run.config))
+        return " ".join(["orwcfm finetune --config", config, *named_code(s), f"--alpha {lower(s.alpha):g}"])
 
     def by_phase(self) -> dict[str, float]:
         """Seconds spent in each phase of a round, summed over all rounds."""

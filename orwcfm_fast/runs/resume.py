@@ -6,18 +6,11 @@ from typing import Any
 
 from orwcfm_fast.distributed import launched
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.rewards import user_code
 from orwcfm_fast.runs.resolve import agrees, left_open
-from orwcfm_fast.runs.run import CONFIG, Run, read_command, resume_command
+from orwcfm_fast.runs.run import CONFIG, read_command
 from orwcfm_fast.settings import Finetune, build, read_toml
 
 MAY_CHANGE = ("rounds", "device", "log", "graph")
-
-
-def finetune_resume_command(run: Run, settings: Finetune) -> str:
-    """The command that resumes the run; rewards that are user code must be named again."""
-    named = {key: getattr(settings, key) for key in ("reward", "holdout_reward")}
-    return resume_command(run, "finetune", {k: v for k, v in named.items() if user_code(v)})
 
 
 def restarted_settings(settings: Finetune, out: Path | None, overwrite: bool) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from orwcfm_fast.checkpoints import retention
 from orwcfm_fast.errors import UserError, WorkError, warn
 from orwcfm_fast.files import open_regular, read_small, write_text
+from orwcfm_fast.rewards import user_code
 from orwcfm_fast.runs.lock import LOCK, RunLock
 from orwcfm_fast.settings import S, build, read_toml, to_toml
 
@@ -218,15 +219,24 @@ def _same(key: str, given: Any, written: Any, folder: Path) -> bool:
     return same_rewards(given, written, folder)
 
 
-def resume_command(run: Run, command: str, named: dict[str, list[str]] | None = None) -> str:
-    """The command that resumes a run.
+def named_code(*settings: BaseModel) -> list[str]:
+    """--reward and --holdout-reward where there is user code among them, which every command must name again."""
+    return [
+        f"--{key.replace('_', '-')} {shlex.quote(spec)}"
+        for key in ("reward", "holdout_reward")
+        if user_code(specs := [*dict.fromkeys(spec for s in settings for spec in getattr(s, key))])
+        for spec in specs
+    ]
+
+
+def resume_command(run: Run, command: str, *settings: BaseModel) -> str:
+    """The command that resumes the run.
 
     Args:
-        named: for --reward and --holdout-reward those that are user code, which must be named again.
+        settings: of the run, or of each run of a sweep, whose rewards may be user code.
     """
-    again = [f"--{k.replace('_', '-')} {shlex.quote(s)}" for k, specs in (named or {}).items() for s in specs]
     flag = "--out" if command == "sweep" else "--resume"
-    return " ".join([f"orwcfm {command} {flag} {shlex.quote(str(run.path))}", *again])
+    return " ".join([f"orwcfm {command} {flag} {shlex.quote(str(run.path))}", *named_code(*settings)])
 
 
 def next_run_path(stem: str, root: Path = Path("runs")) -> Path:

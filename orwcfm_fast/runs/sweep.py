@@ -18,7 +18,7 @@ from orwcfm_fast.method.callbacks import Progress
 from orwcfm_fast.method.samplers import times as solver_times
 from orwcfm_fast.reporting.fronts import Outcome, plain_forecast, write_fronts
 from orwcfm_fast.reporting.tracking import check_loggers
-from orwcfm_fast.rewards import make_reward, user_code
+from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
 from orwcfm_fast.runs.resolve import FILLED, resolved
@@ -198,11 +198,7 @@ class Sweeping:
             )
 
     def _again(self) -> str:
-        rewards = {
-            key: [*dict.fromkeys(name for s in self.runs.values() for name in getattr(s, key))]
-            for key in ("reward", "holdout_reward")
-        }
-        return resume_command(self.run, "sweep", {k: v for k, v in rewards.items() if user_code(v)})
+        return resume_command(self.run, "sweep", *self.runs.values())
 
     def _train(self, name: str, watch: Callable[[str, float], None] | None) -> None:
         began, task = time.perf_counter(), self._task(name)

@@ -198,10 +198,11 @@ def limit_note(found: dict[str, Any], gain: float, w2: float) -> str:
         return ""
     limit = LimitLine.from_dict(found["limit"])
     low, high = limit.least_w2(float(limit.reward[0]) + gain)
-    if not (gain > 0 and low > 0):
+    if not (gain > 0 and 0 < low <= w2):  # below the least: a gain within its own error
         return ""
+    least = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
     return (
-        f"coupled W2 {w2:.2f}; no method has this reward below {low:.2f} to {high:.2f} (optimal transport): "
+        f"coupled W2 {w2:.2f}; the least possible for this gain is {least} (optimal transport): "
         f"{w2 / high:.2f} to {w2 / low:.2f} times the least"
     )
 

@@ -38,7 +38,7 @@ REWARDS = {
 RAM = ("--method", "ram")
 WEIGHTING = {
     "--method": ALWAYS,
-    "--alpha": [("--alpha", 2, *RAM, "--method ram has no weights and no α")],
+    "--alpha": [("--alpha", 2, *RAM, "--method ram does not use α")],
     "--tau": [("--tau", 2, *LINEAR, "takes the rewards themselves")],
     "--weights": [("--weights", "advantage", *RAM, "--method ram has no weights")],
     "--adrpo-beta0": [("--adrpo-beta0", 2, "for --method adrpo")],

@@ -154,16 +154,17 @@ def test_one_anchor_stands_for_both_velocities():
 
 def test_a_loss_without_a_lower_bound_is_refused_with_what_it_lacks():
     w = torch.tensor([-0.4, 1.0])
-    check_bounded((w, torch.zeros(2), torch.full((2,), 0.5)))
-    with pytest.raises(UserError, match=r"at least 0\.1 more"):
-        check_bounded((w, torch.zeros(2), torch.full((2,), 0.3)))
+    check_bounded("orw-centred", (w, torch.zeros(2), torch.full((2,), 0.5)))
+    with pytest.raises(UserError, match=r"--alpha higher by at least 0\.1"):
+        check_bounded("orw-centred", (w, torch.zeros(2), torch.full((2,), 0.3)))
 
 
-def test_rwr_refuses_negative_rewards():
-    with pytest.raises(UserError, match="must not be negative"):
-        signal_of(
-            "reward", Rollout(torch.zeros(2, 1), torch.arange(2), torch.tensor([1.0, -1.0])), 1.0, SETTINGS
-        )
+def test_rwr_refuses_negative_rewards_and_other_methods_on_rewards_do_not(two_gaussians):
+    s = Finetune(**SMALL | {"method": "rwr"})
+    with pytest.raises(UserError, match=r"method 'rwr': .* needs rewards that are not negative"):
+        build_trainer(two_gaussians, lambda x: x[:, 0], s).one_round()
+    rollout = Rollout(torch.zeros(2, 1), torch.arange(2), torch.tensor([1.0, -1.0]))
+    assert signal_of("reward", rollout, 1.0, SETTINGS).tolist() == [1, -1]
 
 
 def test_advantages_are_of_the_samples_own_prompt():

@@ -6,7 +6,7 @@ from orwcfm_fast.method.objectives.objective import LARGEST_ADVANTAGE, Coefficie
 
 
 @method(
-    "nft", "advantage", old=True, reference=True, reads_velocity=True,
+    "nft", "advantage", old=True, reference=True, uses_alpha=False, reads_velocity=True,
     averages=lambda done: min(0.001 * done, 0.5), samples_average=True,
 )  # fmt: skip
 def nft(at: Point) -> Coefficients:
@@ -30,6 +30,7 @@ def nft(at: Point) -> Coefficients:
     "advantage",
     old=True,
     reference=True,
+    uses_alpha=False,
     reads_velocity=True,
     averages=lambda done: min(0.001 * done, 0.3),
 )

@@ -5,13 +5,13 @@ import torch
 from orwcfm_fast.method.objectives.objective import Coefficients, Point, method
 
 
-@method("adrpo", "advantage", old=False, reference=True)
+@method("adrpo", "advantage", old=False, reference=True, uses_alpha=False)
 def adrpo(at: Point) -> Coefficients:
     """w = A, b = 0, a = β₀ − A: adaptive divergence regularisation (Fan et al., arXiv 2510.18053)."""
     return at.signal, torch.zeros_like(at.signal), at.settings.adrpo_beta0 - at.signal
 
 
-@method("ram", "advantage", old=True, reference=True)
+@method("ram", "advantage", old=True, reference=True, uses_alpha=False)
 def ram(at: Point) -> Coefficients:
     """w = m·A, b = −m·A, a = 1: reinforce adjoint matching (Bergmeister et al., arXiv 2605.10759)."""
     pull = at.settings.ram_m * at.signal

@@ -59,8 +59,9 @@ class Method:
         coefficients: (w, b, a) [B] of a minibatch's draws, float32.
         signal: what the reward becomes before the first step of a round.
         old, reference: whether the row has a term with v_old, with v_ref; a velocity without a term is not computed.
+        uses_alpha: they depend on α; the options that set it are refused elsewhere, and at α = 0 v_ref is not computed.
         reads_velocity: the coefficients depend on the policy's velocity, and so change with every step.
-        rests: at τ = 0 it leaves every weight where it is.
+        rests: at τ = 0 the policy does not change.
         averages: None, or the share of an average of past policies that is kept after the so-many-th round;
             the average is then v_old. samples_average: rollouts are drawn from it.
     """
@@ -69,6 +70,7 @@ class Method:
     signal: Signal
     old: bool
     reference: bool
+    uses_alpha: bool = True
     reads_velocity: bool = False
     rests: bool = True
     averages: Callable[[int], float] | None = None
@@ -80,7 +82,7 @@ class Method:
 
     def has_reference(self, alpha: float) -> bool:
         """Whether v_ref is needed with this α."""
-        return self.reference and (self.signal != "weight" or alpha > 0)
+        return self.reference and (not self.uses_alpha or alpha > 0)
 
     def kept(self, alpha: float) -> int:
         """Velocities that a round keeps of each draw: none, one, or v_old and v_ref apart where a step blends them."""
@@ -114,10 +116,6 @@ def signal_of(kind: Signal, rollout: Rollout, tau: float, s: Finetune) -> Tensor
             return weigh(rollout.reward, *how)
         return weigh_within(rollout.reward, groups, *how)
     if kind == "reward":
-        if bool((rollout.reward < 0).any()):
-            raise UserError(
-                f"method 'rwr': rewards must not be negative, the least is {rollout.reward.min():.4g}; use raft or orw"
-            )
         return rollout.reward.float()
     if kind == "best":
         parts = rollout.reward.split(s.raft_best_of)
@@ -133,16 +131,21 @@ def signal_of(kind: Signal, rollout: Rollout, tau: float, s: Finetune) -> Tensor
     return found.clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE).float()
 
 
-def check_bounded(coefficients: Coefficients) -> None:
+def check_bounded(name: str, coefficients: Coefficients) -> None:
     """w + b + a ≥ 0 for every draw, but for rounding, or the loss has no lower bound.
 
+    Args:
+        name: of the method, in the message.
+
     Raises:
-        UserError: names how much more α would be enough.
+        UserError: says what would be enough.
     """
     w, b, a = coefficients
     least = float((w + b + a).min())
     if least < -ROUNDING * float(w.abs().max()):
+        enough = {"adrpo": "--adrpo-beta0", "rwr": "rewards that are not negative"}.get(name, "--alpha")
+        more = "" if name == "rwr" else f" higher by at least {-least:.4g}"
         raise UserError(
-            f"the least of w + b + a over the round is {least:.4g}: the loss has no lower bound; "
-            f"the anchor needs at least {-least:.4g} more (--alpha, or --adrpo-beta0)"
+            f"method '{name}': the least of w + b + a over the round is {least:.4g}, so the loss has no lower bound; "
+            f"it needs {enough}{more}"
         )
