@@ -47,10 +47,10 @@ def test_each_example_dropped_into_a_copy_of_the_package_is_used_by_name(tmp_pat
     for folder in ("kernels", "cli", "benchmarks"):
         shutil.copytree(ROOT / folder, copy / "orwcfm_fast" / folder)
     lines = []
-    for path, source, command in RECIPES:
+    for path, source, commands in RECIPES:
         (copy / path).write_text(source)
-        words = command.split()
-        lines += [f"{' '.join(words[1:])} {CHEAP[words[1]]}"]
+        for words in map(str.split, commands.splitlines()):
+            lines += [f"{' '.join(words[1:])} {CHEAP[words[1]]}"]
     ended = subprocess.run(
         [sys.executable, "-c", RUN_LINES],
         input="\n".join(["list", *lines]),
