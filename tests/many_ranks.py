@@ -195,7 +195,7 @@ def other_packages() -> None:
 
     own = checkpoint.versions()
     if rank() == 1:
-        checkpoint.versions = lambda: own | {"torch": "2.11.0"}  # type: ignore[assignment]
+        checkpoint.versions = lambda: own | {"torch": "0.0"}  # type: ignore[assignment]
 
 
 def other_settings() -> None:

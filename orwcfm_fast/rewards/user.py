@@ -76,7 +76,7 @@ def _neighbours(folder: str) -> Iterator[None]:
 
     The modules of another reward's folder are hidden meanwhile, since both may have, say, a utils.py.
     """
-    others = [name for name, module in sys.modules.items() if _folder(module) in _folders - {folder}]
+    others = [name for name, module in [*sys.modules.items()] if _folder(module) in _folders - {folder}]
     hidden = {name: sys.modules.pop(name) for name in others if not name.startswith("orwcfm_user_")}
     before = list(sys.path)
     sys.path[:] = [folder, *(entry for entry in sys.path if entry not in _folders)]
