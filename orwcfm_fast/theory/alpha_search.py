@@ -75,8 +75,8 @@ def alpha_for(
     worst = min(r.ess for f in used for r in f.rounds)
     if worst < REACH:
         raise UserError(
-            f"{name} {want:g} is beyond the forecast's reach: its masses rest on {worst:.0f} of {len(samples)} "
-            f"samples (at least {REACH:.0f} are needed); give more samples or fewer rounds"
+            f"{name} {want:g} is beyond the forecast's reach: the effective sample size falls to {worst:.0f} of "
+            f"{len(samples)} (at least {REACH:.0f} are needed); give more samples (-n) or fewer rounds"
         )
     return AlphaInterval(low, high, found)
 

@@ -73,9 +73,10 @@ class Forecast:
         """What speaks against the forecast and what would help, in words; empty where nothing does."""
         least, count = min(r.ess for r in self.rounds), len(self.masses)
         if least < REACH:
+            enough = math.ceil(count * REACH / least)
             return (
-                f"beyond the forecast's reach: its masses rest on {least:.0f} of {count} samples, {REACH:.0f} are "
-                f"needed; use {math.ceil(count * REACH / least):,} samples, fewer rounds or a higher α"
+                f"beyond the forecast's reach: the effective sample size falls to {least:.0f} of {count}, and "
+                f"{REACH:.0f} are needed; orwcfm predict -n {enough} has them, or take fewer rounds or a higher α"
             )
         gain, margin = self.final.reward - self.rounds[0].reward, 2 * self.final.reward_error
         if margin > abs(gain) and self.tau != 0:

@@ -92,7 +92,7 @@ def test_errors_know_how_far_samples_lie_apart():
 def test_doubt_says_what_would_help():
     x = torch.randn(400, 1, generator=torch.Generator().manual_seed(1))
     beyond = forecast(x, x[:, 0], 0.0, 1.0, 3, exact_w2=False)
-    assert "masses rest on" in beyond.doubt and "a higher α" in beyond.doubt
+    assert "effective sample size falls to" in beyond.doubt and "a higher α" in beyond.doubt
     noise = forecast(x, right(-x), 3.0, 0.05, 1, exact_w2=False)
     assert "is wider than the change" in noise.doubt and "1,600 samples" in noise.doubt
 
@@ -194,7 +194,9 @@ def test_wish_that_cannot_be_met_is_refused(two_gaussians, wish, message):
 
 def test_wish_on_too_few_samples_is_refused():
     x = torch.randn(300, 1, generator=torch.Generator().manual_seed(2))
-    with pytest.raises(UserError, match=r"beyond the forecast's reach: its masses rest on \d+ of 300"):
+    with pytest.raises(
+        UserError, match=r"beyond the forecast's reach: the effective sample size falls to \d+ of 300"
+    ):
         alpha_for(x, x[:, 0], 0.8, 3, want_reward=1.7, alphas=(0.0, 0.1, 1.0))
 
 
