@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from importlib import import_module
 from pathlib import Path
 
@@ -99,6 +100,21 @@ def test_the_table_of_many_processes_is_that_of_its_result_file():
             for key, gain in (("rollout", "rollout_gain"), ("train", "train_gain"))
         ]
         assert " | ".join(cells) in MANY
+
+
+def test_the_table_of_methods_is_that_of_its_result_file():
+    groups = {}
+    for row in results("methods-digits")["runs"]:
+        groups.setdefault((row["alpha"], row["method"]), []).append(row["after"])
+    assert {(1, "orw-centred"), (0.3, "orw-centred")} <= groups.keys()
+    for (alpha, method), found in groups.items():
+        reward = statistics.median(after["reward"][0] for after in found)
+        w2, confidence, deviation = (
+            statistics.median(after[key] for after in found)
+            for key in ("w2_coupled", "confidence", "deviation")
+        )
+        cells = (f"{alpha:g}", f"`{method}`", f"{len(found)}", f"{reward:.3f}", f"{w2:.2f}")
+        assert f"| {' | '.join(cells)} | {confidence:.3f} | {deviation:.3f} |" in FIGURES
 
 
 def test_killed_runs_are_those_of_the_result_file():
