@@ -1,6 +1,7 @@
 """Text alignment by CLIP (Radford et al., ICML 2021) through open_clip, and a linear head on its features."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from orwcfm_fast.rewards.registry import Reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
 CHUNK = 256
+KNOWN_TEXTS = 4096
+"""Texts whose features are kept."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def clip(argument: str, options: RewardOptions) -> Reward:
     positive, negative = given[:1] or options.prompt, given[1:] or options.negative
     texts = (*positive, *negative)
     if not texts and options.has_prompts:
-        return _own_prompt(clip_of(options))
+        model = clip_of(options)
+        return own_prompt(lambda device: model)
     if not positive or not all(text.strip() for text in texts):
         raise UserError(
             "reward 'clip': no prompt; give it --prompt TEXT (and --negative TEXT), or clip:TEXT|TEXT"
@@ -146,13 +150,24 @@ def clip(argument: str, options: RewardOptions) -> Reward:
     return score
 
 
-def _own_prompt(model: Clip) -> Reward:
-    """Cosine [B] of each image with the prompt that it was made for."""
-    text_features = functools.lru_cache(4096)(lambda text, device: model.text_features((text,), device)[0])
+def own_prompt(model_on: Callable[[torch.device], Any]) -> Callable[[Tensor, list[str]], Tensor]:
+    """Cosine [B] of each image with the prompt that it was made for.
+
+    Args:
+        model_on: a device → a model there with `image_features` and `text_features`, as `Clip` has them.
+    """
+    known: dict[tuple[str, torch.device], Tensor] = {}
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        with torch.no_grad():
-            texts = torch.stack([text_features(text, images.device) for text in prompts])
-            return (model.image_features(images) * texts).sum(1)
+        model, device = model_on(images.device), images.device
+        if len(known) > KNOWN_TEXTS:
+            known.clear()
+        new = [text for text in dict.fromkeys(prompts) if (text, device) not in known]
+        for part in (tuple(new[k : k + CHUNK]) for k in range(0, len(new), CHUNK)):
+            known.update(
+                zip(((text, device) for text in part), model.text_features(part, device), strict=True)
+            )
+        texts = torch.stack([known[text, device] for text in prompts])
+        return (model.image_features(images) * texts).sum(1)
 
     return score

@@ -36,7 +36,9 @@ class RewardOptions(DataFolder):
         allow_inf_nan=False,
     )
     prompt: list[str] = setting(
-        [], panel="Reward", help="clip reward: text that the image should match; may be repeated"
+        [],
+        panel="Reward",
+        help="text that images should match, in place of their own prompts; clip takes several",
     )
     negative: list[str] = setting(
         [], panel="Reward", help="clip reward: text that the image should not match; may be repeated"

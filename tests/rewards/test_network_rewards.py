@@ -102,7 +102,7 @@ def test_without_timm_its_architectures_are_said_to_need_it(tmp_path, monkeypatc
         ("classifier:resnet18:gone.pt:3", "classifier resnet18 gone.pt: No such file"),
         ("classifier:resnet18:code.pt:3", "refused, its pickle asks for more than tensors"),
         ("classifier:resnet18:cut.safetensors:3", "not a safetensors file"),
-        ("aesthetic", "write aesthetic:FILE"),
+        ("aesthetic", "aesthetic:FOLDER/aesthetic-model.pth --clip-model ViT-L-14"),
         ("aesthetic:gone.pt", "aesthetic head gone.pt: No such file"),
         ("aesthetic:w.safetensors", "not linear layers that end in one number"),
     ],
