@@ -81,6 +81,8 @@ class Bar:
 def round_line(record: dict[str, Any], rounds: int) -> str:
     """The record of a round as one line."""
     holdout = f"  holdout {record['holdout_mean']:.4g}" if "holdout_mean" in record else ""
+    if record.get("eval_reward_mean") is not None:
+        holdout += f"  held-out prompts {record['eval_reward_mean']:.4g}"
     return (
         f"round {record['round']:>3}/{rounds}  reward {record['reward_mean']:.4g}{holdout}  "
         f"W2 {record['w2_coupled']:.3g}  α {record['alpha']:.3g}  ESS {record['ess']:.0f}  "
@@ -129,6 +131,8 @@ def closing(result: "Result") -> None:
         say(forecast)
     if drop := result.reward_drop():
         say(drop)
+    if parted := result.parting():
+        say(parted)
     more = "" if drop or not (command := result.next_command()) else f" · {command} (more reward, more drift)"
     say(
         f"look at {result.run.path / 'report.html'} and {result.run.samples / 'before_after.png'}\n"

@@ -16,6 +16,7 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.settings import Conditioned, Settings
 
 FLAGS = {"n": "-n", "preset": "--model", "models": "MODEL"}
+OF_PROMPTS = ("pickscore", "hpsv2", "imagereward", "clipscore")
 CONDITIONS = tuple(key for key in Conditioned.model_fields if key not in Settings.model_fields)
 
 
@@ -75,7 +76,7 @@ def _no_reward(*names: str, features: str = "") -> Callable[[Any], bool]:
 def _clip_has_text(v: Any) -> bool:
     specs = [*v.reward, *getattr(v, "holdout_reward", [])]
     clip = [spec for spec in specs if spec.partition("=")[0].partition(":")[0] == "clip"]
-    return bool(clip) and all(":" in spec for spec in clip)
+    return bool(clip) and all(":" in spec for spec in clip) and _no_reward(*OF_PROMPTS)(v)
 
 
 def _no_file(v: Any) -> bool:
@@ -136,7 +137,8 @@ WEIGHTING = (
     ),
 )
 REWARDS = (
-    Rule(("prompt", "negative", "clip_score"), _no_reward("clip"), "no reward is clip"),
+    Rule(("prompt",), _no_reward("clip", *OF_PROMPTS), "no reward compares samples with a text"),
+    Rule(("negative", "clip_score"), _no_reward("clip"), "no reward is clip"),
     Rule(("prompt",), _clip_has_text, "the reward clip:TEXT names its own text"),
     Rule(
         ("clip_model", "clip_weights", "clip_precision"),
@@ -158,10 +160,16 @@ FINETUNE = (
         lambda v: v.standardize_rewards and v.weights == "advantage" and len(v.reward) < 2,
         "--weights advantage standardises a single reward already",
     ),
-    Rule(("guard_ess", "guard_w2", "guard_diversity"), lambda v: v.guard == "off", "--guard is off"),
+    Rule(
+        ("guard_ess", "guard_w2", "guard_velocity", "guard_diversity"),
+        lambda v: v.guard == "off",
+        "--guard is off",
+    ),
     Rule(("micro_batch",), lambda v: v.micro_batch >= v.batch, "a batch of {batch} is no larger"),
     Rule(
-        (*CONDITIONS, "gradient_checkpointing"), _digits_model, "the digits model is no pipeline with prompts"
+        (*CONDITIONS, "gradient_checkpointing", "eval_prompts"),
+        _digits_model,
+        "the digits model is no pipeline with prompts",
     ),
 )
 PRETRAIN = (*OVERWRITE, Rule(("data_dir",), _in_place, "the dataset {data} is not downloaded"))

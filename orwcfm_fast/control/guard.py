@@ -21,6 +21,10 @@ HACKING = 3  # rounds in a row of trained reward up, hold-out reward down
 W2_SHARE = (
     0.5**0.5
 )  # of the distance of two reference samples: about what every sample turning to one would take
+INFLATION = (
+    1.05  # of the velocity's norm: flows that go wrong have 1.05 to 1.15, digits at α = 0.3 up to 1.01
+)
+LEAST_DIMENSION = 64  # of a sample: in few dimensions a reward that is met moves the norm by as much
 TARGET_SHARE = 1.5  # of a W2 that is steered to: what may pass while it settles
 MAX_ROLLBACKS = 8
 ALPHA_STEP = 0.5
@@ -56,10 +60,12 @@ class Guard:
     Args:
         settings: `guard` and its bounds.
         spread: mean distance of two reference samples, the unit of the default ceiling of the drift.
+        dimension: values of a sample.
     """
 
     settings: Finetune
     spread: float = 0.0
+    dimension: int = 1
     past: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -67,6 +73,11 @@ class Guard:
         """Coupled W2 above which it speaks."""
         s = self.settings
         return s.guard_w2 or max(W2_SHARE * self.spread, TARGET_SHARE * (s.target_w2 or 0))
+
+    @property
+    def norm_ceiling(self) -> float:
+        """Norm of the velocity, in that of the reference's, above which it speaks."""
+        return self.settings.guard_velocity or (INFLATION if self.dimension >= LEAST_DIMENSION else math.inf)
 
     def before_steps(self, ess: float) -> list[Finding]:
         """Of a rollout's weights, before anything is learned from them."""
@@ -88,13 +99,23 @@ class Guard:
         return found
 
     def _drifts(self, record: dict[str, Any]) -> list[Finding | None]:
-        return [self._far(record), self._uniform(record), self._spike(record), self._hacked(record)]
+        signs = (self._far, self._inflated, self._uniform, self._spike, self._hacked)
+        return [sign(record) for sign in signs]
 
     def _far(self, record: dict[str, Any]) -> Finding | None:
         w2 = record["w2_coupled"]
         if w2 <= self.ceiling:
             return None
         return Finding(f"coupled W2 {w2:.3g} is above {self.ceiling:.3g}; raise --alpha", "alpha")
+
+    def _inflated(self, record: dict[str, Any]) -> Finding | None:
+        ratios = record.get("velocity_norm") or [None]
+        worst, k = max((ratio or 0.0, k) for k, ratio in enumerate(ratios))
+        if worst <= self.norm_ceiling:
+            return None
+        where = f"t from {k / len(ratios):g} to {(k + 1) / len(ratios):g}"
+        text = f"the velocity's norm is {worst:.3f} times the reference's at {where}, above {self.norm_ceiling:g}"
+        return Finding(f"{text}; raise --alpha", "alpha")
 
     def _uniform(self, record: dict[str, Any]) -> Finding | None:
         share, floor = record["diversity_share"], self.settings.guard_diversity

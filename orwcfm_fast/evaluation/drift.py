@@ -1,5 +1,8 @@
 """Drift: how far a policy has moved from its reference, measured on shared noise."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -10,16 +13,45 @@ from orwcfm_fast.method.samplers import solve
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import Sampling
 
+BINS = 10
+"""Equal parts of [0, 1] in which the norms of velocities are compared."""
 
-def sample_with_gap(
+
+@dataclass(frozen=True)
+class Drift:
+    """How the policy's velocity differs from the reference's along the trajectories of n samples.
+
+    Attributes:
+        gap: ∫E‖v − v_ref‖² dt (trapezoid).
+        energies: for each of BINS equal parts of [0, 1], Σ‖v‖² and Σ‖v_ref‖² over samples and times in it.
+    """
+
+    n: int
+    gap: float
+    energies: Sequence[tuple[float, float]]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Drift"]) -> "Drift":
+        """Of all samples, from those of parts of them."""
+        n = sum(part.n for part in parts)
+        bins = zip(*(part.energies for part in parts), strict=True)
+        energies = [(sum(v for v, _ in both), sum(r for _, r in both)) for both in bins]
+        return cls(n, sum(part.gap * part.n for part in parts) / n, energies)
+
+    def norm_ratios(self) -> list[float | None]:
+        """√(E‖v‖² / E‖v_ref‖²) in each part of [0, 1]; None where no time lies in it."""
+        return [math.sqrt(v / ref) if ref else None for v, ref in self.energies]
+
+
+def sample_with_drift(
     policy: Policy, reference: Policy, x0: Tensor, how: Sampling, chunk: int, condition: Tensor | None = None
-) -> tuple[Tensor, float]:
-    """Samples of the policy from x0 [N, *shape], and ∫E‖v − v_ref‖² dt along the way (trapezoid).
+) -> tuple[Tensor, Drift]:
+    """Samples of the policy from x0 [N, *shape], and its drift from the reference along the way.
 
     Args:
         condition: rows [N] of the prompts, as for `sample`.
     """
-    ends, gaps = [], []
+    ends, drifts = [], []
     with torch.inference_mode():
         both = (in_parts(p, x0, how, chunk, condition) for p in (policy, reference))
         for (part, own), (_, anchor) in zip(*both, strict=True):
@@ -29,12 +61,23 @@ def sample_with_gap(
                 v = own(t, x)
                 # a solver's first evaluation at a time is the one on its trajectory
                 if t not in seen:
-                    seen[t] = (v.float() - anchor(t, x).float()).square().flatten(1).sum()
+                    a, b = v.float(), anchor(t, x).float()
+                    seen[t] = torch.stack([y.square().sum() for y in (a - b, a, b)])
                 return v
 
             ends.append(solve(velocity, part, how.solver, how.nfe, policy.grid(how.grid)).float())
-            gaps.append(_integral({t: float(gap) for t, gap in seen.items()}))
-    return torch.cat(ends), sum(gaps) / len(x0)
+            drifts.append(_drift(seen, len(part)))
+    return torch.cat(ends), Drift.joined(drifts)
+
+
+def _drift(seen: dict[float, Tensor], n: int) -> Drift:
+    """From the sums (‖v − v_ref‖², ‖v‖², ‖v_ref‖²) [3] at each time."""
+    sums = {t: found.tolist() for t, found in seen.items()}
+    energies = [(0.0, 0.0)] * BINS
+    for t, (_, v, ref) in sums.items():
+        k = min(int(t * BINS), BINS - 1)
+        energies[k] = (energies[k][0] + v, energies[k][1] + ref)
+    return Drift(n, _integral({t: gap for t, (gap, _, _) in sums.items()}) / n, energies)
 
 
 def _integral(values: dict[float, float]) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.distributed import ProcessGroup
-from orwcfm_fast.evaluation.drift import sample_with_gap
+from orwcfm_fast.evaluation.drift import sample_with_drift
 from orwcfm_fast.evaluation.features import Features, features_for
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.rollout import sample, start_conditions, start_noise
@@ -131,8 +131,8 @@ def draw_held_out(
         parts, k = [], max(min(VELOCITY_GAP_SAMPLES - mine.start, len(x0)), 0) if reference else 0
         if reference and k:
             rows = condition if condition is None else condition[:k]
-            x, mean = sample_with_gap(policy, reference, x0[:k], how, chunk, rows)
-            parts, gap = [x], mean * k
+            x, drift = sample_with_drift(policy, reference, x0[:k], how, chunk, rows)
+            parts, gap = [x], drift.gap * k
         if k < len(x0):
             rows = condition if condition is None else condition[k:]
             parts.append(sample(policy, x0[k:], how, chunk, condition=rows))

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_gap
+from orwcfm_fast.evaluation.drift import Drift, coupled_w2, pairwise_distance, sample_with_drift
 from orwcfm_fast.evaluation.features import decoded_features
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.callbacks import Callback
@@ -47,7 +47,8 @@ class Probe(Callback):
     def on_measure(self, trainer: Trainer, rollout: Rollout, record: dict[str, Any]) -> None:
         """Draw the policy's samples as it is now; its drift and diversity."""
         with trainer.phases("probe"):
-            record["velocity_gap"] = self._draw_with_gap()
+            drift = self._draw_with_drift()
+            record["velocity_gap"], record["velocity_norm"] = drift.gap, drift.norm_ratios()
             record["diversity"] = self.diversity(
                 rollout.x1[:ROLLOUT_SAMPLES],
                 None if rollout.condition is None else rollout.condition[:ROLLOUT_SAMPLES],
@@ -80,19 +81,19 @@ class Probe(Callback):
             )
         return pairwise_distance(self.ranks.gather(part, len(x)))
 
-    def _draw_with_gap(self) -> float:
-        """Draw the policy's samples; the mean velocity gap along the way."""
+    def _draw_with_drift(self) -> Drift:
+        """Draw the policy's samples; its drift along the way."""
         x0, condition = self._share()
         with self.ranks.together():
-            part, gap = self.sizes.fit(
+            part, drift = self.sizes.fit(
                 "chunk",
-                lambda chunk: sample_with_gap(
+                lambda chunk: sample_with_drift(
                     self.policy, self.reference, x0, self.settings, chunk, condition
                 ),
                 len(x0),
             )
         self.samples = self.ranks.gather(part, len(self.noise))
-        return sum(self.ranks.all(gap * len(x0))) / len(self.noise)
+        return Drift.joined([*self.ranks.all(drift)])
 
     def _draw(self, policy: Policy) -> Tensor:
         x0, condition = self._share()

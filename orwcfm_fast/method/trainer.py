@@ -355,6 +355,7 @@ def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:
         found["rewards"] = scores.means()
     if held_out:
         found["holdout_mean"] = float(held_out.total.mean())
+        found["holdout_std"] = float(held_out.total.std(correction=0))
         if len(held_out.values) > 1:
             found["holdout_rewards"] = held_out.means()
     seconds = scores.seconds | (held_out.seconds if held_out else {})

@@ -16,7 +16,7 @@ from orwcfm_fast.files import lines, read_text
 from orwcfm_fast.networks.flow.inputs import FILES
 
 MAX_PROMPTS_BYTES = 8 << 20
-OWN = ("prompt", "weight", "metadata")
+OWN = ("prompt", "weight", "metadata", "held_out")
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Prompt:
     Attributes:
         weight: its share of the draws; metadata: what a reward may read beside the text.
         inputs: more that the pipeline is called with, JSON values; pictures by the path of their file.
+        held_out: no training sample is drawn for it; the reward is measured on it.
     """
 
     text: str
     weight: float = 1.0
     metadata: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
+    held_out: bool = False
 
     @classmethod
     def of(cls, values: Any, takes: Collection[str] = ()) -> "Prompt":
@@ -58,10 +60,13 @@ class Prompt:
             raise ValueError("weight should be a number above 0")
         if not isinstance(metadata, dict):
             raise ValueError("metadata should be an object")
-        return cls(values["prompt"], float(weight), metadata, inputs)
+        if not isinstance(held_out := values.get("held_out", False), bool):
+            raise ValueError("held_out should be true or false")
+        return cls(values["prompt"], float(weight), metadata, inputs, held_out)
 
     def to_json(self) -> dict[str, Any]:
-        return {"prompt": self.text, "weight": self.weight, "metadata": self.metadata, **self.inputs}
+        found = {"prompt": self.text, "weight": self.weight, "metadata": self.metadata, **self.inputs}
+        return found | ({"held_out": True} if self.held_out else {})
 
     def from_folder(self, folder: Path) -> "Prompt":
         """The same with the paths of its pictures made absolute.
@@ -83,11 +88,12 @@ class Prompt:
         return replace(self, inputs=inputs)
 
 
-def read_prompts(path: str | Path, takes: Collection[str] = ()) -> list[Prompt]:
+def read_prompts(path: str | Path, takes: Collection[str] = (), flag: str = "--prompts") -> list[Prompt]:
     """The prompts of a file: a line each, or, where its first line begins with {, JSON lines.
 
     Args:
         takes: what their pipeline's call takes besides the text; such keys may be in a JSON line.
+        flag: that named the file, for messages.
 
     Raises:
         UserError: no such file, a line that is no prompt, or none at all.
@@ -95,18 +101,14 @@ def read_prompts(path: str | Path, takes: Collection[str] = ()) -> list[Prompt]:
     try:
         text = read_text(Path(path), MAX_PROMPTS_BYTES)
     except OSError as error:
-        raise UserError(f"--prompts {path}: {error.strerror or error}") from None
+        raise UserError(f"{flag} {path}: {error.strerror or error}") from None
     except ValueError:
-        raise UserError(
-            f"--prompts {path}: not text in UTF-8, or over {MAX_PROMPTS_BYTES >> 20} MiB"
-        ) from None
+        raise UserError(f"{flag} {path}: not text in UTF-8, or over {MAX_PROMPTS_BYTES >> 20} MiB") from None
     written = [(n, line.strip()) for n, line in enumerate(lines(text), 1) if line.strip()]
     if not written:
-        raise UserError(f"--prompts {path}: holds no prompt; write one a line")
+        raise UserError(f"{flag} {path}: holds no prompt; write one a line")
     if _is_json_array(text):
-        raise UserError(
-            f"--prompts {path}: is one JSON array; write JSON lines, an object with a prompt each"
-        )
+        raise UserError(f"{flag} {path}: is one JSON array; write JSON lines, an object with a prompt each")
     if not written[0][1].startswith("{"):
         return [Prompt(line) for _, line in written]
     found = []
@@ -114,7 +116,7 @@ def read_prompts(path: str | Path, takes: Collection[str] = ()) -> list[Prompt]:
         try:
             found.append(Prompt.of(json.loads(line), takes).from_folder(Path(path).parent))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"--prompts {path}: line {n}: {error}") from None
+            raise UserError(f"{flag} {path}: line {n}: {error}") from None
     return found
 
 
@@ -129,21 +131,31 @@ class Conditions:
     """The table of prompts that a policy is conditioned on; a condition is a row number.
 
     Args:
-        prompts: P of them.
+        prompts: those that samples are drawn for, at least one; then those that are held out.
         device: where rows are wanted.
+
+    Attributes:
+        held_out: rows of the prompts that are held out.
     """
 
     def __init__(self, prompts: Sequence[Prompt], device: torch.device) -> None:
-        self.prompts = list(prompts)
-        weights = torch.tensor([p.weight for p in prompts], dtype=torch.float64)
+        self.prompts, self._device = list(prompts), device
+        drawn = [p for p in prompts if not p.held_out]
+        self.held_out = range(len(drawn), len(prompts))
+        weights = torch.tensor([p.weight for p in drawn], dtype=torch.float64)
         self._shares = (weights / weights.sum()).cumsum(0).float().to(device)
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        """Number of prompts that samples are drawn for."""
+        return len(self._shares)
 
     def at(self, u: Tensor) -> Tensor:
         """For each uniform number [B] in [0, 1) a row, int64 [B], with probability proportional to its weight."""
         return torch.searchsorted(self._shares, u, right=True).clamp_(max=len(self) - 1)
+
+    def held_out_rows(self, n: int) -> Tensor:
+        """Rows [n] of the held-out prompts in turn, int64."""
+        return torch.tensor(self.held_out, device=self._device).repeat(-(-n // len(self.held_out)))[:n]
 
     def of(self, rows: Tensor) -> list[Prompt]:
         return [self.prompts[i] for i in rows.tolist()]

@@ -67,7 +67,7 @@ def save_samples(path: Path, samples: dict[str, Tensor]) -> Path:
         ((title, images),) = samples.items()
         tiles, words = resized(images)
         canvas = tiled(tiles, columns=8)
-        figure, _ = _canvas(canvas, title, words, max(LEAST, canvas.shape[1] + 2 * MARGIN))
+        figure, _ = titled_canvas(canvas, title, words, max(LEAST, canvas.shape[1] + 2 * MARGIN))
         figure.savefig(path, dpi=DPI * SHARPNESS)
         return path
     if first.shape[1] == 1:
@@ -120,7 +120,7 @@ def save_pairs(
         notes.append(f"framed: the classifier sees another class, {sum(map(bool, changes))} of {len(pairs)}")
     total = max(LEAST, canvas.shape[1] + 2 * MARGIN) + (BARS if shares else 0)
     title = f"From the same noise: before (left) and after {rounds} (right)"
-    figure, axis = _canvas(canvas, title, "; ".join(filter(None, notes)), total)
+    figure, axis = titled_canvas(canvas, title, "; ".join(filter(None, notes)), total)
     for i, change in enumerate(changes or []):
         if change:
             x = GAP + BESIDE + i % columns * (width + 2 * BESIDE + GAP)
@@ -134,7 +134,7 @@ def save_pairs(
     return path
 
 
-def _canvas(pixels: np.ndarray, title: str, note: str, width: int):
+def titled_canvas(pixels: np.ndarray, title: str, note: str, width: int):
     """A figure of `width` that shows pixels [h, w, 3] at their own size under a title and a note; and its axes."""
     from matplotlib.figure import Figure
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orwcfm_fast.files import write_text
 from orwcfm_fast.reporting.charts import Series, bar_chart, chart
+from orwcfm_fast.reporting.parting import parting
 from orwcfm_fast.reporting.table import interval, measure_rows
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Page:
 
     Attributes:
         pictures: samples by round or run, one at a time under a slider.
+        extremes: most and least rewarded samples, each shown with the picture of the same label.
         before: a picture to show beside them, where they do not show the start themselves.
         classes: a chart of the share of each class, or empty.
     """
@@ -59,6 +61,7 @@ class Page:
     slider: str = "round"
     before: str = ""
     pictures: Sequence[Picture] = field(default=())
+    extremes: Sequence[Picture] = field(default=())
     classes: str = ""
 
 
@@ -87,16 +90,20 @@ def run_report(result: "Result", lines: Sequence[str]) -> Path:
     forecast = json.loads(run.forecast.read_text()) if run.forecast.is_file() else None
     shown = _thin([p for p in sorted(run.samples.glob("round_*.png")) if _round_of(p) <= len(records)])
     guard = [f"round {r['round']}: {text}" for r in records for text in r.get("guard", [])]
+    extremes = [run.samples / p.name.replace("round_", "extremes_") for p in shown]
     page = Page(
         title=run.path.name,
         lines=[*lines, f"to repeat it: orwcfm finetune --config {run.config}"],
         tiles=_tiles(result),
-        guard=guard,
+        guard=[*guard, *filter(None, [result.parting()])],
         charts_title="Round by round",
         charts=_charts(result, forecast),
         before="" if result.after.of_images or not shown else data_uri(shown[0]),
         classes=_classes(result.before, result.after) if result.after.classes else "",
         pictures=[Picture(f"round {_round_of(p)} of {len(records)}", data_uri(p)) for p in shown],
+        extremes=[
+            Picture(f"round {_round_of(p)} of {len(records)}", data_uri(p)) for p in extremes if p.is_file()
+        ],
         tables=[
             Table(
                 "Before and after on held-out noise",
@@ -161,13 +168,17 @@ def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
     w2 = Series("measured", [0, *done], [0.0, *get("w2_coupled")])
     return [
         chart("Mean reward, 95 %", [Series("measured", [*starts, n], reward, y_low=low, y_high=high),
-                                    _expected(expected, "reward", "reward_error")], "rounds trained", whole_x=True),
+                                    _expected(expected, "reward", "reward_error"),
+                                    Series("held-out prompts", done, get("eval_reward_mean"), "b")],
+              "rounds trained", whole_x=True),
+        *_against_held_out(result),
         chart("Coupled W2 to the reference", [w2, _expected(expected, "w2_coupled", "w2_error")],
               "rounds trained", whole_x=True),
         chart("Reward against coupled W2", _front(reward, get("w2_coupled"), forecast), "coupled W2"),
         chart("Diversity, mean pairwise distance",
               [Series("measured", [*starts, n], [*get("diversity"), after.diversity.mean]),
                _expected(expected, "diversity")], "rounds trained", whole_x=True),
+        *_velocity_norms(records),
         chart(f"Effective sample size of {result.settings.rollout}",
               [Series("", done, get("ess"))], "round", whole_x=True),
         chart("Throughput, samples a second", [Series("rollout", done, get("images_per_s_rollout"), "a"),
@@ -177,6 +188,33 @@ def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
                        *([Series("W2", done, get("loss_w2"), "b")] if records[0]["loss_w2"] is not None else [])],
               "round", whole_x=True),
     ]  # fmt: skip
+
+
+def _velocity_norms(records: Sequence[Record]) -> list[str]:
+    """The norm of the velocity over the reference's by t, after the first, the middle and the last round."""
+    shown = {k: records[k] for k in (0, len(records) // 2, -1)}
+    shown = {r["round"]: r["velocity_norm"] for r in shown.values() if r.get("velocity_norm")}
+    lines = [
+        Series(f"round {number}", [(k + 0.5) / len(ratios) for k in range(len(ratios))],
+               [math.nan if ratio is None else ratio for ratio in ratios], style)
+        for (number, ratios), style in zip(shown.items(), "abc", strict=False)
+    ]  # fmt: skip
+    return [chart("Norm of the velocity over the reference's", lines, "t")] if lines else []
+
+
+def _against_held_out(result: "Result") -> list[str]:
+    """The rounds by their reward and their held-out reward, with the round after which the two part."""
+    records = result.records
+    if records[0].get("holdout_mean") is None:
+        return []
+    labels = [""] * len(records)
+    labels[0], labels[-1] = "round 1", f"round {len(records)}"
+    if (at := parting(records, result.settings.rollout)) is not None:
+        labels[at] = f"they part: round {records[at]['round']}"
+    line = Series(
+        "", [r["reward_mean"] for r in records], [r["holdout_mean"] for r in records], labels=labels
+    )
+    return [chart("Held-out reward against reward", [line], "reward")]
 
 
 def _classes(before: "Measures", after: "Measures") -> str:

@@ -12,7 +12,9 @@ from orwcfm_fast.evaluation.features import decoded_features
 from orwcfm_fast.evaluation.held_out import Evaluator
 from orwcfm_fast.evaluation.probe import Probe
 from orwcfm_fast.files import read_small, write_text
+from orwcfm_fast.method.rollout import Rollout
 from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.reporting.extremes import extreme_rows, save_extremes
 from orwcfm_fast.reporting.pictures import PAIRS, Shares, save_curves, save_pairs, save_samples
 from orwcfm_fast.reporting.report import run_report
 from orwcfm_fast.runs.result import Result
@@ -37,6 +39,19 @@ class RunArtifacts:
             self._save_pairs(path, f"{number} round{'s' * (number != 1)}")
         else:
             save_samples(path, {f"round {number}": self._decoded(samples)})
+        if self.trainer.last:
+            self._save_extremes(self.trainer.last.rollout)
+
+    def _save_extremes(self, rollout: Rollout) -> None:
+        """A picture of the samples that the round just trained on rewarded most and least."""
+        policy, number = self.trainer.reference, self.trainer.round
+        groups = extreme_rows(rollout.reward, image=len(policy.shape) == 3 or policy.pipeline is not None)
+        decoded = [
+            policy.decode(rollout.x1[rows], None if rollout.condition is None else rollout.condition[rows])
+            for rows in groups
+        ]
+        most, least = (rollout.reward[rows] for rows in groups)
+        save_extremes(self.run.samples / f"extremes_{number:03d}.png", *decoded, (most, least), number)
 
     def first_round_messages(self, record: dict[str, Any]) -> list[str]:
         """Messages for the user after the first round: weights that hardly differ, and the forecast."""

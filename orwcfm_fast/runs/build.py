@@ -1,11 +1,13 @@
 """A trainer with its probe and its controller."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
+from orwcfm_fast.evaluation.held_out_prompts import HeldOutPrompts
 from orwcfm_fast.evaluation.probe import Probe
 from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.trainer import Trainer
@@ -39,6 +41,7 @@ def build_trainer(
     )  # fmt: skip
     controller = RunController(trainer)
     probe = Probe(trainer, features or (lambda x: x))
-    controller.guard.spread = probe.spread
-    trainer.callbacks += [probe, controller, *callbacks]
+    controller.guard.spread, controller.guard.dimension = probe.spread, math.prod(policy.shape)
+    held_out = [HeldOutPrompts(trainer)] if policy.conditions and policy.conditions.held_out else []
+    trainer.callbacks += [probe, *held_out, controller, *callbacks]
     return trainer

@@ -146,7 +146,7 @@ class Loader:
         if isinstance(how, Finetune):
             frozen = frozen and how.lora > 0
             if saved:  # a run that goes on has its prompts with it
-                how = how.model_copy(update={"prompts": ""})
+                how = how.model_copy(update={"prompts": "", "eval_prompts": ""})
         return load_pipeline(model, how, self.device, self.precision, saved, frozen)
 
     def _tuned(self, found: checkpoint.Checkpoint, model: str) -> Policy:

@@ -69,7 +69,11 @@ def check_conditions(s: Settings, policy: Policy, name: str) -> None:
     if policy.pipeline:
         return
     fields = type(s).model_fields
-    for key in (*(Conditioned.model_fields.keys() - Settings.model_fields.keys()), "gradient_checkpointing"):
+    for key in (
+        *(Conditioned.model_fields.keys() - Settings.model_fields.keys()),
+        "gradient_checkpointing",
+        "eval_prompts",
+    ):
         if key in fields and getattr(s, key) != fields[key].default:
             flag = f"--{key.replace('_', '-')}"
             raise UserError(f"{flag} has no effect: {name} is no pipeline with prompts")

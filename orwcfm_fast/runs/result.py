@@ -10,6 +10,7 @@ from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.evaluation.evaluate import Measures
 from orwcfm_fast.method.objectives import METHODS
 from orwcfm_fast.method.trainer import PHASES
+from orwcfm_fast.reporting.parting import parting_line
 from orwcfm_fast.runs.run import Run, named_code
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.theory.prediction import limit_note, lower, reached_line
@@ -74,6 +75,10 @@ class Result:
         if self.after.reward.high >= self.before.reward.low:
             return None
         return "the reward fell: the policy drifted without gaining reward; try a higher --tau or --alpha"
+
+    def parting(self) -> str | None:
+        """Where the held-out reward began to fall while the trained one rose; None where it did not."""
+        return parting_line(self.records, self.settings.rollout)
 
     def next_command(self) -> str:
         """The command of the same run with a smaller α; empty where α is 0 already, is not used or is set by W2."""

@@ -17,6 +17,7 @@ OF_THE_MODEL = (
     "model",
     "data",
     "prompts",
+    "eval_prompts",
     "prompt_tokens",
     "image_size",
     "guidance",

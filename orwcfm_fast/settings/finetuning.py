@@ -103,6 +103,14 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
         default_text="0.7 of the mean distance of two reference samples",
         gt=0,
     )
+    guard_velocity: float | None = setting(
+        None,
+        panel="Safety",
+        help="greatest norm of the velocity as a multiple of the reference's, in any tenth of t from 0 to 1",
+        default_text="1.05; none for samples of fewer than 64 values",
+        gt=1,
+        allow_inf_nan=False,
+    )
     guard_diversity: float = setting(
         0.85, panel="Safety", help="least diversity, as a share of the diversity of the reference", ge=0
     )
@@ -112,6 +120,13 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
         help="number of samples, from the same noise every round, on which W2 and the pictures are made; "
         "at least 1,024 with --target-w2",
         ge=2,
+    )
+    eval_prompts: str = setting(
+        "",
+        panel="Output",
+        help="file of held-out prompts, as --prompts has them: after every round --probe samples are drawn for them "
+        "and their reward is recorded; none is trained on",
+        metavar="FILE",
     )
     drift_control: bool = setting(
         True,

@@ -31,7 +31,7 @@ def complete(monkeypatch, capsys):
     ("words", "offered"),
     [
         ("orwcfm fine", ["finetune"]),
-        ("orwcfm finetune --guard-", ["--guard-ess", "--guard-w2", "--guard-diversity"]),
+        ("orwcfm finetune --guard-", ["--guard-ess", "--guard-w2", "--guard-velocity", "--guard-diversity"]),
         ("orwcfm finetune --weights ", ["exp", "linear", "advantage"]),
         ("orwcfm finetune --solver eul", ["euler"]),
         ("orwcfm finetune --reward even", ["even-digits"]),

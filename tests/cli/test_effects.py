@@ -25,7 +25,7 @@ REWARDS = {
     "--reward": ALWAYS,
     "--reward-batch": ALWAYS,
     "--reward-timeout": [("--reward-timeout", 5, "no reward runs in a process")],
-    "--prompt": [("--prompt", "a cat", "no reward is clip")],
+    "--prompt": [("--prompt", "a cat", "no reward compares samples with a text")],
     "--negative": [("--negative", "a cat", "no reward is clip")],
     "--clip-score": [("--clip-score", "cosine", "no reward is clip")],
     "--clip-model": [("--clip-model", "ViT-L-14", "no reward and no features use CLIP")],
@@ -93,6 +93,7 @@ FINETUNE = {
     "--guard": ALWAYS,
     "--guard-ess": [("--guard-ess", 0.5, "--guard", "off", "--guard is off")],
     "--guard-w2": [("--guard-w2", 5, "--guard", "off", "--guard is off")],
+    "--guard-velocity": [("--guard-velocity", 1.2, "--guard", "off", "--guard is off")],
     "--guard-diversity": [("--guard-diversity", 0.5, "--guard", "off", "--guard is off")],
     "--probe": ALWAYS,
     "--drift-control": [
@@ -100,6 +101,7 @@ FINETUNE = {
         ("--no-drift-control", "--method", "orw", "--weights", "linear", "no τ is used"),
     ],
     "--eval-n": ALWAYS, "--save-every": ALWAYS, "--keep": ALWAYS, "--best": ALWAYS, "--log": ALWAYS,
+    "--eval-prompts": [(*PIPELINE, "--eval-prompts", "p.txt", NO_PROMPTS)],
 }  # fmt: skip
 
 TABLE = {

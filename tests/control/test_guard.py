@@ -24,7 +24,7 @@ HEALTHY = dict(
 
 
 def guard(**settings) -> Guard:
-    return Guard(Finetune(rollout=100, **settings), spread=2.0)
+    return Guard(Finetune(rollout=100, **settings), spread=2.0, dimension=64)
 
 
 def said(changes, **settings) -> list[str]:
@@ -39,6 +39,10 @@ def said(changes, **settings) -> list[str]:
     ("changes", "words"),
     [
         ({"w2_coupled": 1.42}, "coupled W2 1.42 is above 1.41"),
+        (
+            {"velocity_norm": [1.0, None, 1.12, 1.0]},
+            "norm is 1.120 times the reference's at t from 0.5 to 0.75",
+        ),
         ({"diversity_share": 0.84}, "diversity is 84% of the reference's, below 85%"),
         ({"grad_norm_max": 10.1}, "gradient norm 10.1, 10 times"),
         ({"grad_norm_max": math.inf}, "the gradient is not finite"),
@@ -54,6 +58,8 @@ def test_it_speaks_of_each_sign(changes, words):
 
 def test_it_is_silent_where_nothing_is_wrong_and_off_only_where_something_is_not_finite():
     assert said({"w2_coupled": 1.41, "grad_norm_max": 9.9, "diversity_share": 0.86}) == []
+    assert said({"velocity_norm": [None, 1.04]}) == said({"velocity_norm": [1.3]}, guard_velocity=1.4) == []
+    assert Guard(Finetune(), dimension=2).norm_ceiling == math.inf, "a reward moves few dimensions by as much"
     assert said({"w2_coupled": 1.5}, guard="off") == []
     assert said({"w2_coupled": 1.5}, guard_w2=2.0) == []
     assert guard(guard="off").before_steps(1.0) == [] and guard().before_steps(20.0) == []

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from orwcfm_fast.batch_sizes import BatchSizes
-from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_gap
+from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_drift
 from orwcfm_fast.evaluation.evaluate import evaluate, exact_w2, lipschitz
 from orwcfm_fast.evaluation.held_out import evaluator_for
 from orwcfm_fast.evaluation.intervals import Interval
@@ -68,9 +68,23 @@ def test_lipschitz_finds_the_largest_slope():
 def test_chunks_do_not_change_what_is_measured():
     a, b = policy(0.3, 0.5), policy(0.1)
     x0 = start_noise(a, 100, 0)
-    whole, gap = sample_with_gap(a, b, x0, HOW, 100)
-    parts, gap_of_parts = sample_with_gap(a, b, x0, HOW, 7)
-    assert torch.allclose(whole, parts, atol=1e-6) and gap == pytest.approx(gap_of_parts, rel=1e-5)
+    whole, drift = sample_with_drift(a, b, x0, HOW, 100)
+    parts, of_parts = sample_with_drift(a, b, x0, HOW, 7)
+    assert torch.allclose(whole, parts, atol=1e-6)
+    assert drift.gap == pytest.approx(of_parts.gap, rel=1e-5)
+    assert drift.norm_ratios() == pytest.approx(of_parts.norm_ratios(), rel=1e-5)
+
+
+def test_norms_are_compared_by_time():
+    class Growing(Affine):
+        def forward(self, t, x):
+            return torch.ones_like(x) * (1 + t).view(-1, 1)
+
+    grown, flat = Policy(Growing(0.0, 0.0), (2,), "custom", "moons"), policy(0.0, 1.0)
+    how = Sampling(solver="euler", nfe=4, grid="uniform")
+    _, drift = sample_with_drift(grown, flat, torch.zeros(8, 2), how, 3)
+    times = [1.0, None, 1.25, None, None, 1.5, None, 1.75, None, None]
+    assert drift.norm_ratios() == [None if t is None else pytest.approx(t) for t in times]
 
 
 def test_interval_covers_the_mean_95_times_in_100():

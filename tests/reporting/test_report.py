@@ -88,7 +88,7 @@ def test_report_opens_in_a_browser_with_no_error_and_no_network_light_and_dark(r
         paper[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.evaluate("[...document.images].every(i => i.hidden || i.naturalWidth > 0)")
-        assert page.locator("figure.chart svg").count() == 7
+        assert page.locator("figure.chart svg").count() == 8
         assert page.locator("g.forecast circle").count() == 9 + POINTS  # the last: the limit line's
     assert paper["light"] != paper["dark"]
 
@@ -103,6 +103,8 @@ def test_slider_turns_through_the_rounds_beside_the_start(run, opened):
         sources.append(visible.get_attribute("src"))
     assert len(set(sources)) == 3 and sources[0] == page.locator("#before").get_attribute("src")
     page.locator("#at").press("ArrowLeft")
+    extremes = page.locator("#extremes img:visible")
+    assert extremes.count() == 1 and "round 1 of 2" in extremes.get_attribute("alt")
     assert visible.get_attribute("src") == sources[1] and complaints == []
 
 

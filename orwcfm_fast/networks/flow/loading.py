@@ -5,7 +5,7 @@ import importlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +330,17 @@ def requested(
         prompts = [Prompt.of(values, takes) for values in saved["prompts"]]
     else:
         raise UserError("--prompts: a pipeline needs a file of prompts, one a line")
+    if file := getattr(how, "eval_prompts", ""):
+        known = {(p.text, json.dumps(p.inputs)) for p in prompts}
+        for prompt in read_prompts(file, takes, "--eval-prompts"):
+            if (prompt.text, json.dumps(prompt.inputs)) in known:
+                raise UserError(
+                    f"--eval-prompts {file}: '{prompt.text[:60]}' is trained on as well; hold out others"
+                )
+            prompts.append(replace(prompt, held_out=True))
+    prompts.sort(key=lambda prompt: prompt.held_out)
+    if prompts[0].held_out:
+        raise UserError(f"--prompts {how.prompts}: every prompt is held out; none is left to train on")
     given = {key: getattr(how, key) or saved.get(key) for key in OPTIONS}
     return prompts, {
         "guidance": float(given["guidance"] or 1.0),
