@@ -367,9 +367,9 @@ class Finetuning:
             self.checkpoints.closing = closing_values(measured[1], s.rollout)
             self.checkpoints.prune()
             records, seconds = self.run.read_metrics(), time.perf_counter() - began
-            result = Result(
-                self.run, s, *measured[:2], records, seconds, self.checkpoints.best(), measured[2:]
-            )
+            before, after, *at_rest = measured
+            best = self.checkpoints.best()
+            result = Result(self.run, s, before, after, records, seconds, best, at_rest)
             self.artifacts.save_results(
                 result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()]
             )
