@@ -3,7 +3,7 @@
 
 def load_app():
     """The Typer app with all commands."""
-    from orwcfm_fast.cli import look, machine, plan, train  # noqa: F401  (each registers its commands)
+    from orwcfm_fast.cli import look, machine, plan, rewards, train  # noqa: F401  (each registers its commands)
     from orwcfm_fast.cli.app import app
 
     return app

@@ -53,6 +53,19 @@ def _fail(text: str, code: int) -> None:
     sys.exit(code)
 
 
+def all_commands(group: Any) -> dict[str, Any]:
+    """The commands of a group and of the groups in it by what follows `orwcfm`, e.g. "rewards serve"."""
+    found: dict[str, Any] = {}
+    for name, one in group.commands.items():
+        inner = (
+            {f"{name} {k}": v for k, v in all_commands(one).items()}
+            if hasattr(one, "commands")
+            else {name: one}
+        )
+        found |= inner
+    return found
+
+
 app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
@@ -65,6 +78,13 @@ app = typer.Typer(
 def command(section: str, name: str | None = None) -> Callable[[Callable], Callable]:
     """Decorator: a command of `orwcfm` under one of COMMAND_SECTIONS."""
     return app.command(name, cls=SectionedCommand, rich_help_panel=section)
+
+
+def group(section: str, name: str, help: str) -> typer.Typer:
+    """A group of commands, `orwcfm NAME COMMAND`, under one of COMMAND_SECTIONS."""
+    made = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=help)
+    app.add_typer(made, name=name, rich_help_panel=section)
+    return made
 
 
 def _version(value: bool) -> None:

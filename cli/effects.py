@@ -17,6 +17,7 @@ from orwcfm_fast.settings import Conditioned, Settings
 
 FLAGS = {"n": "-n", "preset": "--model", "models": "MODEL"}
 OF_PROMPTS = ("pickscore", "hpsv2", "imagereward", "clipscore")
+REMOTE = ("judge", "http", "https")
 CONDITIONS = tuple(key for key in Conditioned.model_fields if key not in Settings.model_fields)
 
 
@@ -146,7 +147,17 @@ REWARDS = (
         "no reward and no features use CLIP",
     ),
     Rule(("classifier_size", "classifier_pixels"), _no_reward("classifier"), "no reward is a classifier"),
-    Rule(("reward_timeout",), _no_reward("process"), "no reward runs in a process of its own"),
+    Rule(
+        ("reward_timeout",),
+        _no_reward("process", *REMOTE),
+        "no reward runs in a process of its own or on a server",
+    ),
+    Rule(("reward_requests",), _no_reward(*REMOTE), "no reward runs on a server"),
+    Rule(
+        ("question", "judge_answer", "judge_rate", "judge_dry_run"),
+        _no_reward("judge"),
+        "no reward is a judge",
+    ),
 )
 FINETUNE = (
     *OVERWRITE,

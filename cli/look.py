@@ -176,6 +176,9 @@ def evaluate(
     anchor = first.policy.frozen_copy() if shared else loader.load(compared).policy if compared else None
     options = reward_options(s, first, given)
     reward, holdout = make_reward(options.reward, options), make_holdout(options)
+    for rewards in (reward, holdout):
+        if rewards:
+            rewards.check_prompts(first.policy)
     policies = {item.name: item.policy for item in found}
     if anchor and not reference:
         policies = {"reference": anchor, **policies}

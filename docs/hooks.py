@@ -62,13 +62,14 @@ def command_page() -> str:
     from typer.main import get_command
 
     from orwcfm_fast.cli import load_app
+    from orwcfm_fast.cli.app import all_commands
     from orwcfm_fast.cli.help import COMMAND_SECTIONS, SECTIONS
 
-    commands = get_command(load_app()).commands.values()
+    commands = all_commands(get_command(load_app()))
     lines = ["# Commands and settings", "", "As `orwcfm COMMAND --help` prints them.", ""]
-    for command in sorted(commands, key=lambda c: COMMAND_SECTIONS.index(c.rich_help_panel)):
-        lines += [f"## orwcfm {command.name}", "", command.help or "", ""]
-        rows = command.rows(Context(command, info_name=command.name))
+    for full, command in sorted(commands.items(), key=lambda c: COMMAND_SECTIONS.index(c[1].rich_help_panel)):
+        lines += [f"## orwcfm {full}", "", command.help or "", ""]
+        rows = command.rows(Context(command, info_name=full))
         for title in SECTIONS:
             found = [f"| `{name}` | {_cell(text)} |" for section, name, text in rows if section == title]
             if found:

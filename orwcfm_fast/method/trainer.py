@@ -85,6 +85,7 @@ class Trainer:
         self.sizes = sizes or BatchSizes.of(settings)
         self.reward, self.holdout = make_reward(reward, name=reward_name), holdout
         for rewards in self.rewards():
+            rewards.check_prompts(policy)
             rewards.sizes = self.sizes
         if settings.gradient_checkpointing:
             policy.checkpoint_gradients()

@@ -137,6 +137,17 @@ class RewardSum:
     def __call__(self, samples: Tensor) -> Tensor:
         return self.scores(samples).total
 
+    def check_prompts(self, policy: Policy) -> None:
+        """Let each reward that has a `check_prompts` look at the policy's prompts before samples are drawn.
+
+        Raises:
+            UserError: a reward cannot use one of them.
+        """
+        texts = [prompt.text for prompt in policy.conditions.prompts] if policy.conditions else []
+        for _, _, function in self.terms:
+            if callable(check := getattr(function, "check_prompts", None)):
+                check(texts)
+
     def close(self) -> None:
         """End what the rewards keep running, e.g. worker processes."""
         for _, _, function in self.terms:
@@ -216,11 +227,13 @@ def make_reward(
 
 
 def user_code(specs: Sequence[str]) -> list[str]:
-    """Those of `specs` that would run a user's code: file.py:function, package.module:function, process:…"""
+    """Those of `specs` that would run a user's code, or send samples to a server that someone named."""
 
     def is_code(spec: str) -> bool:
         base = spec.partition(":")[0]
-        return base == "process" or (base not in REWARDS.names() and is_user_reward(spec))
+        return base in ("process", "judge", "http", "https") or (
+            base not in REWARDS.names() and is_user_reward(spec)
+        )
 
     return [s for s in specs if is_code(s)]
 
@@ -228,19 +241,21 @@ def user_code(specs: Sequence[str]) -> list[str]:
 def check_code_named(
     specs: Sequence[str], named: Sequence[str], where: Path | str, key: str = "reward"
 ) -> None:
-    """Code that a run's own files name may come from anyone: it runs only if the user names it too.
+    """Code or a server that a run's own files name may come from anyone: it is used only if the user names it too.
 
     Args:
         specs: the rewards that the file `where` asks for under `key`.
         named: those that the user gave on the command line.
 
     Raises:
-        UserError: one of `specs` is code, and the user has not named them.
+        UserError: one of `specs` is code or a server, and the user has not named them.
     """
     if user_code(specs) and list(named) != list(specs):
         flag = f"--{key.replace('_', '-')}"
         again = " ".join(f"{flag} {shlex.quote(s)}" for s in specs)
-        raise UserError(f"{where}: its {key} is code, which runs only if you name it too: add {again}")
+        raise UserError(
+            f"{where}: its {key} is code or a server, which is used only if you name it too: add {again}"
+        )
 
 
 def make_holdout(options: RewardsWithHoldout) -> RewardSum | None:

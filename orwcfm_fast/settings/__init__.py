@@ -5,7 +5,7 @@ from orwcfm_fast.settings.finetuning import Best, Finetune, Sweep
 from orwcfm_fast.settings.layers import S, build, read_toml, to_toml
 from orwcfm_fast.settings.measuring import Evaluation, Predict
 from orwcfm_fast.settings.method import Weights
-from orwcfm_fast.settings.rewards import RewardOptions, RewardsWithHoldout
+from orwcfm_fast.settings.rewards import RewardOptions, RewardsWithHoldout, Serve
 from orwcfm_fast.settings.sampling import Conditioned, Sample, Sampling
 from orwcfm_fast.settings.training import Pretrain, Training
 
@@ -22,6 +22,7 @@ __all__ = [
     "S",
     "Sample",
     "Sampling",
+    "Serve",
     "Settings",
     "Sweep",
     "Training",

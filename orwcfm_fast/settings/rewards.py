@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import PrivateAttr
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from orwcfm_fast.settings.declare import DataFolder, setting
 
@@ -31,9 +31,33 @@ class RewardOptions(DataFolder):
     reward_timeout: float = setting(
         600.0,
         panel="Reward",
-        help="process rewards: seconds to wait for an answer of the worker process",
+        help="process, judge and http rewards: seconds to wait for an answer of the worker process or server",
         gt=0,
         allow_inf_nan=False,
+    )
+    reward_requests: int = setting(
+        16, panel="Reward", help="judge and http rewards: requests in flight at once", ge=1, le=1024
+    )
+    question: str = setting(
+        "Does this image show: {prompt}?",
+        panel="Reward",
+        help="judge reward: what the model is asked about each image; {prompt} is the image's own prompt",
+    )
+    judge_answer: Literal["yes", "rating"] = setting(
+        "yes",
+        panel="Reward",
+        help="judge reward: yes is P(yes) from log-probabilities, rating a number from 0 to 10 in the answer, over 10",
+    )
+    judge_rate: float = setting(
+        0.0,
+        panel="Reward",
+        help="judge reward: at most so many requests a second",
+        default_text="no limit",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    judge_dry_run: bool = setting(
+        False, panel="Reward", help="judge reward: print one request and send none; every score is 0"
     )
     prompt: list[str] = setting(
         [],
@@ -101,3 +125,18 @@ class RewardsWithHoldout(RewardOptions):
         metavar="NAME",
         complete="rewards",
     )
+
+
+class Serve(BaseModel):
+    """How `orwcfm rewards serve` listens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    host: str = setting(
+        "127.0.0.1",
+        panel="Machine",
+        help="address to listen on; one that other machines reach needs $ORWCFM_REWARD_TOKEN",
+        metavar="ADDRESS",
+    )
+    port: int = setting(8400, panel="Machine", help="port to listen on; 0 takes a free one", ge=0, le=65535)
+    max_mib: int = setting(64, panel="Machine", help="largest body of a request, in MiB", ge=1, le=4096)

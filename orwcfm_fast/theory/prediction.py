@@ -71,6 +71,7 @@ def draw_reference(policy: Policy, reward: RewardSum, s: Predict) -> Reference:
     """Samples of the policy: `scored` of them for the mean reward, the first `n` to carry the forecast."""
     if policy.conditions and len(policy.conditions) > 1:
         raise UserError(MANY_PROMPTS)
+    reward.check_prompts(policy)
     x = sample(policy, start_noise(policy, max(s.n, s.scored), s.seed, noise.FORECAST), s, s.chunk)
     seen = policy.decode(x)
     with torch.inference_mode():

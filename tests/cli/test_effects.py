@@ -4,6 +4,7 @@ import pytest
 import typer
 
 from orwcfm_fast.cli import load_app
+from orwcfm_fast.cli.app import all_commands
 
 ADAPTIVE, LINEAR, PIPELINE = ("--solver", "dopri5"), ("--weights", "linear"), ("--checkpoint", "base")
 NO_PROMPTS = "is no pipeline with prompts"
@@ -25,6 +26,11 @@ REWARDS = {
     "--reward": ALWAYS,
     "--reward-batch": ALWAYS,
     "--reward-timeout": [("--reward-timeout", 5, "no reward runs in a process")],
+    "--reward-requests": [("--reward-requests", 4, "no reward runs on a server")],
+    "--question": [("--question", "Is it a cat?", "no reward is a judge")],
+    "--judge-answer": [("--judge-answer", "rating", "no reward is a judge")],
+    "--judge-rate": [("--judge-rate", 2, "no reward is a judge")],
+    "--judge-dry-run": [("--judge-dry-run", "no reward is a judge")],
     "--prompt": [("--prompt", "a cat", "no reward compares samples with a text")],
     "--negative": [("--negative", "a cat", "no reward is clip")],
     "--clip-score": [("--clip-score", "cosine", "no reward is clip")],
@@ -187,13 +193,16 @@ TABLE = {
         "--alpha": [("--alpha", 1, "give --plan as well"), ("--plan", *FINETUNE["--alpha"][0])],
         "--plan": ALWAYS, "--gpu-gib": ALWAYS, "--ranks": ALWAYS, "--json": ALWAYS,
     },
+    "rewards serve": {
+        "REWARD": ALWAYS, "--host": ALWAYS, "--port": ALWAYS, "--max-mib": ALWAYS, "--debug": ALWAYS, "--help": ALWAYS,
+    },
     "bench": {"WHAT": ALWAYS, "--full": ALWAYS, "--out": ALWAYS, "--json": ALWAYS, "--debug": ALWAYS, "--help": ALWAYS},
 }  # fmt: skip
 
 
 def options(command: str) -> set[str]:
     """The names of a command's options and arguments."""
-    found = typer.main.get_command(load_app()).commands[command]
+    found = all_commands(typer.main.get_command(load_app()))[command]
     named = {
         p.name.upper().rstrip("_") if p.param_type_name == "argument" else p.opts[-1] for p in found.params
     }
@@ -207,7 +216,7 @@ def test_the_table_names_every_option(command):
 
 
 def test_the_table_names_every_command():
-    assert set(TABLE) == set(typer.main.get_command(load_app()).commands)
+    assert set(TABLE) == set(all_commands(typer.main.get_command(load_app())))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +230,7 @@ def test_the_table_names_every_command():
 )
 def test_an_option_without_effect_is_one_clear_line(run_cli, tiny_run, command, flag, case):
     *args, message = case
-    result = run_cli(command, *args)
+    result = run_cli(*command.split(), *args)
     assert result.code == 2, result.out
     assert result.err.startswith("error: ") and message in result.err and result.err.count("\n") == 1
     if command != "doctor" and flag not in ("--set",) and "same run" not in result.err:

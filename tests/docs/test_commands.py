@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
-    "README.md", "docs/quick-start.md", "docs/your-own.md", "docs/long-runs.md", "docs/choosing.md",
+    "README.md", "docs/quick-start.md", "docs/your-own.md", "docs/rewards.md", "docs/long-runs.md", "docs/choosing.md",
     "docs/report.md", "docs/forecast.md", "docs/paper.md", "docs/figures.md",
 )  # fmt: skip
 ELSEWHERE = {  # pages whose commands other tests run
@@ -81,11 +81,13 @@ def test_options_exist_of_commands_that_are_not_run_too():
     from typer.main import get_command
 
     from orwcfm_fast.cli import load_app
+    from orwcfm_fast.cli.app import all_commands
 
-    known = get_command(load_app()).commands
+    known = all_commands(get_command(load_app()))
     for command in commands(*PAGES, *ELSEWHERE):
         if command.words[0] == "orwcfm":
-            names = {name for p in known[command.words[1]].params for name in p.opts + p.secondary_opts}
+            name = command.words[1] if command.words[1] in known else " ".join(command.words[1:3])
+            names = {name for p in known[name].params for name in p.opts + p.secondary_opts}
             flags = {word for word in command.words if re.match(r"-+[a-z]", word)}
             assert flags <= names, f"{command.page}: {command.line}"
 
@@ -130,7 +132,9 @@ def test_commands_in_the_order_of_the_page(page, run_cli, finished_run):
 def test_the_table_names_every_command():
     from orwcfm_fast.cli import load_app
 
-    names = {c.name or c.callback.__name__.rstrip("_") for c in load_app().registered_commands}
+    app = load_app()
+    names = {c.name or c.callback.__name__.rstrip("_") for c in app.registered_commands}
+    names |= {group.name for group in app.registered_groups}
     assert names == set(re.findall(r"^\| `orwcfm (\w+)", read("README.md"), re.M))
 
 

@@ -59,8 +59,9 @@ def test_flags_named_in_the_pages_exist():
     from typer.main import get_command
 
     from orwcfm_fast.cli import load_app
+    from orwcfm_fast.cli.app import all_commands
 
-    commands = get_command(load_app()).commands.values()
+    commands = all_commands(get_command(load_app())).values()
     known = {name for c in commands for p in c.params for name in p.opts + p.secondary_opts} | OF_OTHER_TOOLS
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         prose = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)

@@ -34,8 +34,8 @@ def test_a_configuration_runs_no_code_unless_it_is_named_again(run_cli, mine, co
     refused = run_cli(*command, "--config", "c.toml")
     assert refused.code == 2 and not Path("canary").exists()
     assert (
-        f"c.toml: its {key} is code, which runs only if you name it too: add --{key.replace('_', '-')} {mine}"
-        in refused.err
+        f"c.toml: its {key} is code or a server, which is used only if you name it too: "
+        f"add --{key.replace('_', '-')} {mine}" in refused.err
     )
     assert not Path("runs").exists()
 
