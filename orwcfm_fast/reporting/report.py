@@ -193,11 +193,11 @@ def _charts(result: "Result", forecast: dict[str, Any] | None) -> list[str]:
 def _velocity_norms(records: Sequence[Record]) -> list[str]:
     """The norm of the velocity over the reference's by t, after the first, the middle and the last round."""
     shown = {k: records[k] for k in (0, len(records) // 2, -1)}
-    shown = {r["round"]: r["velocity_norm"] for r in shown.values() if r.get("velocity_norm")}
+    norms = {r["round"]: r["velocity_norm"] for r in shown.values() if r.get("velocity_norm")}
     lines = [
         Series(f"round {number}", [(k + 0.5) / len(ratios) for k in range(len(ratios))],
                [math.nan if ratio is None else ratio for ratio in ratios], style)
-        for (number, ratios), style in zip(shown.items(), "abc", strict=False)
+        for (number, ratios), style in zip(norms.items(), "abc", strict=False)
     ]  # fmt: skip
     return [chart("Norm of the velocity over the reference's", lines, "t")] if lines else []
 

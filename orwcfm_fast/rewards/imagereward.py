@@ -118,7 +118,7 @@ def imagereward(argument: str, options: RewardOptions) -> Reward:
 
     file = str(Path(argument) / FILE[1]) if argument else hub_file("imagereward", *FILE, INSTEAD)
     tokenizer, vision, text, weight, bias = load_imagereward(file, argument or TOKENIZER)
-    side = vision.config.image_size
+    side = int(vision.config.image_size)  # type: ignore[union-attr,arg-type]
     transform = Transform((side, side), tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
 
     def chunk(images: Tensor, prompts: list[str]) -> Tensor:

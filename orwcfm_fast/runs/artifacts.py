@@ -46,12 +46,12 @@ class RunArtifacts:
         """A picture of the samples that the round just trained on rewarded most and least."""
         policy, number = self.trainer.reference, self.trainer.round
         groups = extreme_rows(rollout.reward, image=len(policy.shape) == 3 or policy.pipeline is not None)
-        decoded = [
+        most, least = (
             policy.decode(rollout.x1[rows], None if rollout.condition is None else rollout.condition[rows])
             for rows in groups
-        ]
-        most, least = (rollout.reward[rows] for rows in groups)
-        save_extremes(self.run.samples / f"extremes_{number:03d}.png", *decoded, (most, least), number)
+        )
+        rewards = rollout.reward[groups[0]], rollout.reward[groups[1]]
+        save_extremes(self.run.samples / f"extremes_{number:03d}.png", most, least, rewards, number)
 
     def first_round_messages(self, record: dict[str, Any]) -> list[str]:
         """Messages for the user after the first round: weights that hardly differ, and the forecast."""
