@@ -23,8 +23,8 @@ def test_rewards_that_hardly_differ_are_named_with_what_to_do(run_cli, tiny_run)
     assert "weights nearly equal (ESS 64 of 64)" in run_cli(*run, "flat.py:nearly").out
     assert "all rewards are equal" in run_cli(*run, "flat.py:equal").out
     told = run_cli(*run, "flat.py:nearly", "--weights", "advantage", "--alpha", 0.5).out
-    assert "nearly equal" not in told and "orwcfm finetune --alpha 0.15 (more" in told
-    assert "finetune --alpha" not in run_cli(*run, "flat.py:nearly", "--target-w2", 0.5).out
+    assert "nearly equal" not in told and "--reward flat.py:nearly --alpha 0.15 (more" in told
+    assert "(more reward" not in run_cli(*run, "flat.py:nearly", "--target-w2", 0.5).out
 
 
 def test_list_names_everything_and_one_kind(run_cli):
