@@ -67,7 +67,8 @@ def command_page() -> str:
 
     commands = all_commands(get_command(load_app()))
     lines = ["# Commands and settings", "", "As `orwcfm COMMAND --help` prints them.", ""]
-    for full, command in sorted(commands.items(), key=lambda c: COMMAND_SECTIONS.index(c[1].rich_help_panel)):
+    sections = [*COMMAND_SECTIONS, None]  # a command of a group has no section of its own
+    for full, command in sorted(commands.items(), key=lambda c: sections.index(c[1].rich_help_panel)):
         lines += [f"## orwcfm {full}", "", command.help or "", ""]
         rows = command.rows(Context(command, info_name=full))
         for title in SECTIONS:

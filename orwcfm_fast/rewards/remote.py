@@ -112,7 +112,7 @@ class RemoteReward:
         except urllib3.exceptions.HTTPError as error:
             reason = " ".join(str(getattr(error, "reason", None) or error).split())
             raise RewardError(
-                f"no answer, {RETRIES + 1} times ({reason.rpartition('>: ')[2][:120]})"
+                f"no answer in {RETRIES + 1} attempts ({reason.rpartition(': ')[2][:120]})"
             ) from None
         if len(data) > limit:
             raise RewardError(f"the answer is over {limit} bytes")
