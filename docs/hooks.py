@@ -67,8 +67,12 @@ def command_page() -> str:
 
     commands = all_commands(get_command(load_app()))
     lines = ["# Commands and settings", "", "As `orwcfm COMMAND --help` prints them.", ""]
-    sections = [*COMMAND_SECTIONS, None]  # a command of a group has no section of its own
-    for full, command in sorted(commands.items(), key=lambda c: sections.index(c[1].rich_help_panel)):
+    places = {
+        section: k for k, section in enumerate(COMMAND_SECTIONS)
+    }  # a command of a group has none: it is last
+    for full, command in sorted(
+        commands.items(), key=lambda c: places.get(c[1].rich_help_panel, len(places))
+    ):
         lines += [f"## orwcfm {full}", "", command.help or "", ""]
         rows = command.rows(Context(command, info_name=full))
         for title in SECTIONS:
