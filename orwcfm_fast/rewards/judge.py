@@ -218,13 +218,15 @@ def _reason(error: Exception) -> str:
 
 def _status(error: Any) -> str:
     """HTTP status and the server's own message, where it is no page."""
-    body = error.body if isinstance(error.body, dict) else {}
-    message = body.get("message") or (body.get("error") if isinstance(body.get("error"), str) else "")
+    body = error.body
+    message = body.get("message") if isinstance(body, dict) else body
+    if not isinstance(message, str) or message.lstrip().startswith("<"):
+        message = ""
     hint = {
         401: "set OPENAI_API_KEY",
         429: f"too many requests in {RETRIES + 1} attempts; lower --judge-rate",
     }
-    told = " ".join(str(message or hint.get(error.status_code, error.response.reason_phrase)).split())[:160]
+    told = " ".join((message or hint.get(error.status_code, error.response.reason_phrase)).split())[:160]
     return f"HTTP {error.status_code} ({told})"
 
 
