@@ -140,6 +140,9 @@ class Trainer:
         """The coming round's whole rollout, drawn from the policy as it stands, with its rewards."""
         s, first = self.settings, self.round * self.settings.rollout
         mine = self.ranks.share(s.rollout)
+        condition = start_conditions(self.policy, s.rollout, s, first)
+        if self.policy.pipeline and condition is not None:
+            self.policy.pipeline.read_ahead(condition)
         with self.stage("rollout"), self.sampled_policy():
             part = self.sizes.fit(
                 "chunk",
@@ -158,7 +161,6 @@ class Trainer:
             x1 = self.whole(part.x1)
         scores, held_out = scores.each(self.whole), others[0].each(self.whole) if others else None
         index = noise.indices(first, s.rollout, self.policy.device)
-        condition = start_conditions(self.policy, s.rollout, s, first)
         return RoundState(Rollout(x1, index, self.trained_on(scores), condition), scores, held_out)
 
     def signal(self, rollout: Rollout) -> Tensor:

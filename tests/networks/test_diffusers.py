@@ -204,8 +204,10 @@ def test_encodings_are_computed_once_and_the_cache_knows_what_they_were_made_of(
     trained_on(prompt_tokens=5)
     there = [x for x in gc.get_objects() if type(x) in encoders]
     assert {p.device.type for x in there for p in x.parameters()} == {"meta"}  # the weights are gone
-    added, add = [], PipelineVelocity.add
-    monkeypatch.setattr(PipelineVelocity, "add", lambda self, **of: added.append(of) or add(self, **of))
+    added, encode = [], PipelineVelocity.encoded
+    monkeypatch.setattr(
+        PipelineVelocity, "encoded", lambda self, **of: added.append(of) or encode(self, **of)
+    )
     _, again = trained_on()
     assert not added
     x, c, t = start_noise(first, 3, 0), torch.arange(3), torch.rand(3)

@@ -1,25 +1,29 @@
 """Encodings of a pipeline's conditions: computed once, kept on disk by what they were made of and from.
 
-They are read through a memory map: of an encoding of hundreds of megabytes only what a call uses is in memory.
+They are read through memory maps, of which a few are open: what is in memory does not grow with the number of prompts.
 """
 
+import functools
 import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from orwcfm_fast.device import cache_dir
+from orwcfm_fast.errors import WorkError
 from orwcfm_fast.networks.flow.call import DENOISERS, Condition
-from orwcfm_fast.networks.flow.inputs import paths_of
+from orwcfm_fast.networks.flow.inputs import paths_of, read_files
 
 SAMPLED, BLOCK = 64, 1 << 16
+OPEN = 32  # conditions that are held at once
 TRUSTED = (
     "torch",
     "transformers.",
@@ -51,8 +55,8 @@ def encoded(
     made_of: dict[str, Any],
     inputs: Sequence[dict[str, Any]],
     encode: Callable[[Sequence[dict[str, Any]]], Iterator[Condition]],
-) -> list[Condition]:
-    """Conditions of `inputs`, from the cache where it has them.
+) -> "CachedConditions":
+    """Conditions of `inputs`, in the cache from now on.
 
     Args:
         folder: of the pipeline.
@@ -70,7 +74,43 @@ def encoded(
             beside = files[i].with_name(f".{files[i].name}.{os.getpid()}.part")
             torch.save(condition.encodings, beside)
             beside.rename(files[i])
-    return [Condition(each, _load(file) or []) for each, file in zip(inputs, files, strict=True)]
+    return CachedConditions(inputs, files)
+
+
+class CachedConditions(Sequence[Condition]):
+    """Conditions that are read from the cache when they are used; the `OPEN` used last are held.
+
+    Args:
+        inputs: of each condition; files: with its encodings.
+    """
+
+    def __init__(self, inputs: Sequence[dict[str, Any]], files: Sequence[Path]) -> None:
+        self._files = files
+        self._read = functools.lru_cache(OPEN)(lambda row: _condition(inputs[row], files[row]))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, row: int) -> Condition: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Condition]: ...
+    def __getitem__(self, row: int | slice) -> Condition | list[Condition]:
+        """
+        Raises:
+            WorkError: a file of the cache is gone or damaged.
+        """
+        if isinstance(row, slice):
+            return [self[i] for i in range(len(self))[row]]
+        return self._read(range(len(self))[row])
+
+    def read_ahead(self, rows: Iterable[int]) -> None:
+        """Have the system read the files of these rows in the background, where it can."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for row in dict.fromkeys(rows):
+            with suppress(OSError), self._files[row].open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _digest(common: dict[str, Any], inputs: dict[str, Any]) -> str:
@@ -78,6 +118,13 @@ def _digest(common: dict[str, Any], inputs: dict[str, Any]) -> str:
     for path in paths_of(inputs):
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
+
+
+def _condition(inputs: dict[str, Any], file: Path) -> Condition:
+    encodings = _load(file)
+    if encodings is None:
+        raise WorkError(f"{file}: gone or damaged; the same command encodes it again")
+    return Condition(read_files(inputs), encodings)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -33,6 +33,7 @@ from orwcfm_fast.networks.flow.call import (
     leaves,
     mapped,
 )
+from orwcfm_fast.networks.flow.encodings import CachedConditions
 from orwcfm_fast.networks.flow.learning import CHECKED_TIME, NotAFlow, Traits, learn, rows_share
 
 STEPS = 4  # of a call, of which two are taken; some schedules need as many
@@ -58,7 +59,7 @@ class PipelineVelocity(nn.Module):
         conditions: Sequence[Condition] = (),
     ) -> None:
         super().__init__()
-        self.pipe, self.arguments, self.conditions = pipe, arguments, list(conditions)
+        self.pipe, self.arguments, self.conditions = pipe, arguments, conditions
         self._device = device
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module) and DENOISERS.match(name) and name != "controlnet":
@@ -162,12 +163,20 @@ class PipelineVelocity(nn.Module):
             self.current = before
         return current
 
-    def add(self, **inputs: Any) -> Condition:
-        """Encode a condition (prompt="…", image=…) and append it; the denoisers are not called."""
+    def encoded(self, **inputs: Any) -> Condition:
+        """A condition (prompt="…", image=…) with its encodings; the denoisers are not called."""
         condition = Condition(inputs)
         self.call(condition, recording=True, leave="encoded")
-        self.conditions.append(condition)
         return condition
+
+    def add(self, **inputs: Any) -> None:
+        """Encode a condition and append it."""
+        self.conditions = [*self.conditions, self.encoded(**inputs)]
+
+    def read_ahead(self, rows: Tensor) -> None:
+        """Have the encodings of these conditions read from the cache in the background."""
+        if isinstance(self.conditions, CachedConditions):
+            self.conditions.read_ahead(rows.tolist())
 
     def zeros(self, call: DenoiserCall, like: Any = None) -> Any:
         """Zeros of the form of what a call of a denoiser returns; `like`: what it did return."""

@@ -16,7 +16,7 @@ from orwcfm_fast.device import out_of_memory, resolve_precision
 from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.files import read_small
 from orwcfm_fast.networks.flow.call import DENOISERS, ENCODERS, Condition
-from orwcfm_fast.networks.flow.encodings import encoded
+from orwcfm_fast.networks.flow.encodings import CachedConditions, encoded
 from orwcfm_fast.networks.flow.field import PipelineVelocity
 from orwcfm_fast.networks.flow.inputs import arguments_of, common_arguments, read_files, sizes_of
 from orwcfm_fast.networks.flow.learning import NotAFlow
@@ -220,7 +220,7 @@ def load_pipeline(
 
 def encode(
     found: Description, arguments: dict[str, Any], prompts: Sequence[Prompt], device: torch.device
-) -> list[Condition]:
+) -> CachedConditions:
     """The pipeline's conditions; its encoders are loaded only where the cache lacks some, and then let go."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
@@ -229,12 +229,10 @@ def encode(
         pipe = found.load(found.denoisers, default, device)
         encoder = PipelineVelocity(pipe, arguments, device)
         for each in inputs:
-            yield encoder.add(**read_files(each))
+            yield encoder.encoded(**read_files(each))
 
     made_of = {"kind": found.kind.__name__, "dtype": str(dtype), "arguments": arguments}
     conditions = encoded(found.folder, made_of, [inputs_of(p) for p in prompts], missing)
-    for condition in conditions:
-        condition.inputs = read_files(condition.inputs)
     gc.collect()  # the encoders hold each other
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -248,10 +246,10 @@ def inputs_of(prompt: Prompt) -> dict[str, Any]:
 
 def check_one_shape(network: PipelineVelocity, prompts: Sequence[Prompt]) -> None:
     """Raises UserError where the samples of a prompt have another shape than those of the first."""
-    for prompt, condition in zip(prompts, network.conditions, strict=True):
+    for row, prompt in enumerate(prompts):
         if not prompt.inputs:
             continue
-        seen = network.call(condition, answer=network.zeros, leave="second").seen["sample"]
+        seen = network.call(network.conditions[row], answer=network.zeros, leave="second").seen["sample"]
         shapes = [[*x.shape[1:]] for x in seen]
         own = [[*shape] for shape in network.traits.shapes]
         if shapes != own:
