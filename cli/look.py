@@ -80,6 +80,7 @@ def sample(
     from orwcfm_fast.method.samplers import times
     from orwcfm_fast.reporting.output import check_target, write_samples
     from orwcfm_fast.runs.load import Loader
+    from orwcfm_fast.runs.resolve import with_model_defaults
 
     s = settings(Sample, config, given)
     check_effect(
@@ -98,6 +99,7 @@ def sample(
     found = load(Loader(resolve_device(s.device), s.precision, preset, data, how=s), model, quiet)
     say(f"model: {found.name}", quiet)
     policy = found.policy
+    s = with_model_defaults(s, policy.model)
     target = out or (
         found.run.samples / f"sample-seed{s.seed}-n{s.n}.png" if found.run else Path("samples.png")
     )
@@ -144,6 +146,7 @@ def evaluate(
     from orwcfm_fast.networks.lora import adapters_of
     from orwcfm_fast.rewards import make_holdout, make_reward
     from orwcfm_fast.runs.load import Loader
+    from orwcfm_fast.runs.resolve import with_model_defaults
 
     quiet = quiet or as_json
     s = settings(Evaluation, config, given)
@@ -164,6 +167,7 @@ def evaluate(
     for item in found:
         say(f"model: {item.name}", quiet)
     first = found[0]
+    s = with_model_defaults(s, first.policy.model)
     for item in found[1:]:
         if item.policy.shape != first.policy.shape:
             raise UserError(

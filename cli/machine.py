@@ -47,8 +47,22 @@ def list_(
         table = Table(box=None, pad_edge=False, show_header=False)
         for entry in entries.names():
             table.add_row(f"  {entry}", entries.summary(entry))
+            if name == "models" and (own := _defaults(entry)):
+                table.add_row("", own)
+        if name == "models":
+            table.add_row("  diffusers:FOLDER_OR_ID", "a flow-matching pipeline of diffusers")
+            table.add_row(
+                "", f"{_defaults('diffusers:')} guidance that a transformer embeds: the pipeline's own"
+            )
         say(name)
         console.out.print(table)
+
+
+def _defaults(model: str) -> str:
+    """The defaults that a kind of model brings, as options."""
+    from orwcfm_fast.networks.models import defaults_of
+
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in defaults_of(model).items())
 
 
 @command(SECTION)
@@ -112,8 +126,9 @@ def _plan(s: Finetune, gpu_gib: float | None, ranks: int, as_json: bool) -> None
     with console.progress(1, "planning", as_json):
         if is_pipeline(s.model):
             from orwcfm_fast.planning.pipeline import plan_pipeline
+            from orwcfm_fast.runs.resolve import with_model_defaults
 
-            plans = plan_pipeline(s, gpu_gib, ranks)
+            plans = plan_pipeline(with_model_defaults(s, s.model), gpu_gib, ranks)
         elif gpu_gib:
             raise UserError(
                 "--gpu-gib: plans a diffusers pipeline; any other model is measured on this machine"

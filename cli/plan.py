@@ -59,6 +59,7 @@ def predict(
     from orwcfm_fast.method.samplers import times
     from orwcfm_fast.rewards import RewardSum, check_code_named, make_reward
     from orwcfm_fast.runs.load import Loader
+    from orwcfm_fast.runs.resolve import with_model_defaults
     from orwcfm_fast.runs.run import Run
     from orwcfm_fast.theory import prediction
 
@@ -103,6 +104,7 @@ def predict(
     else:
         loaded = load(loader, model, quiet or as_json)
         policy, name, shown = loaded.policy, loaded.policy.data, loaded.name
+        s = with_model_defaults(s, policy.model)
         # a run is forecast from where it started
         if loaded.run and loaded.run.reference.is_dir() and not exact:
             policy, shown = loader.load(str(loaded.run.reference)).policy, f"the reference of {shown}"

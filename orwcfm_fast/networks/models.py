@@ -1,17 +1,39 @@
 """Network presets: velocity networks v(t, x), built for a sample shape."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.networks.flow.library import PIPELINE_DEFAULTS, is_pipeline
 from orwcfm_fast.registry import Registry
 
 MODELS = Registry("model", group="orwcfm.models")
 Shape = tuple[int, ...]
+F = TypeVar("F", bound=Callable[..., nn.Module])
+
+
+def defaults(**settings: Any) -> Callable[[F], F]:
+    """Decorator of a preset: defaults of fine-tuning and sampling in place of those that settings/ declares."""
+
+    def add(preset: F) -> F:
+        preset.defaults = settings  # type: ignore[attr-defined]
+        return preset
+
+    return add
+
+
+def defaults_of(model: str) -> dict[str, Any]:
+    """The defaults that a preset or a pipeline brings, by setting.
+
+    Raises:
+        UserError: no such preset.
+    """
+    return dict(PIPELINE_DEFAULTS) if is_pipeline(model) else getattr(MODELS.get(model), "defaults", {})
 
 
 class VelocityMLP(nn.Module):
@@ -76,12 +98,14 @@ def unet_digits(shape: Shape) -> nn.Module:
 
 
 @MODELS.register("unet-mnist")
+@defaults(lr=2e-4, chunk=256)
 def unet_mnist(shape: Shape) -> nn.Module:
     """torchcfm's MNIST UNet at 1×28×28 (its example notebooks: 32 channels, one block a level)"""
     return _unet("unet-mnist", (1, 28, 28), shape, num_channels=32, num_res_blocks=1)
 
 
 @MODELS.register("unet-cifar10")
+@defaults(lr=2e-4, chunk=128)
 def unet_cifar10(shape: Shape) -> nn.Module:
     """the paper's UNet at 3×32×32, 35.7 M parameters (torchcfm's CIFAR-10 script)"""
     return _unet(

@@ -31,6 +31,7 @@ from orwcfm_fast.planning.plan import (
 )
 from orwcfm_fast.rewards import RewardSum, make_reward
 from orwcfm_fast.runs.load import DEFAULT, FOREIGN_DATA, Loader
+from orwcfm_fast.runs.resolve import with_model_defaults
 from orwcfm_fast.settings import Finetune
 
 
@@ -53,7 +54,7 @@ def plan_run(s: Finetune, ranks: int = 1) -> Plan:
             raise UserError(f"model '{model}': say for which data with --data (orwcfm list data)")
         policy = make_policy(model, data, source(data)[0].shape or (3, 32, 32), device, s.precision)
     reward = make_reward(s.reward or [source(policy.data)[0].reward], s)
-    return make_plan(policy, reward, s, ranks=ranks)
+    return make_plan(policy, reward, with_model_defaults(s, policy.model), ranks=ranks)
 
 
 def _stop_halving(text: str) -> None:

@@ -9,16 +9,24 @@ import torch
 from orwcfm_fast.data.datasets import source
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.networks.flow.library import PREFIX, is_pipeline
+from orwcfm_fast.networks.models import defaults_of
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.runs.load import DEFAULT, Loaded
-from orwcfm_fast.settings import Conditioned, Finetune, Settings
+from orwcfm_fast.settings import Conditioned, Finetune, S, Settings
 
-FILLED = ("checkpoint", "reward", "model", "data", "precision")  # by the model, where not given
+FILLED = ("checkpoint", "reward", "model", "data", "precision", "guidance")  # by the model, where not given
 
 
 def left_open(key: str, value: Any) -> bool:
     """Whether a setting of that value is one that `resolved` fills in."""
-    return key in FILLED and value in ("", [], "auto")
+    return key in FILLED and value in ("", [], "auto", None)
+
+
+def with_model_defaults(settings: S, model: str) -> S:
+    """The settings with the defaults that this kind of model brings, where nobody set another value."""
+    own = defaults_of(model)
+    keys = own.keys() & type(settings).model_fields.keys() - settings.model_fields_set
+    return settings.model_copy(update={key: own[key] for key in keys})
 
 
 def agrees(key: str, value: Any, own: Any) -> bool:
@@ -83,6 +91,7 @@ def resolved(settings: Finetune, loaded: Loaded) -> Finetune:
     """The settings with everything filled in that the loaded model decides."""
     policy = loaded.policy
     check_conditions(settings, policy, loaded.name)
+    settings = with_model_defaults(settings, policy.model)
     filled = {
         "checkpoint": settings.checkpoint or (policy.model if policy.pipeline else DEFAULT),
         "reward": settings.reward or [own_reward(policy)],
@@ -90,4 +99,6 @@ def resolved(settings: Finetune, loaded: Loaded) -> Finetune:
         "data": policy.data,
         "precision": "fp32" if policy.precision == torch.float32 else "bf16",
     }
+    if policy.options:
+        filled["guidance"] = policy.options["guidance"]
     return settings.model_copy(update=filled)

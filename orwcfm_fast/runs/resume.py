@@ -6,6 +6,7 @@ from typing import Any
 
 from orwcfm_fast.distributed import launched
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.networks.models import defaults_of
 from orwcfm_fast.runs.resolve import agrees, left_open
 from orwcfm_fast.runs.run import CONFIG, read_command
 from orwcfm_fast.settings import Finetune, build, read_toml
@@ -30,7 +31,8 @@ def restarted_settings(settings: Finetune, out: Path | None, overwrite: bool) ->
     if read_command(out) != "finetune":
         return None
     own = build(Finetune, read_toml(out / CONFIG), where=f"{out / CONFIG}: ")
-    given = {key: value for key, value in settings.model_dump().items() if not left_open(key, value)}
+    by_model = defaults_of(own.model).keys() - settings.model_fields_set
+    given = {k: v for k, v in settings.model_dump().items() if k not in by_model and not left_open(k, v)}
     for key, value in given.items():
         if key not in MAY_CHANGE and not agrees(key, value, getattr(own, key)):
             has = f"--{key.replace('_', '-')} {getattr(own, key)}"

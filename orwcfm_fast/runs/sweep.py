@@ -21,7 +21,7 @@ from orwcfm_fast.reporting.tracking import check_loggers
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.finetune_run import Finetuning
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
-from orwcfm_fast.runs.resolve import FILLED, resolved
+from orwcfm_fast.runs.resolve import FILLED, resolved, with_model_defaults
 from orwcfm_fast.runs.run import Run, is_run, next_run_path, read_command, resume_command
 from orwcfm_fast.runs.sweep_grid import check_named, grid, widened
 from orwcfm_fast.settings import Finetune, Predict, RewardOptions, Settings, Sweep
@@ -81,6 +81,7 @@ class Sweeping:
         base = loader.start(s.checkpoint)
         runs = {name: resolved(one, base) for name, one in runs.items()}
         first = next(iter(runs.values()))
+        settings = with_model_defaults(settings, first.model)
         settings = settings.model_copy(update={key: getattr(first, key) for key in FILLED})
         if existing:
             run = Run(existing)

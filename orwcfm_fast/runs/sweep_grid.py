@@ -44,7 +44,7 @@ def grid(s: Sweep) -> dict[str, Finetune]:
     if len(set(names)) < len(names):
         raise UserError("--set: name every setting once, KEY=V1,V2")
     axes += [("tau", [*s.tau]), ("alpha", [Finetune().alpha] if chooses_alpha(s) else [*s.alpha])]
-    common = s.model_dump(exclude={"alpha", "tau", "set"})
+    common = s.model_dump(exclude={"alpha", "tau", "set"}, exclude_unset=True)
     runs = {}
     for values in itertools.product(*(values for _, values in axes)):
         point = dict(zip((key for key, _ in axes), values, strict=True))

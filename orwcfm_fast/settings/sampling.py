@@ -16,7 +16,7 @@ class Conditioned(Settings):
         None,
         panel="Large models",
         help="classifier-free guidance of the policy, or the guidance that FLUX embeds; 1 is no guidance",
-        default_text="1",
+        default_text="1, or what a pipeline that embeds it has as its own",
         ge=1,
         allow_inf_nan=False,
     )

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_pipelines import build
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.networks.flow.inputs import arguments_of, common_arguments, read_files
+from orwcfm_fast.networks.flow.inputs import arguments_of, common_arguments, embedded_guidance, read_files
 from orwcfm_fast.networks.prompts import read_prompts
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Sample
@@ -59,6 +59,15 @@ def test_a_setting_that_the_call_has_no_argument_for_is_named():
         common_arguments(diffusers.LongCatAudioDiTPipeline, 1.0, 16, 0)
     found = common_arguments(diffusers.FluxPipeline, 3.5, 16, 24)
     assert found == {"height": 16, "width": 16, "max_sequence_length": 24, "guidance_scale": 3.5}
+
+
+def test_guidance_that_a_transformer_embeds_is_by_default_the_pipelines_own():
+    import diffusers
+
+    embeds, not_embeds = {"guidance_embeds": True}, {"guidance_embeds": False}
+    assert embedded_guidance(diffusers.FluxPipeline, [embeds]) == 3.5
+    assert embedded_guidance(diffusers.FluxPipeline, [not_embeds]) == 1.0, "schnell"
+    assert embedded_guidance(diffusers.StableDiffusion3Pipeline, [{}]) == 1.0, "classifier-free: on request"
 
 
 @pytest.mark.slow

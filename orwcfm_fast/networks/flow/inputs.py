@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,18 @@ def common_arguments(kind: type, guidance: float, image_size: int, prompt_tokens
     if "guidance_scale" in takes:
         found.setdefault("guidance_scale", guidance)
     return found
+
+
+def embedded_guidance(kind: type, configs: Iterable[Mapping[str, Any]]) -> float:
+    """The pipeline's own guidance, from its call's signature, where a transformer embeds it; else 1, which is none.
+
+    Args:
+        configs: of its transformers.
+    """
+    takes = inspect.signature(inspect.unwrap(kind.__call__)).parameters
+    if "guidance_scale" not in takes or not any(config.get("guidance_embeds") for config in configs):
+        return 1.0
+    return float(takes["guidance_scale"].default)
 
 
 def read_files(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from typing import Any
 from orwcfm_fast.errors import UserError
 
 PREFIX = "diffusers:"
+PIPELINE_DEFAULTS = {"lr": 1e-4, "chunk": 8, "eval_n": 64, "grid": "own"}
+"""Its samples cost seconds; its adapters learn at the rate that diffusers' own scripts give them."""
 
 
 def is_pipeline(model: str) -> bool:

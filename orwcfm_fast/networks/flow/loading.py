@@ -18,7 +18,13 @@ from orwcfm_fast.files import read_small
 from orwcfm_fast.networks.flow.call import DENOISERS, ENCODERS, Condition
 from orwcfm_fast.networks.flow.encodings import CachedConditions, encoded
 from orwcfm_fast.networks.flow.field import PipelineVelocity
-from orwcfm_fast.networks.flow.inputs import arguments_of, common_arguments, read_files, sizes_of
+from orwcfm_fast.networks.flow.inputs import (
+    arguments_of,
+    common_arguments,
+    embedded_guidance,
+    read_files,
+    sizes_of,
+)
 from orwcfm_fast.networks.flow.learning import NotAFlow
 from orwcfm_fast.networks.flow.library import PREFIX, library
 from orwcfm_fast.networks.policy import Policy
@@ -340,8 +346,10 @@ def requested(
     if prompts[0].held_out:
         raise UserError(f"--prompts {how.prompts}: every prompt is held out; none is left to train on")
     given = {key: getattr(how, key) or saved.get(key) for key in OPTIONS}
+    denoisers: list[Any] = [*found.denoisers.values()]
+    own = embedded_guidance(found.kind, [denoiser.config for denoiser in denoisers])
     return prompts, {
-        "guidance": float(given["guidance"] or 1.0),
+        "guidance": float(given["guidance"] or own),
         "image_size": int(given["image_size"] or 0),
         "prompt_tokens": int(given["prompt_tokens"] or 0),
     }
