@@ -143,7 +143,7 @@ REWARDS = (
     Rule(("prompt",), _clip_has_text, "the reward clip:TEXT names its own text"),
     Rule(
         ("clip_model", "clip_weights", "clip_precision"),
-        _no_reward("clip", "aesthetic", features="clip"),
+        _no_reward("clip", "aesthetic", "geneval", features="clip"),
         "no reward and no features use CLIP",
     ),
     Rule(("classifier_size", "classifier_pixels"), _no_reward("classifier"), "no reward is a classifier"),

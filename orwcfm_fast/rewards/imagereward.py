@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.checkpoints.torch_files import read_weights
@@ -47,7 +47,7 @@ def _layers(weights: dict[str, Tensor], of: str) -> int:
     return 1 + max(int(found[1]) for name in weights if (found := re.match(rf"{of}\.(\d+)\.", name)))
 
 
-def build_blip(weights: dict[str, Tensor], where: str) -> tuple[nn.Module, nn.Module]:
+def build_blip(weights: dict[str, Tensor], where: str) -> tuple[Any, Any]:
     """The vision transformer and the text encoder with cross-attention, sized as their weights are.
 
     Args:
@@ -95,7 +95,7 @@ def build_blip(weights: dict[str, Tensor], where: str) -> tuple[nn.Module, nn.Mo
 
 
 @functools.lru_cache(maxsize=1)
-def load_imagereward(file: str, words: str) -> tuple[Any, nn.Module, nn.Module, Tensor, Tensor]:
+def load_imagereward(file: str, words: str) -> tuple[Any, Any, Any, Tensor, Tensor]:
     """Tokenizer, vision transformer, text encoder, and the head's weight [F] and bias [].
 
     Raises:
