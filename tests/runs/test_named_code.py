@@ -41,7 +41,7 @@ def test_a_runs_code_runs_only_when_the_user_names_it_too(run_cli, stranger, spe
         result = run_cli(*args)
         assert result.code == (2 if code else 0), result.out + result.err
         if code:
-            assert f"runs only if you name it too: add --reward {spec}" in result.err
+            assert f"is used only if you name it too: add --reward {spec}" in result.err
             assert result.err.count("\n") == 1
     assert run_cli("sample", stranger, "-n", 4).code == 0, "samples need no reward"
     assert not Path("canary").exists()
