@@ -76,12 +76,12 @@ def check_export(kind, folder, exported):
     ours = images_of(policy, how, 6)
     theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
-    x0 = start_noise(policy, 6, 0)
+    x0, guidance = start_noise(policy, 6, 0), 3.5 if kind == "flux" else 1.0  # FLUX.1-dev's own; none
 
     def own_images():
         return 2 * theirs(
             [p.text for p in policy.prompts_of(start_conditions(policy, 6, how))], height=8, width=8,
-            num_inference_steps=3, guidance_scale=1.0, max_sequence_length=6, output_type="pt",
+            num_inference_steps=3, guidance_scale=guidance, max_sequence_length=6, output_type="pt",
             latents=x0,
         ).images - 1  # fmt: skip
 
