@@ -54,9 +54,8 @@ def progress(total: int, label: str, quiet: bool) -> Iterator["Bar"]:
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=out, disable=not shown, transient=True)
-    with (
-        bar if shown else nullcontext()
-    ):  # older releases of rich end a bar that is not shown with an empty line
+    # older releases of rich end a bar that is not shown with an empty line
+    with bar if shown else nullcontext():
         yield Bar(bar, bar.add_task(label, total=total, note=""), shown, quiet)
 
 

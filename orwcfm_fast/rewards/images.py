@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.rewards.pixels import to_levels
+from orwcfm_fast.rewards.pixels import check_images, to_levels
 from orwcfm_fast.rewards.registry import Reward, reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
@@ -24,8 +24,7 @@ def jpeg_kilobytes(images: Tensor, quality: int) -> Tensor:
     Colour images from 64×64 up that lie on a GPU are encoded there by nvjpeg, which keeps colour at full resolution
     (4:4:4); all others by Pillow on threads, which halves it (4:2:0), so its files are smaller.
     """
-    if images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise UserError(f"needs images [B, 1 or 3, H, W], these samples are {list(images.shape)}")
+    check_images(images)
     levels = to_levels(images).to(torch.uint8)
     large = levels.shape[1] == 3 and min(levels.shape[-2:]) >= NVJPEG_SIDE
     if large and levels.is_cuda and nvjpeg_works(levels.device):

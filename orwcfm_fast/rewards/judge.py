@@ -19,7 +19,7 @@ from orwcfm_fast.errors import RewardError, UserError
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.library import library
 from orwcfm_fast.rewards.parallel import in_flight
-from orwcfm_fast.rewards.pixels import to_levels
+from orwcfm_fast.rewards.pixels import check_images, to_levels
 from orwcfm_fast.rewards.registry import Reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
@@ -134,8 +134,7 @@ class JudgeReward:
             RewardError: no answer after all repeats, an answer that is no JSON, or answers of another form, with
                 how many of how many.
         """
-        if images.dim() != 4 or images.shape[1] not in (1, 3):
-            raise UserError(f"needs images [B, 1 or 3, H, W], these samples are {list(images.shape)}")
+        check_images(images)
         texts = prompts or [""] * len(images)
         questions = [f"{self.options.question.replace('{prompt}', text)} {self._ending}" for text in texts]
         if self.options.judge_dry_run:

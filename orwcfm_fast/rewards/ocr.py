@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.rewards.library import library
-from orwcfm_fast.rewards.pixels import to_levels
+from orwcfm_fast.rewards.pixels import check_images, to_levels
 from orwcfm_fast.rewards.registry import Reward, reward_factory
 from orwcfm_fast.settings import RewardOptions
 
@@ -62,8 +62,7 @@ class OcrReward:
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Images [B, 1 or 3, H, W] in [-1, 1] and their B prompts → scores [B] in [0, 1]."""
-        if images.dim() != 4 or images.shape[1] not in (1, 3):
-            raise UserError(f"needs images [B, 1 or 3, H, W], these samples are {list(images.shape)}")
+        check_images(images)
         pairs = zip(images, prompts, strict=True)
         return torch.tensor([similarity(quoted(prompt), read_text(image)) for image, prompt in pairs])
 

@@ -6,6 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from orwcfm_fast.errors import UserError
+
+
+def check_images(samples: Tensor) -> None:
+    """Refuse samples that are no pictures.
+
+    Raises:
+        UserError: the shape is not [B, 1 or 3, H, W].
+    """
+    if samples.dim() != 4 or samples.shape[1] not in (1, 3):
+        raise UserError(f"needs images [B, 1 or 3, H, W], these samples are {list(samples.shape)}")
+
 
 def to_levels(images: Tensor) -> Tensor:
     """Images in [-1, 1] → whole numbers 0 … 255, float32: what an 8-bit file of them would hold."""

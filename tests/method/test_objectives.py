@@ -157,6 +157,8 @@ def test_a_loss_without_a_lower_bound_is_refused_with_what_it_lacks():
     check_bounded("orw-centred", (w, torch.zeros(2), torch.full((2,), 0.5)))
     with pytest.raises(UserError, match=r"--alpha higher by at least 0\.1"):
         check_bounded("orw-centred", (w, torch.zeros(2), torch.full((2,), 0.3)))
+    with pytest.raises(UserError, match=r"needs --adrpo-beta0 higher by at least 0\.1"):
+        check_bounded("adrpo", (w, torch.zeros(2), torch.full((2,), 0.3)))
 
 
 def test_rwr_refuses_negative_rewards_and_other_methods_on_rewards_do_not(two_gaussians):

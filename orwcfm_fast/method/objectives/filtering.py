@@ -5,7 +5,10 @@ import torch
 from orwcfm_fast.method.objectives.objective import Coefficients, Point, method
 
 
-@method("rwr", "reward", old=False, reference=False, uses_alpha=False, rests=False)
+@method(
+    "rwr", "reward", old=False, reference=False, uses_alpha=False, rests=False,
+    remedy="rewards that are not negative",
+)  # fmt: skip
 def rwr(at: Point) -> Coefficients:
     """w = r / mean r, b = a = 0: reward-weighted regression (Peters and Schaal, ICML 2007)."""
     nothing = torch.zeros_like(at.signal)

@@ -64,6 +64,7 @@ class Method:
         rests: at τ = 0 the policy does not change.
         averages: None, or the share of an average of past policies that is kept after the so-many-th round;
             the average is then v_old. samples_average: rollouts are drawn from it.
+        remedy: what bounds the loss where w + b + a is less than 0 by {missing}.
     """
 
     coefficients: Row
@@ -75,6 +76,7 @@ class Method:
     rests: bool = True
     averages: Callable[[int], float] | None = None
     samples_average: bool = False
+    remedy: str = "--alpha higher by at least {missing:.4g}"
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
@@ -135,7 +137,7 @@ def check_bounded(name: str, coefficients: Coefficients) -> None:
     """w + b + a ≥ 0 for every draw, but for rounding, or the loss has no lower bound.
 
     Args:
-        name: of the method, in the message.
+        name: of the method.
 
     Raises:
         UserError: says what would be enough.
@@ -143,9 +145,7 @@ def check_bounded(name: str, coefficients: Coefficients) -> None:
     w, b, a = coefficients
     least = float((w + b + a).min())
     if least < -ROUNDING * float(w.abs().max()):
-        enough = {"adrpo": "--adrpo-beta0", "rwr": "rewards that are not negative"}.get(name, "--alpha")
-        more = "" if name == "rwr" else f" higher by at least {-least:.4g}"
         raise UserError(
             f"method '{name}': the least of w + b + a over the round is {least:.4g}, so the loss has no lower bound; "
-            f"it needs {enough}{more}"
+            f"it needs {METHODS.get(name).remedy.format(missing=-least)}"
         )
