@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -72,29 +73,31 @@ KINDS = (
 
 
 class Place:
-    """What a forked run is doing, in memory that its parent sees."""
+    """What a forked run is doing, in memory that its parent sees: a byte for each of its threads."""
 
     def __init__(self) -> None:
-        self._shared = mmap.mmap(-1, 1)
+        self._shared = mmap.mmap(-1, 2)
 
     def read(self) -> str:
-        return PLACES[self._shared[0]]
+        training, writing = self._shared[:2]
+        return PLACES[writing or training]
 
     def within(self, place: str, owner: object, name: str) -> None:
         original, number = getattr(owner, name), PLACES.index(place)
 
         @functools.wraps(original)
         def told(*args, **more):
-            before, self._shared[0] = self._shared[0], number
+            thread = int(threading.current_thread() is not threading.main_thread())
+            before, self._shared[thread] = self._shared[thread], number
             try:
                 return original(*args, **more)
             finally:
-                self._shared[0] = before
+                self._shared[thread] = before
 
         setattr(owner, name, told)
 
     def clear(self) -> None:
-        self._shared[0] = 0
+        self._shared[:2] = bytes(2)
 
     def watch(self) -> None:
         """Tell the place in every part of the loop; what they do is left alone."""

@@ -72,6 +72,14 @@ def save(path: str | Path, state: dict[str, Any], **tensors: Tensors) -> Path:
     return path
 
 
+def copied(files: dict[str, Tensors]) -> dict[str, Tensors]:
+    """Copies in host memory, which training does not change."""
+    return {
+        stem: {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+        for stem, tensors in files.items()
+    }
+
+
 def _own_digest(state: dict[str, Any]) -> str:
     rest = {k: v for k, v in state.items() if k != OWN_DIGEST}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -224,7 +224,7 @@ class Trainer:
         }
         self.notify("on_measure", done.rollout, record)
         seconds = self.phases.read()
-        record |= {f"seconds_{p}": seconds[p] for p in (*PHASES, "probe")}
+        record |= {f"seconds_{p}": seconds[p] for p in (*PHASES, "probe", "checkpoint")}
         record["images_per_s_rollout"] = s.rollout / seconds["rollout"]
         record["images_per_s_train"] = s.steps_per_round * s.batch / sum(seconds[p] for p in PHASES[2:])
         return self.ranks.from_first(lambda: record)  # one clock, one judgement

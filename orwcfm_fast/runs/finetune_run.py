@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,9 @@ class Finetuning:
                 self.run.write_config("finetune", self.settings)
                 self._record_code()
                 self.artifacts.discard_unreadable_forecast()
-                self.checkpoints.prune()  # a kill may have come between the last save and this
+                self.checkpoints.prune(
+                    self.run.read_metrics()
+                )  # a kill may have come between the last save and this
 
     def train(
         self,
@@ -259,6 +262,8 @@ class Finetuning:
             raise self.run.write_failed(error, resume) from error
         finally:
             if sys.exc_info()[0]:
+                with suppress(WorkError):  # something else ended the run
+                    self.checkpoints.wait()
                 self.run.unlock()
 
     def _train(self, log: Log, on_round: Log | None, on_line: Callable[[str], None]) -> None:
@@ -267,6 +272,8 @@ class Finetuning:
                 if self.ranks.first:
                     self._record_round(record, log, on_round, on_line)
                 self.trainer.boundary_here()
+        with self.ranks.together():
+            self.checkpoints.wait()
 
     def _record_round(
         self, record: dict[str, Any], log: Log, on_round: Log | None, on_line: Callable[[str], None]
@@ -279,8 +286,8 @@ class Finetuning:
         self.artifacts.save_round_samples()
         lines = self.artifacts.first_round_messages(record) if self.trainer.round == 1 else []
         if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
-            self.checkpoints.save()
-        self.run.delete_replaced()
+            with self.trainer.phases("checkpoint"):
+                self.checkpoints.start()
         if on_round:
             on_round(record)
         for line in lines:
@@ -303,6 +310,7 @@ class Finetuning:
                     self.run.append(fault.record)
                     self.run.delete_replaced()
                     with self.ranks.together():  # its files are written before anyone leaves
+                        self.checkpoints.wait()
                         good = retention.steps(self.run.checkpoints)
                     where = f"the last good checkpoint is {good[0]}" if good else "no round was good yet"
                     raise WorkError(f"{fault}; stopped, {where}") from None
@@ -365,10 +373,10 @@ class Finetuning:
                 return None
             # the final policy draws no rollout of its own
             self.checkpoints.closing = closing_values(measured[1], s.rollout)
-            self.checkpoints.prune()
             records, seconds = self.run.read_metrics(), time.perf_counter() - began
+            self.checkpoints.prune(records)
             before, after, *at_rest = measured
-            best = self.checkpoints.best()
+            best = self.checkpoints.best(records)
             result = Result(self.run, s, before, after, records, seconds, best, at_rest)
             self.artifacts.save_results(
                 result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()]

@@ -90,7 +90,7 @@ class Result:
 
     def by_phase(self) -> dict[str, float]:
         """Seconds spent in each phase of a round, summed over all rounds."""
-        return {p: sum(r[f"seconds_{p}"] for r in self.records) for p in (*PHASES, "probe")}
+        return {p: sum(r[f"seconds_{p}"] for r in self.records) for p in (*PHASES, "probe", "checkpoint")}
 
     def by_reward(self) -> dict[str, float]:
         """Seconds spent in each reward over all rounds; empty where there is only one reward."""

@@ -12,8 +12,10 @@ from orwcfm_fast.networks.lora import load_lora
 from orwcfm_fast.runs import partial_round
 
 
-def save_trainer(trainer: Trainer, path: str | Path, more: dict[str, Any]) -> None:
-    """Write a checkpoint from which `restore_trainer` continues: bit for bit on a CPU.
+def trainer_contents(
+    trainer: Trainer, more: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, checkpoint.Tensors]]:
+    """The state and files of a checkpoint from which `restore_trainer` continues: bit for bit on a CPU.
 
     Args:
         more: JSON values to keep beside the trainer's own.
@@ -25,14 +27,18 @@ def save_trainer(trainer: Trainer, path: str | Path, more: dict[str, Any]) -> No
             trainer.gather_anchors()
         trainer.phases.add(seconds := trainer.phases.read())
         current["partial_round"], state["partial_round"] = partial_round.to_state(trainer.current, seconds)
-    checkpoint.save(
-        path,
-        {**state, **trainer.policy.describe(), **more},
-        optimizer=checkpoint.optimizer_tensors(trainer.optimizer.optimizer),
+    return {**state, **trainer.policy.describe(), **more}, {
+        "optimizer": checkpoint.optimizer_tensors(trainer.optimizer.optimizer),
         **trainer.policy.tensors(),
         **({"average": trainer.average.tensors()} if trainer.average else {}),
         **current,
-    )
+    }
+
+
+def save_trainer(trainer: Trainer, path: str | Path, more: dict[str, Any]) -> None:
+    """Write `trainer_contents`."""
+    state, files = trainer_contents(trainer, more)
+    checkpoint.save(path, state, **files)
 
 
 def restore_trainer(trainer: Trainer, found: checkpoint.Checkpoint) -> None:

@@ -9,6 +9,7 @@ from itertools import accumulate
 import pytest
 import torch
 
+from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.data.datasets import source
 from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.networks.policy import make_policy
@@ -16,6 +17,7 @@ from orwcfm_fast.planning.allocations import AllocationProfile, record_allocatio
 from orwcfm_fast.planning.network import make_plan, plan_run
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.build import build_trainer
+from orwcfm_fast.runs.trainer_state import trainer_contents
 from orwcfm_fast.settings import Finetune
 
 CPU = torch.device("cpu")
@@ -29,14 +31,16 @@ def made(model: str, data: str, **settings):
 
 
 def measured(model: str, data: str, **settings) -> int:
-    """Peak of torch's own accounting of CPU memory over two whole rounds."""
+    """Peak of torch's own accounting of CPU memory over two whole rounds, the first one's checkpoint being written."""
     policy, reward, s = made(model, data, **settings)
     weights = sum(x.numel() * x.element_size() for x in policy.network.state_dict().values())
 
     def rounds():
         loop = build_trainer(policy, reward, s)
-        for _ in range(2):
-            loop.one_round()
+        loop.one_round()
+        copied = checkpoint.copied(trainer_contents(loop, {})[1])
+        loop.one_round()
+        del copied
 
     return weights + max(accumulate(record_allocations(rounds, CPU)))
 

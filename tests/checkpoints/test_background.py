@@ -1,0 +1,117 @@
+"""Checkpoints of whole rounds are written in a thread while training goes on."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.checkpoints.background import BackgroundWriter
+from orwcfm_fast.method.trainer import Trainer
+
+RUN = (
+    "finetune",
+    "--checkpoint",
+    "base",
+    "--rollout",
+    32,
+    "--batch",
+    16,
+    "--steps-per-round",
+    2,
+    "--eval-n",
+    16,
+)
+RUN = (*RUN, "--probe", 8, "--keep", 9, "--quiet", "--rounds", 3, "--out")
+
+
+@pytest.fixture
+def write(monkeypatch):
+    """write.before(path): called in the thread before each file of a checkpoint in `checkpoints/` is written."""
+    original = checkpoint._write
+
+    class Hook:
+        @staticmethod
+        def before(path):
+            pass
+
+    def hooked(path, parts):
+        if path.parent.name.startswith(".step_"):
+            Hook.before(path)
+        return original(path, parts)
+
+    monkeypatch.setattr(checkpoint, "_write", hooked)
+    return Hook
+
+
+def around_rounds(monkeypatch, before=lambda number: None, after=lambda number: None):
+    """Call these before and after the so-manyth round."""
+    original = Trainer.one_round
+
+    def one_round(trainer):
+        number = trainer.round + 1
+        before(number)
+        record = original(trainer)
+        after(number)
+        return record
+
+    monkeypatch.setattr(Trainer, "one_round", one_round)
+
+
+def test_a_round_is_trained_while_the_checkpoint_of_the_one_before_is_written(
+    run_cli, tiny_run, monkeypatch, write
+):
+    assert run_cli(*RUN, "undisturbed").code == 0
+    trained, waited = threading.Event(), []
+    around_rounds(monkeypatch, after=lambda number: number == 2 and trained.set())
+    write.before = lambda path: waited.append(trained.wait(60))
+    assert run_cli(*RUN, "o").code == 0
+    assert all(waited), "round 2 was not trained before the checkpoint of round 1 was written"
+    for step in ("step_2", "step_4", "step_6"):
+        for name in ("model", "optimizer"):
+            a, b = (Path(run, "checkpoints", step, f"{name}.safetensors") for run in ("undisturbed", "o"))
+            assert a.read_bytes() == b.read_bytes(), f"{step} holds what was trained after it"
+
+
+def test_an_interruption_waits_for_the_checkpoint_that_is_being_written(
+    run_cli, tiny_run, monkeypatch, write
+):
+    interrupted = threading.Event()
+
+    def interrupt(number):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            interrupted.set()
+
+    def slow(path):
+        interrupted.wait(60)
+        time.sleep(0.1)
+
+    around_rounds(monkeypatch, before=interrupt)
+    write.before = slow
+    assert run_cli(*RUN, "o").code == 130
+    assert checkpoint.load("o/checkpoints/step_2").state["round"] == 1
+    assert not list(Path("o/checkpoints").glob(".*"))
+
+
+def test_the_time_that_a_checkpoint_takes_from_training_is_recorded(run_cli, tiny_run):
+    done = run_cli(*(value for value in RUN if value != "--quiet"), "o")
+    assert "checkpoint" in next(line for line in done.out.splitlines() if line.startswith("time:"))
+    first, second, _ = (json.loads(line) for line in Path("o/metrics.jsonl").read_text().splitlines())
+    assert first["seconds_checkpoint"] == 0 < second["seconds_checkpoint"]
+
+
+def test_what_a_write_raises_comes_out_once():
+    writer = BackgroundWriter()
+
+    def full():
+        raise OSError("no room")
+
+    writer.start(full)
+    with pytest.raises(OSError, match="no room"):
+        writer.start(lambda: None)
+    writer.wait()
