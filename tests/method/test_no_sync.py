@@ -18,15 +18,40 @@ from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.networks.prompts import Conditions, Prompt
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.timing import Phases
 
-CPU = torch.device("cpu")
 LOOKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
 SETTINGS = {"batch": 4, "rollout": 8, "chunk": 4, "steps_per_round": 3, "nfe": 5}
 
 
 class Waited(AssertionError):
     """The host looked into the GPU's memory, or copied pageable memory of its own there."""
+
+
+class Event:
+    """Stands for a CUDA event, which needs a GPU; counts how often the host waits for one."""
+
+    waits = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        Event.waits += 1
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1.0
+
+
+class NoLooking(TorchDispatchMode):
+    """Refuses the ops whose result on the host depends on a tensor's values."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op._schema.name in LOOKS:
+            raise Waited(op._schema.name)
+        return op(*args, **(kwargs or {}))
 
 
 class NoWaiting(TorchDispatchMode):
@@ -59,7 +84,7 @@ def parts_of_a_round(policy, settings):
         steps = ((k, replace(batches[k], **anchors.of_step(k, policy.device))) for k in range(len(batches)))
         return torch.stack([learner.step(batch, seed) for k, batch in steps])
 
-    return run
+    return run, learner
 
 
 def give_gradients(v, dv, policy):
@@ -97,11 +122,15 @@ def prompted_policy() -> Policy:
     ids=str,
 )
 def test_a_round_never_waits_for_the_device(monkeypatch, change):
+    # without a GPU there are no events, no memory to ask for, and autograd's engine has no thread for the device
+    memory = []
+    monkeypatch.setattr(Event, "waits", 0)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(
-        step, "Phases", lambda device: Phases(CPU)
-    )  # no events without a GPU, and no autograd
+        torch.cuda, "mem_get_info", lambda device: memory.append(device) or (1 << 40, 1 << 40)
+    )
     monkeypatch.setattr(torch.Tensor, "backward", lambda v, dv: give_gradients(v, dv, policy))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     settings = Finetune(**SETTINGS | change)
     policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("meta"), "fp32")
     if settings.lora:
@@ -111,10 +140,25 @@ def test_a_round_never_waits_for_the_device(monkeypatch, change):
             policy = prompted_policy()
         else:
             policy.network.to_empty(device="cuda")
-        run = parts_of_a_round(policy, settings)
+        run, learner = parts_of_a_round(policy, settings)
         with NoWaiting():
             losses = run()
     assert losses.shape == (settings.steps_per_round, 3) and losses.device.type == "cuda"
+    assert len(memory) <= 1, "the driver is asked once a round"
+    assert Event.waits == 0 and learner.phases.read()["policy"] > 0 and Event.waits == 1
+
+
+@pytest.mark.parametrize("change", [{}, {"lora": 4}, {"micro_batch": 3}, {"method": "nft"}], ids=str)
+def test_a_backward_pass_and_its_step_depend_on_no_value(change):
+    """On a CPU, with autograd's own engine: what reads no value there cannot wait for one on a GPU."""
+    settings = Finetune(**SETTINGS | change)
+    policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("cpu"), "fp32")
+    if settings.lora:
+        add_lora(policy.network, settings.lora)
+    run, _ = parts_of_a_round(policy, settings)
+    with NoLooking():
+        losses = run()
+    assert bool(losses.isfinite().all())
 
 
 def test_what_waits_is_seen():
@@ -135,7 +179,7 @@ def test_what_waits_is_seen():
 def test_a_round_runs_with_synchronising_forbidden():
     device = torch.device("cuda")
     policy = make_policy("unet-digits", "digits", (1, 8, 8), device, "bf16")
-    run = parts_of_a_round(policy, Finetune(**SETTINGS))
+    run, _ = parts_of_a_round(policy, Finetune(**SETTINGS))
     run()  # kernels compile, the optimiser makes its state
     torch.cuda.set_sync_debug_mode("error")
     try:
