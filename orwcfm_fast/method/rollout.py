@@ -29,19 +29,20 @@ def sample(
     x0: Tensor,
     how: Sampling,
     chunk: int,
-    pause: Callable[[], None] = lambda: None,
+    each: Callable[[Tensor], None] = lambda x1: None,
     condition: Tensor | None = None,
 ) -> Tensor:
-    """Samples [N, *shape] of the policy from noise x0, `chunk` at a time, float32; `pause` after each chunk.
+    """Samples [N, *shape] of the policy from noise x0, `chunk` at a time, float32.
 
     Args:
+        each: called with every chunk of samples once it is drawn.
         condition: rows [N] of the policy's prompts; those of the first N draws where None.
     """
     parts = []
     with torch.inference_mode():
         for part, velocity in in_parts(policy, x0, how, chunk, condition):
             parts.append(solve(velocity, part, how.solver, how.nfe, policy.grid(how.grid)).float())
-            pause()
+            each(parts[-1])
         return torch.cat(parts)
 
 
@@ -82,13 +83,17 @@ def draw(
     seed: int,
     how: Sampling,
     chunk: int,
-    pause: Callable[[], None] = lambda: None,
+    each: Callable[[Tensor], None] = lambda x1: None,
     part: slice | None = None,
 ) -> Rollout:
-    """The rollout of a round: n fresh samples of the policy, or a part of them, not yet scored."""
+    """The rollout of a round: n fresh samples of the policy, or a part of them, not yet scored.
+
+    Args:
+        each: called with every chunk of samples once it is drawn.
+    """
     part = part or slice(0, n)
     first, n = round * n + part.start, part.stop - part.start
     x0 = start_noise(policy, n, seed, noise.ROLLOUT, first)
     condition = start_conditions(policy, n, how, first)
-    x1 = sample(policy, x0, how, chunk, pause, condition).clone()  # out of inference mode
+    x1 = sample(policy, x0, how, chunk, each, condition).clone()  # out of inference mode
     return Rollout(x1, noise.indices(first, n, policy.device), torch.empty(0), condition)

@@ -1,7 +1,7 @@
 """The online loop: draw, score, weigh, step, record."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.method.weighting import check_positive, effective_sample_size
 from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.rewards import Reward, RewardSum, Scores, decode_and_score, make_reward
+from orwcfm_fast.rewards import Reward, RewardSum, RolloutScoring, Scores, make_reward
 from orwcfm_fast.settings import Finetune
 
 PHASES = ("rollout", "reward", "reference", "policy", "optimizer")
@@ -144,24 +144,34 @@ class Trainer:
         if self.policy.pipeline and condition is not None:
             self.policy.pipeline.read_ahead(condition)
         with self.stage("rollout"), self.sampled_policy():
-            part = self.sizes.fit(
-                "chunk",
-                lambda chunk: draw(
-                    self.policy, s.rollout, self.round, s.seed, s, chunk, self.boundary_here, mine
-                ),
-                s.rollout,
+            part, scoring = self.sizes.fit(
+                "chunk", lambda chunk: self.draw(chunk, mine, condition), s.rollout
             )
-        with self.stage("reward"):
-            # odd: a CPU's generator takes the low 32 bits
-            own = s.seed * 1_000_003 + self.round + self.ranks.rank * 0xD1B54A32D192ED03
-            scores, *others = decode_and_score(
-                self.policy, part.x1, part.condition, self.rewards(), f"round {self.round + 1}", own
-            )
+        with self.stage("reward"), closing(scoring):
+            scores, *others = scoring.result(part.x1)
         with self.phases("rollout"):
             x1 = self.whole(part.x1)
         scores, held_out = scores.each(self.whole), others[0].each(self.whole) if others else None
         index = noise.indices(first, s.rollout, self.policy.device)
         return RoundState(Rollout(x1, index, self.trained_on(scores), condition), scores, held_out)
+
+    def draw(self, chunk: int, mine: slice, condition: Tensor | None) -> tuple[Rollout, RolloutScoring]:
+        """This process's part of the rollout, `chunk` samples at a time, and its scoring, which may have begun."""
+        s = self.settings
+        # odd: a CPU's generator takes the low 32 bits
+        seed = s.seed * 1_000_003 + self.round + self.ranks.rank * 0xD1B54A32D192ED03
+        rows = None if condition is None else condition[mine]
+        scoring = RolloutScoring(self.policy, rows, self.rewards(), f"round {self.round + 1}", seed)
+
+        def each(x1: Tensor) -> None:
+            scoring.put(x1)
+            self.boundary_here()
+
+        try:
+            return draw(self.policy, s.rollout, self.round, s.seed, s, chunk, each, mine), scoring
+        except BaseException:
+            scoring.close()
+            raise
 
     def signal(self, rollout: Rollout) -> Tensor:
         """What the rewards of a rollout say of its samples, [N], with the τ in force."""

@@ -86,6 +86,11 @@ class RewardSum:
     def name(self) -> str:
         return "+".join(name for name, _, _ in self.terms)
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether every one of them may be called in a thread while the next samples are drawn."""
+        return all(getattr(function, "concurrent", False) for _, _, function in self.terms)
+
     def scores(
         self, samples: Tensor, where: str = "", seed: int = 0, prompts: Sequence[Prompt] | None = None
     ) -> Scores:
@@ -100,7 +105,9 @@ class RewardSum:
         """
         found = Scores({}, {}, {})
         if samples.is_cuda:
-            torch.cuda.synchronize(samples.device)  # or the first reward would be charged for the rollout
+            torch.cuda.current_stream(
+                samples.device
+            ).synchronize()  # or the first would be charged for the rollout
         for name, weight, function in self.terms:
             began = time.perf_counter()
             found.values[name] = self._in_batches(function, samples, name, where, seed, prompts)
@@ -153,46 +160,6 @@ class RewardSum:
         for _, _, function in self.terms:
             if callable(end := getattr(function, "close", None)):
                 end()
-
-
-def decode_and_score(
-    policy: Policy,
-    x1: Tensor,
-    condition: Tensor | None,
-    rewards: Sequence[RewardSum],
-    where: str = "",
-    seed: int = 0,
-) -> list[Scores]:
-    """The scores of samples x1 [N, *shape] by each of `rewards`; latents are decoded and scored a chunk at a time.
-
-    No more than a chunk of images is held, and on out-of-memory in decoding the chunk is halved.
-
-    Args:
-        condition: the samples' rows [N] of the policy's prompts.
-        where, seed: as for `RewardSum.scores`.
-
-    Raises:
-        RewardError: as `RewardSum.scores`.
-        WorkError: not even one sample can be decoded.
-    """
-    sizes, first = rewards[0].sizes, 0
-    found: list[list[Scores]] = [[] for _ in rewards]
-    while first < len(x1):
-        rest, left = x1[first:], None if condition is None else condition[first:]
-        if policy.pipeline:
-
-            def decode(size: int, rest: Tensor = rest, left: Tensor | None = left) -> Tensor:
-                return policy.decode(rest[:size], None if left is None else left[:size])
-
-            images = sizes.fit("chunk", decode, len(rest))
-        else:  # costs nothing; rewards are called on as many samples as they take
-            images = policy.decode(rest)
-        rows = None if condition is None else condition[first : first + len(images)]
-        prompts = policy.prompts_of(rows)
-        for parts, reward in zip(found, rewards, strict=True):
-            parts.append(reward.scores(images, where, seed + first * 0xBF58476D1CE4E5B9, prompts))
-        first += len(images)
-    return [Scores.joined(parts) for parts in found]
 
 
 def make_reward(

@@ -83,6 +83,8 @@ class JudgeReward:
         options: question, kind of answer, requests in flight and per second, dry run.
     """
 
+    concurrent = True
+
     def __init__(self, url: str, model: str, options: RewardOptions) -> None:
         self.url, self.model, self.options = url, model, options
         self.client = _client(url, options.reward_timeout)

@@ -60,6 +60,8 @@ def read_text(image: Tensor) -> str:
 class OcrReward:
     """How much of the text that a prompt quotes can be read in its picture."""
 
+    concurrent = True
+
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Images [B, 1 or 3, H, W] in [-1, 1] and their B prompts → scores [B] in [0, 1]."""
         check_images(images)

@@ -40,21 +40,30 @@ class ProcessReward:
         timeout: seconds to wait for one answer, or for the worker to start.
     """
 
+    concurrent = True
+
     def __init__(self, python: Path, where: str, function: str, timeout: float) -> None:
         self.python, self.where, self.function, self.timeout = python, where, function, timeout
         self._process: subprocess.Popen | None = None
 
     def __call__(
-        self, samples: Tensor, prompts: list[str] | None = None, metadata: list[dict] | None = None
+        self,
+        samples: Tensor,
+        prompts: list[str] | None = None,
+        metadata: list[dict] | None = None,
+        seed: int = 0,
     ) -> Tensor:
         """Samples [B, …] → scores [B], float64 on the CPU; prompts and metadata go on to a function that takes them.
+
+        Args:
+            seed: of the worker's random generators.
 
         Raises:
             MemoryError: the function ran out of memory.
             RewardError: the function raised or answered another number of scores, the worker died over this batch
                 three times, or did not answer in time.
         """
-        request = {"shape": list(samples.shape), "seed": random.getrandbits(63)}
+        request = {"shape": list(samples.shape), "seed": random.Random(seed).getrandbits(63)}
         both = {"prompts": prompts, "metadata": metadata}
         request |= {key: values for key, values in both.items() if values is not None}
         for attempt in range(1, ATTEMPTS + 1):

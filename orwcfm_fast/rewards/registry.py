@@ -8,7 +8,10 @@ from orwcfm_fast.settings import RewardOptions
 
 Reward = Callable[..., Any]
 """Decoded samples [B, …] → scores [B]. Where it has parameters `prompts` or `metadata`, it is called with lists of
-B texts or B dicts. It needs no gradient."""
+B texts or B dicts. It needs no gradient.
+
+One whose attribute `concurrent` is true may be called in a thread while the next samples are drawn: it uses no global
+random generator but a parameter `seed`, and changes nothing of the process."""
 Factory = Callable[[str, RewardOptions], Reward]
 REWARDS = Registry("reward", package="orwcfm_fast.rewards", group="orwcfm.rewards")
 

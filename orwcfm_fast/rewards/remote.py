@@ -38,6 +38,8 @@ class RemoteReward:
         options: requests in flight, seconds to wait for an answer.
     """
 
+    concurrent = True
+
     def __init__(self, url: str, options: RewardOptions) -> None:
         urllib3 = library("urllib3", "http")
         self.url, self.at_once = url, options.reward_requests
@@ -65,21 +67,29 @@ class RemoteReward:
             raise UserError(f"reward '{self.url}': {_told(answer)}")
 
     def __call__(
-        self, samples: Tensor, prompts: list[str] | None = None, metadata: list[dict] | None = None
+        self,
+        samples: Tensor,
+        prompts: list[str] | None = None,
+        metadata: list[dict] | None = None,
+        seed: int = 0,
     ) -> Tensor:
         """Samples [B, …] → scores [B] float64 on the CPU; prompts and metadata go along.
+
+        Args:
+            seed: of the seeds that the requests carry.
 
         Raises:
             MemoryError: the server ran out of memory (HTTP 507).
             RewardError: no answer after all repeats, or one that is no scores of these samples.
         """
         samples = samples.to("cpu", torch.float32)
+        seeds = random.Random(seed)
         size = max(1, PART // max(1, 4 * samples[0].numel()))
         parts: list[tuple[Tensor, dict[str, Any]]] = []
         for start in range(0, len(samples), size):
             own = slice(start, start + size)
             notes = {"prompts": prompts and prompts[own], "metadata": metadata and metadata[own]}
-            parts.append((samples[own], notes | {"seed": random.getrandbits(63)}))
+            parts.append((samples[own], notes | {"seed": seeds.getrandbits(63)}))
         return torch.cat(in_flight(self._score, parts, self.at_once))
 
     def _score(self, part: tuple[Tensor, dict[str, Any]]) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,20 +16,25 @@ from orwcfm_fast.rewards.isolation import describe, isolated
 from orwcfm_fast.rewards.registry import Reward
 
 
-def _prompt_arguments(reward: Reward, prompts: Sequence[Prompt] | None) -> dict[str, list]:
-    """The arguments `prompts`, `metadata` and `inputs`, as far as the reward has parameters of these names."""
-    if prompts is None:
-        return {}
+def _arguments(reward: Reward, prompts: Sequence[Prompt] | None, seed: int) -> dict[str, Any]:
+    """The arguments `prompts`, `metadata`, `inputs` and, of a concurrent reward, `seed`, as far as it has parameters
+    of these names."""
+    arguments: dict[str, Any] = {"seed": seed} if _is_concurrent(reward) else {}
+    if prompts is not None:
+        arguments |= {
+            "prompts": [p.text for p in prompts],
+            "metadata": [copy.deepcopy(p.metadata) for p in prompts],
+            "inputs": [copy.deepcopy(p.inputs) for p in prompts],
+        }
     try:
         parameters = inspect.signature(reward).parameters
     except (TypeError, ValueError):  # a function written in C has no signature
         return {}
-    arguments: dict[str, list] = {
-        "prompts": [p.text for p in prompts],
-        "metadata": [copy.deepcopy(p.metadata) for p in prompts],
-        "inputs": [copy.deepcopy(p.inputs) for p in prompts],
-    }
     return {name: values for name, values in arguments.items() if name in parameters}
+
+
+def _is_concurrent(reward: Reward) -> bool:
+    return getattr(reward, "concurrent", False)
 
 
 def _values(returned: Any, samples: Tensor) -> Tensor:
@@ -69,7 +75,8 @@ def score(
     The reward is called on a copy of the samples, within `isolated`: it may write into its input, and where it draws
     from the global generators of torch, NumPy or Python, a resumed run draws the same numbers. One with a parameter
     `prompts`, `metadata` or `inputs` is given the samples' prompts (texts), their metadata or what else their
-    pipeline was called with (dicts; pictures by the path of their file).
+    pipeline was called with (dicts; pictures by the path of their file). A `concurrent` reward changes nothing of the
+    process and is called as it is, with its seed where it has a parameter `seed`.
 
     Raises:
         RewardError: the reward raised, called `sys.exit`, or returned another shape or values that are not finite.
@@ -77,8 +84,9 @@ def score(
     """
     at = f"reward {name}{', ' + where if where else ''}"
     try:
-        with torch.no_grad(), isolated(seed, samples.device):
-            returned = reward(samples.clone(), **_prompt_arguments(reward, prompts))
+        alone = nullcontext() if _is_concurrent(reward) else isolated(seed, samples.device)
+        with torch.no_grad(), alone:
+            returned = reward(samples.clone(), **_arguments(reward, prompts, seed))
         return _values(returned, samples)
     except (RewardError, UserError) as error:  # our own, which say what happened themselves
         raise RewardError(f"{at}: {error}") from error
