@@ -47,18 +47,19 @@ def times_of_density(early: bool) -> Change:
 def averaged_steps() -> Iterator[None]:
     """The policy of a round is the mean of its weights over the round's second half."""
     taken = PolicyOptimizer.step
+    means: list[Tensor] = []
 
     def step(self: PolicyOptimizer, batch: Batch, seed: Tensor) -> Tensor:
         found, of = taken(self, batch, seed), self.settings.steps_per_round
         k = (self.schedule.last_epoch - 1) % of - of // 2
         if k >= 0:
-            means = getattr(self, "means", None)
             with torch.no_grad():
-                if k == 0 or means is None:
-                    self.means = means = [p.clone() for p in self.parameters]
-                torch._foreach_lerp_(means, self.parameters, 1 / (k + 1))
-                if k == of - of // 2 - 1:
-                    torch._foreach_copy_(self.parameters, means)
+                if k == 0:
+                    means[:] = [p.clone() for p in self.parameters]
+                for mean, p in zip(means, self.parameters, strict=True):
+                    mean.lerp_(p, 1 / (k + 1))
+                    if k == of - of // 2 - 1:
+                        p.copy_(mean)
         return found
 
     with patch.object(PolicyOptimizer, "step", step):
