@@ -10,11 +10,11 @@ from torch import Tensor
 
 from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
-from orwcfm_fast.errors import UserError
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.anchors import Anchors, compute_anchors, velocities
 from orwcfm_fast.method.average import PolicyAverage
 from orwcfm_fast.method.callbacks import Callback
+from orwcfm_fast.method.checks import check_trainable
 from orwcfm_fast.method.minibatches import Minibatches
 from orwcfm_fast.method.objectives import METHODS, Method, Point, check_bounded, signal_of
 from orwcfm_fast.method.rollout import Rollout, draw, start_conditions
@@ -23,6 +23,7 @@ from orwcfm_fast.method.weighting import check_positive, effective_sample_size
 from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import Reward, RewardSum, RolloutScoring, Scores, make_reward
+from orwcfm_fast.rewards.combine import scores_record
 from orwcfm_fast.settings import Finetune
 
 PHASES = ("rollout", "reward", "reference", "policy", "optimizer")
@@ -79,7 +80,7 @@ class Trainer:
         sizes: BatchSizes | None = None,
         ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        _check(policy, settings, ranks)
+        check_trainable(policy, settings, ranks)
         self.policy, self.settings, self.ranks = policy, settings, ranks
         self.callbacks = list(callbacks)
         self.sizes = sizes or BatchSizes.of(settings)
@@ -225,7 +226,7 @@ class Trainer:
             "reward_mean": float(reward.mean()),
             "reward_std": float(reward.std(correction=0)),
             "reward_max": float(reward.max()),
-            **by_name(done.scores, done.held_out),
+            **scores_record(done.scores, done.held_out),
             "loss_fm": loss_fm,
             "loss_w2": self.loss_w2(done.anchors, loss_w2),
             "grad_norm_mean": norm,
@@ -329,47 +330,3 @@ class Trainer:
         self.round = self.steps = 0
         self.current = self.last = None
         self.notify("on_reset")
-
-
-def _check(policy: Policy, settings: Finetune, ranks: ProcessGroup) -> None:
-    """Raises UserError for settings that this policy or this many processes cannot have."""
-    for name in ("rollout", "probe", "eval_n"):
-        if (n := getattr(settings, name)) < ranks.world:
-            raise UserError(
-                f"--{name.replace('_', '-')} {n}: is less than a sample for each of {ranks.world} ranks"
-            )
-    if policy.conditions and settings.rollout % settings.group:
-        near = settings.rollout - settings.rollout % settings.group or settings.group
-        raise UserError(
-            f"--rollout {settings.rollout}: is no multiple of --group {settings.group}, so the last samples would be "
-            f"compared with those of the next round; use {near}"
-        )
-    row = METHODS.get(settings.method)
-    if settings.coupling == "ot" and settings.method != "orw":
-        raise UserError(
-            f"coupling 'ot': its plan needs the positive weights of --method orw, not {settings.method}'s"
-        )
-    if settings.target_w2 is not None and not row.uses_alpha:
-        raise UserError(
-            f"--target-w2: sets α, which --method {settings.method} does not have; use orw-centred"
-        )
-    if settings.coupling == "ot" and settings.batch < 2:
-        raise UserError("coupling 'ot' needs a batch of at least 2")
-    if settings.coupling == "ot" and policy.conditions and len(policy.conditions) > 1:
-        raise UserError(
-            "coupling 'ot': would pair noise across prompts, which skews them; use --coupling independent"
-        )
-
-
-def by_name(scores: Scores, held_out: Scores | None) -> dict[str, Any]:
-    """Metrics of rewards one by one, where there are several or some are held out."""
-    found: dict[str, Any] = {}
-    if len(scores.values) > 1:
-        found["rewards"] = scores.means()
-    if held_out:
-        found["holdout_mean"] = float(held_out.total.mean())
-        found["holdout_std"] = float(held_out.total.std(correction=0))
-        if len(held_out.values) > 1:
-            found["holdout_rewards"] = held_out.means()
-    seconds = scores.seconds | (held_out.seconds if held_out else {})
-    return found | ({"seconds_rewards": seconds} if len(seconds) > 1 else {})

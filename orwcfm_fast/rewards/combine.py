@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,20 @@ class Scores:
 
     def means(self) -> dict[str, float]:
         return {name: float(values.mean()) for name, values in self.values.items()}
+
+
+def scores_record(scores: Scores, held_out: Scores | None) -> dict[str, Any]:
+    """Metrics of rewards one by one, where there are several or some are held out."""
+    found: dict[str, Any] = {}
+    if len(scores.values) > 1:
+        found["rewards"] = scores.means()
+    if held_out:
+        found["holdout_mean"] = float(held_out.total.mean())
+        found["holdout_std"] = float(held_out.total.std(correction=0))
+        if len(held_out.values) > 1:
+            found["holdout_rewards"] = held_out.means()
+    seconds = scores.seconds | (held_out.seconds if held_out else {})
+    return found | ({"seconds_rewards": seconds} if len(seconds) > 1 else {})
 
 
 @dataclass

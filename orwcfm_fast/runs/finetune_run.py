@@ -7,25 +7,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from orwcfm_fast.checkpoints import checkpoint, retention
 from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.control.guard import Fault
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
-from orwcfm_fast.evaluation.evaluate import Measures, evaluate
 from orwcfm_fast.evaluation.held_out import Evaluator, evaluator_for
 from orwcfm_fast.method.callbacks import Progress, ReportProgress
-from orwcfm_fast.method.rollout import Rollout
 from orwcfm_fast.method.samplers import times as solver_times
-from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.reporting.tracking import Log, check_loggers, loggers
-from orwcfm_fast.rewards import RewardSum, Scores, check_code_named, make_holdout, make_reward
+from orwcfm_fast.rewards import RewardSum, check_code_named, make_holdout, make_reward
 from orwcfm_fast.rewards.identity import record_code
-from orwcfm_fast.runs import drift_control
+from orwcfm_fast.runs import closing, drift_control
 from orwcfm_fast.runs.artifacts import RunArtifacts
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.checkpointing import CheckpointManager
@@ -344,35 +338,19 @@ class Finetuning:
         finally:
             self.run.unlock()
 
-    def _weights(self, scores: Scores) -> Tensor:
-        """The weights that samples with these scores would have in a round."""
-        none = torch.empty(0)
-        return self.trainer.signal(Rollout(none, none, self.trainer.trained_on(scores)))
-
     @property
     def has_drift_control(self) -> bool:
         """Whether `finish` trains the settings again with τ = 0."""
         return self.settings.drift_control and not drift_control.is_idle(self.settings)
 
-    def _evaluate(self, **models: Policy) -> list[Measures]:
-        s = self.settings
-        return evaluate(
-            models, self.reference, self.evaluator, s, s.eval_n, self.trainer.sizes, ranks=self.ranks,
-            weigh=self._weights if s.group == 1 else None,
-        )  # fmt: skip
-
     def _finish(self, began: float, watch: Callable[[Progress], None] | None) -> Result | None:
         s, trainer = self.settings, self.trainer
-        measured = self._evaluate(before=self.reference, after=trainer.policy)
-        if self.has_drift_control:
-            callbacks = [ReportProgress(watch)] if watch else []
-            with drift_control.trained_at_rest(trainer, *callbacks) as policy:
-                measured += self._evaluate(**{drift_control.NAME: policy})
+        measured = closing.evaluate(trainer, self.evaluator, s, self.has_drift_control, watch)
         with self.ranks.together():
             if not self.ranks.first:
                 return None
             # the final policy draws no rollout of its own
-            self.checkpoints.closing = closing_values(measured[1], s.rollout)
+            self.checkpoints.closing = closing.values(measured[1], s.rollout)
             records, seconds = self.run.read_metrics(), time.perf_counter() - began
             self.checkpoints.prune(records)
             before, after, *at_rest = measured
@@ -382,9 +360,3 @@ class Finetuning:
                 result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()]
             )
             return result
-
-
-def closing_values(after: Measures, rollout: int) -> dict[str, float]:
-    """What the closing evaluation says of the final policy, in the units of a round's record."""
-    found = {"reward_mean": after.reward.mean, "diversity": after.diversity.mean}
-    return found | ({} if after.ess_share is None else {"ess": after.ess_share * rollout})
