@@ -1,6 +1,7 @@
 """Rewards whose packages clash with this one's: each in a Python environment that the tool makes.
 
-`environments/NAME.txt` has the packages, every version pinned; `environments/NAME.py` the function `score`.
+`environments/NAME.txt` has the packages, every version pinned; `environments/NAME_reward.py`
+the function `score`; no file there has the name of a package, which it would hide.
 """
 
 import shutil
@@ -29,6 +30,11 @@ def names() -> list[str]:
 def place(name: str) -> Path:
     """The folder of an environment, made or not."""
     return cache_dir() / "environments" / name
+
+
+def code(name: str) -> Path:
+    """The file with an environment's function."""
+    return RECIPES / f"{name}_reward.py"
 
 
 def install(name: str, python: str = sys.executable, say: Callable[[str], None] = lambda text: None) -> Path:
@@ -79,7 +85,7 @@ def _run(name: str, command: list[str]) -> None:
 
 
 def _try(name: str, folder: Path) -> None:
-    worker = ProcessReward(folder / "bin" / "python", str(RECIPES / f"{name}.py"), "score", TRY_SECONDS)
+    worker = ProcessReward(folder / "bin" / "python", str(code(name)), "score", TRY_SECONDS)
     try:
         worker.start()
     except (Died, UserError) as error:
@@ -98,7 +104,7 @@ def installed(name: str, options: RewardOptions) -> Reward:
         raise UserError(
             f"reward '{name}': has an environment of its own; make it with: orwcfm rewards install {name}"
         )
-    return process(f"{folder}:{RECIPES / f'{name}.py'}:score", options)
+    return process(f"{folder}:{code(name)}:score", options)
 
 
 @reward_factory("hpsv3")

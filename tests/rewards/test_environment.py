@@ -28,7 +28,7 @@ def test_an_environment_is_made_and_its_function_scores(recipes, run_cli, tmp_pa
     pth = f"import sys; sys.path.append({torch.__path__[0].removesuffix('/torch')!r})"
     wheel = made_wheel(tmp_path, "torch_of_the_test", "torch_of_the_test.pth", pth)  # torch, not to be copied
     (recipes / "length.txt").write_text(f"{wheel}\n")
-    (recipes / "length.py").write_text(
+    (recipes / "length_reward.py").write_text(
         "import torch\n\ndef score(samples, prompts):\n"
         "    return torch.tensor([float(len(p)) for p in prompts]) + samples[:, 0]\n"
     )
@@ -70,7 +70,7 @@ def made_wheel(folder, name, file, content):
 )
 def test_what_does_not_install_or_import_is_one_line_and_leaves_nothing(recipes, packages, code, message):
     (recipes / "broken.txt").write_text(packages)
-    (recipes / "broken.py").write_text(code)
+    (recipes / "broken_reward.py").write_text(code)
     with pytest.raises(WorkError, match=message):
         environment.install("broken")
     assert not environment.place("broken").exists()
@@ -91,4 +91,4 @@ def test_every_package_of_a_recipe_is_pinned():
         lines = (environment.RECIPES / f"{name}.txt").read_text().splitlines()
         packages = [line for line in lines if line and not line.startswith("#")]
         assert packages and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in packages)
-        assert (environment.RECIPES / f"{name}.py").is_file()
+        assert environment.code(name).is_file()
