@@ -30,6 +30,7 @@ from orwcfm_fast.planning.plan import (
     resident_bytes,
 )
 from orwcfm_fast.rewards import RewardSum, make_reward
+from orwcfm_fast.rewards.rollouts import WAITING
 from orwcfm_fast.runs.load import DEFAULT, FOREIGN_DATA, Loader
 from orwcfm_fast.runs.resolve import with_model_defaults
 from orwcfm_fast.settings import Finetune
@@ -133,7 +134,8 @@ def make_plan(
 
     def rollout_at(chunk: int) -> dict[str, int]:
         others = 2 * (rollout - chunk) * one_sample
-        return {"sampling": max(drawn.peak(chunk) + others, noised.peak(rollout))}
+        waiting = min(WAITING * chunk, rollout) * one_sample if reward.concurrent else 0
+        return {"sampling": max(drawn.peak(chunk) + others + waiting, noised.peak(rollout))}
 
     def scoring_at(size: int) -> dict[str, int]:
         return {"scoring": scored.peak(size) + rollout * one_sample}

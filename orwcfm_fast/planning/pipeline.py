@@ -40,6 +40,7 @@ from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules, recompute
 from orwcfm_fast.planning.evaluation_memory import EvaluationMemory
 from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, held_by_method, largest_fitting
 from orwcfm_fast.planning.recorded import RecordedVelocity, recorded
+from orwcfm_fast.rewards.rollouts import WAITING
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.torch_private import FakeTensorMode, TorchDispatchMode, tree_leaves
 
@@ -206,7 +207,10 @@ def _plan(
         return {"gradients": min(trained, top), "activations": max(top - trained, exchange)}
 
     def rollout_at(chunk: int) -> dict[str, int]:
-        return {"sampling": drawn.peak(chunk) + 2 * (rolled - chunk) * one_latent}
+        waiting = (
+            min(WAITING * chunk, rolled) * one_image
+        )  # decoded, to be scored while the next chunk is drawn
+        return {"sampling": drawn.peak(chunk) + 2 * (rolled - chunk) * one_latent, "waiting images": waiting}
 
     chunked = min(s.vae_chunk, rolled)
     decoding = decoded.peak(chunked)  # of the last chunk; after it all images are concatenated
