@@ -9,9 +9,9 @@ class BackgroundWriter:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[object] | None = None
 
-    def start(self, write: Callable[[], None]) -> None:
+    def start(self, write: Callable[[], object]) -> None:
         """Begin `write` once the one before it is done.
 
         Raises:
@@ -20,14 +20,22 @@ class BackgroundWriter:
         self.wait()
         self._pending = self._thread.submit(write)
 
-    def wait(self) -> None:
-        """Until nothing is being written.
+    @property
+    def done(self) -> bool:
+        """Whether a write that was begun has ended, well or not, and nobody has waited for it."""
+        return self._pending is not None and self._pending.done()
+
+    def wait(self) -> bool:
+        """Wait for what is being written; whether something was.
 
         Raises:
             Exception: what the write raised, once.
         """
-        if pending := self._pending:
-            error = pending.exception()
-            self._pending = None
-            if error:
-                raise error
+        pending = self._pending
+        if pending is None:
+            return False
+        error = pending.exception()
+        self._pending = None
+        if error:
+            raise error
+        return True

@@ -1,5 +1,6 @@
 """Checkpoints: a directory of safetensors and a state.json; a reader sees a whole one or none."""
 
+import functools
 import hashlib
 import json
 import os
@@ -37,6 +38,7 @@ class Checkpoint:
     tensors: dict[str, Tensors]
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     return {name: version(name) for name in ("orwcfm-fast", "torch", "torchcfm", "numpy", "safetensors")}
@@ -50,7 +52,7 @@ def save(path: str | Path, state: dict[str, Any], **tensors: Tensors) -> Path:
         tensors: one safetensors file for each argument.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:

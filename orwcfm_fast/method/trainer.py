@@ -1,7 +1,7 @@
 """The online loop: draw, score, weigh, step, record."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -144,12 +144,15 @@ class Trainer:
         condition = start_conditions(self.policy, s.rollout, s, first)
         if self.policy.pipeline and condition is not None:
             self.policy.pipeline.read_ahead(condition)
-        with self.stage("rollout"), self.sampled_policy():
-            part, scoring = self.sizes.fit(
-                "chunk", lambda chunk: self.draw(chunk, mine, condition), s.rollout
-            )
-        with self.stage("reward"), closing(scoring):
-            scores, *others = scoring.result(part.x1)
+        with ExitStack() as stack:
+            with self.stage("rollout"), self.sampled_policy():
+                part, scoring = self.sizes.fit(
+                    "chunk", lambda chunk: self.draw(chunk, mine, condition), s.rollout
+                )
+                stack.callback(scoring.close)
+            self.phases.add({"rollout": -scoring.waited, "reward": scoring.waited})
+            with self.stage("reward"):
+                scores, *others = scoring.result(part.x1)
         with self.phases("rollout"):
             x1 = self.whole(part.x1)
         scores, held_out = scores.each(self.whole), others[0].each(self.whole) if others else None

@@ -122,9 +122,11 @@ def make_plan(
     }
     gradients = sum(p.numel() * p.element_size() for p in optimizer.parameters)
     velocity = one_sample * policy.precision.itemsize // 4
-    if device.type == "cpu":  # that of a GPU's run lies in host memory
+    if device.type == "cpu":  # with a GPU the copy lies in host memory, which this plan does not count
         saved = sum(x.numel() * x.element_size() for file in policy.tensors().values() for x in file.values())
-        held["checkpoint being written"] = moments + saved
+        held["checkpoint being written"] = (
+            moments + saved + (gradients if METHODS.get(s.method).averages else 0)
+        )
     held |= held_by_method(s, s.steps_per_round * batch, velocity, gradients)
     exchange = bucket_bytes(gradients) if ranks > 1 else 0  # allocated when the activations are freed
 

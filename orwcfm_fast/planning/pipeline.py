@@ -200,6 +200,8 @@ def _plan(
         "VAE": sum(_size(part) for part in found.decoders.values()),
         "stored rollout": s.rollout * one_latent,
         "stored probe samples": memory.stored_probe_samples,
+        # with a GPU the copy lies in host memory, which this plan does not count
+        "checkpoint being written": 3 * trained if label == "cpu" else 0,
     } | held_by_method(s, s.steps_per_round * batch, math.prod(shape) * policy.precision.itemsize, trained)
 
     def step_at(size: int) -> dict[str, int]:
@@ -209,7 +211,7 @@ def _plan(
     def rollout_at(chunk: int) -> dict[str, int]:
         waiting = (
             min(WAITING * chunk, rolled) * one_image
-        )  # decoded, to be scored while the next chunk is drawn
+        )  # to be scored while more are drawn, by rewards that can
         return {"sampling": drawn.peak(chunk) + 2 * (rolled - chunk) * one_latent, "waiting images": waiting}
 
     chunked = min(s.vae_chunk, rolled)

@@ -4,6 +4,8 @@
 the function `score`; no file there has the name of a package, which it would hide.
 """
 
+import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orwcfm_fast.device import cache_dir
-from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.errors import RewardError, UserError, WorkError
 from orwcfm_fast.registry import unknown
 from orwcfm_fast.rewards.process import Died, ProcessReward, process
 from orwcfm_fast.rewards.registry import Reward, reward_factory
@@ -40,8 +42,10 @@ def code(name: str) -> Path:
 def install(name: str, python: str = sys.executable, say: Callable[[str], None] = lambda text: None) -> Path:
     """Make an environment with pip and import its function once, which proves that its packages fit; its folder.
 
+    One that is there already is left as it is.
+
     Args:
-        python: interpreter that it is made of; the pins of a recipe name the version they were resolved for.
+        python: interpreter that it is made of; a recipe's first line says for which version its pins were resolved.
         say: called with a line for each step.
 
     Raises:
@@ -53,42 +57,55 @@ def install(name: str, python: str = sys.executable, say: Callable[[str], None] 
     if not shutil.which(python):
         raise UserError(f"--python {python}: no such interpreter")
     folder = place(name)
-    shutil.rmtree(folder, ignore_errors=True)  # also what an installation that was cut off has left
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if is_installed(name):
+        return folder
     own = str(folder / "bin" / "python")
     # every package is in the list, so pip need not resolve, nor install what is declared and not used
     packages = ["-m", "pip", "install", "--quiet", "--no-deps", "--requirement", str(RECIPES / f"{name}.txt")]
     try:
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # of other pins, or what an installation that was cut off has left
+        folder.parent.mkdir(parents=True, exist_ok=True)
         say(f"making {folder}")
         _run(name, [python, "-m", "venv", str(folder)])
         say("installing its packages")
         _run(name, [own, *packages])
         say("importing the reward")
         _try(name, folder)
-        (folder / DONE).touch()
-    except BaseException:
+        (folder / DONE).write_text(_pins(name))
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise WorkError(f"rewards install {name}: {error.filename}: {error.strerror}") from None
         raise
     return folder
+
+
+def is_installed(name: str) -> bool:
+    """Whether the environment is whole and of the recipe as it is now."""
+    done = place(name) / DONE
+    return done.is_file() and done.read_text() == _pins(name)
+
+
+def _pins(name: str) -> str:
+    return hashlib.sha256((RECIPES / f"{name}.txt").read_bytes()).hexdigest()
 
 
 def _run(name: str, command: list[str]) -> None:
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if ended.returncode:
-        lines = [
-            line for line in ended.stderr.splitlines() if line.strip() and not line.startswith("WARNING")
-        ]
-        reason = next(
-            (line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no message"
-        )
-        raise WorkError(f"rewards install {name}: {reason.strip()}")
+        lines = [line.strip() for line in (ended.stderr + ended.stdout).splitlines() if line.strip()]
+        lines = [line for line in lines if not line.startswith("WARNING")] or ["no message"]
+        reason = next((line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)), lines[0])
+        raise WorkError(f"rewards install {name}: {reason}")
 
 
 def _try(name: str, folder: Path) -> None:
     worker = ProcessReward(folder / "bin" / "python", str(code(name)), "score", TRY_SECONDS)
     try:
         worker.start()
-    except (Died, UserError) as error:
+    except (Died, UserError, RewardError) as error:
         raise WorkError(f"rewards install {name}: {error}") from None
     worker.close()
 
@@ -100,7 +117,7 @@ def installed(name: str, options: RewardOptions) -> Reward:
         UserError: the environment is not there; says how it is made.
     """
     folder = place(name)
-    if not (folder / DONE).is_file():
+    if not is_installed(name):
         raise UserError(
             f"reward '{name}': has an environment of its own; make it with: orwcfm rewards install {name}"
         )

@@ -1,8 +1,8 @@
 """Decodes and scores the samples of a rollout: after it is drawn, or chunk by chunk while the next one is."""
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def decoded(
 
 
 def own_seed(seed: int, first: int) -> int:
-    """Of the call that begins with sample number `first`."""
+    """The seed of the call whose first sample has this number."""
     return seed + first * 0xBF58476D1CE4E5B9
 
 
@@ -72,12 +72,16 @@ def decode_and_score(
 class RolloutScoring:
     """Scores a rollout while it is drawn, in a thread, where every reward is `concurrent`; else afterwards.
 
-    Decoding stays with the caller, who holds the network. Chunks are scored in their order, so seeds and scores are
-    those of `decode_and_score`; of a reward that depends on what else is in its batch they are those of a chunk.
+    Decoding stays with the caller, who holds the network. Chunks are scored in their order. Of a pipeline the calls and
+    their seeds are those of `decode_and_score`; of another policy there is a call for each chunk instead of one for
+    all samples, each with a seed of its own.
 
     Args:
         condition: rows [N] of the policy's prompts of the samples to come.
         rewards, where, seed: as for `decode_and_score`.
+
+    Attributes:
+        waited: seconds in which `put` had to wait for the rewards.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class RolloutScoring:
             torch.cuda.Stream(policy.device) if self.overlaps and policy.device.type == "cuda" else None
         )
         self._parts: list[Future[list[Scores]]] = []
-        self._taken = 0
+        self._taken, self._failed, self.waited = 0, False, 0.0
 
     def put(self, x1: Tensor) -> None:
         """Take the next chunk of samples; waits while `WAITING` decoded chunks are not scored yet.
@@ -105,7 +109,9 @@ class RolloutScoring:
         rows = None if self.condition is None else self.condition[start : self._taken]
         for first, images, prompts in decoded(self.policy, x1, rows, self.rewards):
             if len(self._parts) >= WAITING:
+                began = time.perf_counter()
                 self._parts[-WAITING].result()
+                self.waited += time.perf_counter() - began
             ready = None
             if self._stream:
                 ready = torch.cuda.Event()
@@ -116,11 +122,21 @@ class RolloutScoring:
     def _score(
         self, images: Tensor, prompts: Prompts, seed: int, ready: torch.cuda.Event | None
     ) -> list[Scores]:
-        if self._stream and ready:  # not after what was queued for the next chunk
-            self._stream.wait_event(ready)
-            images.record_stream(self._stream)
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            return [reward.scores(images, self.where, seed, prompts) for reward in self.rewards]
+        if self._failed:  # the round is over
+            return []
+        try:
+            if not self._stream or not ready:
+                return [reward.scores(images, self.where, seed, prompts) for reward in self.rewards]
+            with torch.cuda.stream(self._stream):  # not after what is queued for the next chunk
+                self._stream.wait_event(ready)
+                if images.is_cuda:
+                    images.record_stream(self._stream)
+                found = [reward.scores(images, self.where, seed, prompts) for reward in self.rewards]
+                self._stream.synchronize()  # the caller reads them on another stream
+                return found
+        except BaseException:
+            self._failed = True
+            raise
 
     def result(self, x1: Tensor) -> list[Scores]:
         """The scores of the whole rollout x1 [N, *shape] by each reward.
@@ -131,10 +147,9 @@ class RolloutScoring:
         if not self._thread:
             return decode_and_score(self.policy, x1, self.condition, self.rewards, self.where, self.seed)
         parts = [part.result() for part in self._parts]
-        self.close()
         return [Scores.joined(found) for found in zip(*parts, strict=True)]
 
     def close(self) -> None:
-        """Chunks that wait are not scored any more; one that is being scored is waited for."""
+        """Drop the chunks that wait, and wait for the one that is being scored."""
         if self._thread:
             self._thread.shutdown(cancel_futures=True)

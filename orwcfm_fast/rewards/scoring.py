@@ -17,8 +17,7 @@ from orwcfm_fast.rewards.registry import Reward
 
 
 def _arguments(reward: Reward, prompts: Sequence[Prompt] | None, seed: int) -> dict[str, Any]:
-    """The arguments `prompts`, `metadata`, `inputs` and, of a concurrent reward, `seed`, as far as it has parameters
-    of these names."""
+    """The arguments that a reward has parameters for: `prompts`, `metadata`, `inputs`; a concurrent one also `seed`."""
     arguments: dict[str, Any] = {"seed": seed} if _is_concurrent(reward) else {}
     if prompts is not None:
         arguments |= {

@@ -43,7 +43,9 @@ def load_user_reward(spec: str) -> Reward:
         raise UserError(
             f"reward '{spec}': {where} has no function '{name}' (has: {', '.join(callables) or 'none'})"
         )
-    return _beside(function, str(Path(where).resolve().parent)) if where.endswith(".py") else function
+    # one that is called in a thread must leave the module path alone: its imports stand at the top of its file
+    alone = not where.endswith(".py") or getattr(function, "concurrent", False)
+    return function if alone else _beside(function, str(Path(where).resolve().parent))
 
 
 def _beside(function: Reward, folder: str) -> Reward:

@@ -1,5 +1,8 @@
 """The checkpoints of a fine-tuning run: written by the first rank, read by all."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,6 @@ from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.runs.run import Run, resume_command
 from orwcfm_fast.runs.trainer_state import restore_trainer, trainer_contents
-
-Files = dict[str, checkpoint.Tensors]
 
 
 class CheckpointManager:
@@ -46,52 +47,85 @@ class CheckpointManager:
         with self.ranks.together():
             return checkpoint.load(path) if path and not self.ranks.first else found
 
-    def start(self, anew: bool = False) -> Path:
+    def start(self) -> None:
         """Copy what is trained so far and begin to write it, once the checkpoint before it is written.
 
-        Args:
-            anew: in place of one that is there.
-
-        Returns:
-            Its path; that of the one which is there, where it is not written anew.
+        The thread touches nothing but the copy and its own new folder: code of users changes the working directory
+        and the module path meanwhile.
 
         Raises:
             WorkError: the one before it could not be written.
         """
-        path = self.folder / f"step_{self.trainer.steps_taken}"
-        if not self.ranks.first:
-            return path
         self.wait()
-        if anew or not checkpoint.is_checkpoint(path):
-            controller, s = self.trainer.find(RunController), self.settings
-            more = {"settings": s.model_dump(), "seed": s.seed, **controller.to_state()}
-            state, files = trainer_contents(self.trainer, more)
-            files, records = checkpoint.copied(files), self.run.read_metrics()
-            self.writer.start(lambda: self._write(path, state, files, records))
-        return path
-
-    def _write(self, path: Path, state: dict[str, Any], files: Files, records: retention.Records) -> None:
-        self.folder.mkdir(exist_ok=True)  # its parent gone: the run was taken away
-        checkpoint.save(path, state, **files)
-        self.prune(records)
-        self.run.delete_replaced()
-
-    def wait(self) -> None:
-        """Until the checkpoint that was begun is written.
-
-        Raises:
-            WorkError: it could not be.
-        """
-        try:
-            self.writer.wait()
-        except OSError as error:
-            raise self.run.write_failed(error, resume_command(self.run, "finetune", self.settings)) from error
+        path = self.path.absolute()
+        if self.ranks.first and not checkpoint.is_checkpoint(path):
+            state, files = self._contents()
+            files = checkpoint.copied(files)
+            self.writer.start(lambda: checkpoint.save(path, state, **files))
 
     def save(self, anew: bool = False) -> Path:
-        """`start` and `wait`."""
-        path = self.start(anew)
-        self.wait()
+        """Write what is trained so far before anything else happens; the path of the checkpoint.
+
+        Args:
+            anew: in place of one that is there.
+
+        Raises:
+            WorkError: it could not be written.
+        """
+        self.settle()  # a failure of the checkpoint before this one counts no more
+        path = self.path
+        if self.ranks.first and (anew or not checkpoint.is_checkpoint(path)):
+            state, files = self._contents()
+            with self._failures():
+                checkpoint.save(path, state, **files)
+            self._written()
         return path
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that was begun, and prune.
+
+        Raises:
+            WorkError: it could not be written.
+        """
+        with self._failures():
+            written = self.writer.wait()
+        if written:
+            self._written()
+
+    def check(self) -> None:
+        """Raise as `wait` what a write that has ended by now raised; does not wait."""
+        if self.writer.done:
+            self.wait()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that was begun, whether it can be written or not."""
+        with suppress(Exception):
+            self.wait()
+
+    @property
+    def path(self) -> Path:
+        """Where a checkpoint of what is trained so far lies."""
+        return self.folder / f"step_{self.trainer.steps_taken}"
+
+    def _contents(self) -> tuple[dict[str, Any], dict[str, checkpoint.Tensors]]:
+        """State and files of a checkpoint; the state is a copy, the tensors are those that are trained."""
+        with self._failures():
+            self.folder.mkdir(exist_ok=True)  # its parent gone: the run was taken away
+        controller, s = self.trainer.find(RunController), self.settings
+        more = {"settings": s.model_dump(), "seed": s.seed, **controller.to_state()}
+        state, files = trainer_contents(self.trainer, more)
+        return json.loads(json.dumps(state)), files
+
+    def _written(self) -> None:
+        self.prune()
+        self.run.delete_replaced()
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self.run.write_failed(error, resume_command(self.run, "finetune", self.settings)) from error
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint, with the α, τ and batch sizes that were in force.
@@ -108,15 +142,16 @@ class CheckpointManager:
         with self.ranks.together():
             return self.save()
 
-    def prune(self, records: retention.Records) -> None:
-        """Keep what `--keep` and `--best` say, by the records of the run's rounds."""
-        retention.prune(self.folder, self.settings.keep, self.best(records), self.every)
+    def prune(self) -> None:
+        """Keep what `--keep` and `--best` say."""
+        retention.prune(self.folder, self.settings.keep, self.best(), self.every)
 
-    def best(self, records: retention.Records) -> Path | None:
+    def best(self) -> Path | None:
         """The checkpoint with the best value of the chosen metric."""
         s = self.settings
         if s.best == "none":
             return None
+        records = self.run.read_metrics()
         return retention.best_step(
             self.folder, records, s.best, lambda n: n * s.steps_per_round, self.every, self.closing
         )

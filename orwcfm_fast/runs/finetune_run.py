@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from orwcfm_fast.method.samplers import times as solver_times
 from orwcfm_fast.reporting.tracking import Log, check_loggers, loggers
 from orwcfm_fast.rewards import RewardSum, check_code_named, make_holdout, make_reward
 from orwcfm_fast.rewards.identity import record_code
-from orwcfm_fast.runs import closing, drift_control
+from orwcfm_fast.runs import closing_evaluation, drift_control
 from orwcfm_fast.runs.artifacts import RunArtifacts
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.checkpointing import CheckpointManager
@@ -65,6 +64,7 @@ class Finetuning:
         )
         self.reference = self.trainer.reference
         self.controller = self.trainer.find(RunController)
+        self.last_wait = 0.0  # seconds for the last checkpoint, which no round is trained beside
         self._work_in(run)
 
     def _work_in(self, run: Run) -> None:
@@ -213,9 +213,7 @@ class Finetuning:
                 self.run.write_config("finetune", self.settings)
                 self._record_code()
                 self.artifacts.discard_unreadable_forecast()
-                self.checkpoints.prune(
-                    self.run.read_metrics()
-                )  # a kill may have come between the last save and this
+                self.checkpoints.prune()  # a kill may have come between the last save and this
 
     def train(
         self,
@@ -253,12 +251,14 @@ class Finetuning:
                 raise
             raise type(error)(f"{error}; the run is saved at {self.checkpoints.save_together()}") from error
         except OSError as error:
+            self.checkpoints.settle()
             raise self.run.write_failed(error, resume) from error
         finally:
             if sys.exc_info()[0]:
-                with suppress(WorkError):  # something else ended the run
-                    self.checkpoints.wait()
-                self.run.unlock()
+                try:
+                    self.checkpoints.settle()
+                finally:
+                    self.run.unlock()
 
     def _train(self, log: Log, on_round: Log | None, on_line: Callable[[str], None]) -> None:
         for record in self._accepted_rounds():
@@ -266,8 +266,10 @@ class Finetuning:
                 if self.ranks.first:
                     self._record_round(record, log, on_round, on_line)
                 self.trainer.boundary_here()
+        began = time.perf_counter()
         with self.ranks.together():
             self.checkpoints.wait()
+        self.last_wait = time.perf_counter() - began
 
     def _record_round(
         self, record: dict[str, Any], log: Log, on_round: Log | None, on_line: Callable[[str], None]
@@ -282,6 +284,8 @@ class Finetuning:
         if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
             with self.trainer.phases("checkpoint"):
                 self.checkpoints.start()
+        else:
+            self.checkpoints.check()
         if on_round:
             on_round(record)
         for line in lines:
@@ -302,9 +306,9 @@ class Finetuning:
                             self.checkpoints.save(anew=True)  # with the α and τ that hold from here on
                 except Fault:
                     self.run.append(fault.record)
-                    self.run.delete_replaced()
                     with self.ranks.together():  # its files are written before anyone leaves
                         self.checkpoints.wait()
+                        self.run.delete_replaced()
                         good = retention.steps(self.run.checkpoints)
                     where = f"the last good checkpoint is {good[0]}" if good else "no round was good yet"
                     raise WorkError(f"{fault}; stopped, {where}") from None
@@ -345,17 +349,17 @@ class Finetuning:
 
     def _finish(self, began: float, watch: Callable[[Progress], None] | None) -> Result | None:
         s, trainer = self.settings, self.trainer
-        measured = closing.evaluate(trainer, self.evaluator, s, self.has_drift_control, watch)
+        measured = closing_evaluation.evaluate(trainer, self.evaluator, s, self.has_drift_control, watch)
         with self.ranks.together():
             if not self.ranks.first:
                 return None
             # the final policy draws no rollout of its own
-            self.checkpoints.closing = closing.values(measured[1], s.rollout)
+            self.checkpoints.closing = closing_evaluation.values(measured[1], s.rollout)
+            self.checkpoints.prune()
             records, seconds = self.run.read_metrics(), time.perf_counter() - began
-            self.checkpoints.prune(records)
             before, after, *at_rest = measured
-            best = self.checkpoints.best(records)
-            result = Result(self.run, s, before, after, records, seconds, best, at_rest)
+            best = self.checkpoints.best()
+            result = Result(self.run, s, before, after, records, seconds, best, at_rest, self.last_wait)
             self.artifacts.save_results(
                 result, [f"{'+'.join(s.reward)} on {self.loaded.name}", *self.about()]
             )

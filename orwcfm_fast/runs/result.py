@@ -25,6 +25,7 @@ class Result:
         seconds: of the whole run.
         best: the best checkpoint, where one is kept.
         at_rest: measures of the same settings with τ = 0, where they were made.
+        last_wait: seconds for the last checkpoint, after all rounds.
     """
 
     run: Run
@@ -35,6 +36,7 @@ class Result:
     seconds: float
     best: Path | None
     at_rest: list[Measures] = field(default_factory=list)
+    last_wait: float = 0.0
 
     @property
     def measured(self) -> list[Measures]:
@@ -90,7 +92,10 @@ class Result:
 
     def by_phase(self) -> dict[str, float]:
         """Seconds spent in each phase of a round, summed over all rounds."""
-        return {p: sum(r[f"seconds_{p}"] for r in self.records) for p in (*PHASES, "probe", "checkpoint")}
+        names = (*PHASES, "probe", "checkpoint")
+        found = {p: sum(r.get(f"seconds_{p}", 0.0) for r in self.records) for p in names}
+        found["checkpoint"] += self.last_wait
+        return found
 
     def by_reward(self) -> dict[str, float]:
         """Seconds spent in each reward over all rounds; empty where there is only one reward."""

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orwcfm_fast.batch_sizes import BatchSizes
+from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.cli.machine import _show_plan
 from orwcfm_fast.evaluation.evaluate import evaluate
 from orwcfm_fast.evaluation.held_out import evaluator_for
@@ -26,6 +27,7 @@ from orwcfm_fast.planning.pipeline import Meter, plan_pipeline
 from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.runs.trainer_state import trainer_contents
 from orwcfm_fast.settings import Finetune
 
 CPU = torch.device("cpu")
@@ -40,8 +42,10 @@ def measured(s: Finetune) -> int:
 
     def rounds():
         loop = build_trainer(policy, make_reward("brightness"), s)
-        for _ in range(2):
-            loop.one_round()
+        loop.one_round()
+        copied = checkpoint.copied(trainer_contents(loop, {})[1])  # as while it is written
+        loop.one_round()
+        del copied
 
     return before + max(accumulate(record_allocations(rounds, CPU)))
 

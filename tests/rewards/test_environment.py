@@ -9,10 +9,6 @@ from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.rewards import environment
 from orwcfm_fast.settings import RewardOptions
 
-SCORE = (
-    "import array\n\ndef score(samples, prompts):\n    return array.array('d', [len(p) for p in prompts])\n"
-)
-
 
 @pytest.fixture
 def recipes(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from orwcfm_fast.errors import RewardError
 from orwcfm_fast.method import rollout
 from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.rewards import decode_and_score, make_reward, rollouts
 from orwcfm_fast.settings import Finetune
 
@@ -84,7 +85,6 @@ def test_a_round_takes_little_longer_than_the_longer_of_drawing_and_scoring(two_
 
 def test_scores_and_training_are_those_of_a_reward_that_is_called_afterwards(two_gaussians):
     beside, after = Elsewhere(), Elsewhere()
-    after.concurrent = False
     copy = two_gaussians.trainable_copy()
     one = Trainer(two_gaussians, beside, SETTINGS)
     other = Trainer(copy, lambda x: after(x, 0), SETTINGS)
@@ -94,6 +94,18 @@ def test_scores_and_training_are_those_of_a_reward_that_is_called_afterwards(two
     assert beside.sizes == [CHUNK] * 2 * CHUNKS and after.sizes == [CHUNK * CHUNKS] * 2
     states = [policy.network.state_dict() for policy in (two_gaussians, copy)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+class Seeded(Elsewhere):
+    """Notes its seeds."""
+
+    def __init__(self):
+        super().__init__()
+        self.seeds = []
+
+    def __call__(self, samples, seed):
+        self.seeds.append(seed)
+        return super().__call__(samples, seed)
 
 
 class Latents:
@@ -108,14 +120,19 @@ class Latents:
         return None
 
 
+def test_vectors_are_scored_a_chunk_a_call_each_with_its_own_seed(two_gaussians):
+    reward = make_reward(Seeded(), name="seeded")
+    x1 = torch.randn(3 * CHUNK, 1)
+    scoring = rollouts.RolloutScoring(two_gaussians, None, [reward], "round 1", 7)
+    for part in x1.split(CHUNK):
+        scoring.put(part)
+    (found,) = scoring.result(x1)
+    scoring.close()
+    seeds = [rollouts.own_seed(7, first) for first in (0, CHUNK, 2 * CHUNK)]
+    assert reward.terms[0][2].seeds == seeds and torch.equal(found.total, x1[:, 0])
+
+
 def test_seeds_of_latents_are_those_of_decoding_and_scoring_afterwards():
-    seeds = []
-
-    class Seeded(Elsewhere):
-        def __call__(self, samples, seed):
-            seeds.append((len(samples), seed))
-            return super().__call__(samples, seed)
-
     reward = make_reward(Seeded(), name="seeded")
     reward.sizes.chunk = CHUNK
     x1 = torch.randn(3 * CHUNK + 3, 1)
@@ -123,9 +140,11 @@ def test_seeds_of_latents_are_those_of_decoding_and_scoring_afterwards():
     for part in x1.split(CHUNK):
         scoring.put(part)
     (beside,) = scoring.result(x1)
-    overlapped, seeds = seeds, []
+    scoring.close()
+    far = reward.terms[0][2]
+    overlapped, far.seeds, far.sizes = (far.sizes, far.seeds), [], []
     (after,) = decode_and_score(Latents(), x1, None, [reward], "round 1", 7)
-    assert overlapped == seeds and len({seed for _, seed in seeds}) == 4
+    assert overlapped == (far.sizes, far.seeds) and len(set(far.seeds)) == 4
     assert torch.equal(beside.total, after.total)
 
 
@@ -140,6 +159,7 @@ def test_a_chunk_that_cannot_be_scored_ends_the_round(two_gaussians):
         trainer.one_round()
     assert trainer.current is None and trainer.round == 0
     assert len(drawn.at) <= 3 + rollouts.WAITING, "drawing went on"
+    assert len(reward.sizes) == 4, "a chunk was scored in vain"
     assert not [t for t in threading.enumerate() if t.name.startswith("reward")]
 
 
@@ -157,3 +177,23 @@ def test_memory_that_runs_out_in_drawing_begins_the_scoring_anew(two_gaussians, 
     state = trainer.draw_and_score()
     assert calls == [8, 8, 8] + [4] * 20 and reward.sizes[-20:] == [4] * 20
     assert torch.equal(state.rollout.reward, state.rollout.x1[:, 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_scores_come_from_a_stream_of_their_own():
+    device = torch.device("cuda")
+    policy = make_policy("unet-digits", "digits", (1, 8, 8), device, "bf16")
+
+    class Level(Elsewhere):
+        def __call__(self, samples, seed):
+            return samples.flatten(1).mean(1)
+
+    reward = make_reward(Level(), name="level")
+    scoring = rollouts.RolloutScoring(policy, None, [reward], "round 1", 7)
+    x1 = torch.cat(
+        [part for k in range(CHUNKS) if scoring.put(part := torch.randn(64, 1, 8, 8, device=device)) is None]
+    )
+    (beside,) = scoring.result(x1)
+    scoring.close()
+    assert torch.equal(beside.total, policy.decode(x1).flatten(1).mean(1))

@@ -4,15 +4,21 @@ Weights: MizzenAI/HPSv3 and Qwen/Qwen2-VL-7B-Instruct of the Hugging Face Hub, r
 """
 
 import functools
+import os
 
 import torch
 from hpsv3 import HPSv3RewardInferencer
 from PIL import Image
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @functools.cache
 def model():
-    return HPSv3RewardInferencer(device="cuda" if torch.cuda.is_available() else "cpu")
+    gpu = os.environ.pop("LOCAL_RANK", "0")
+    for name in LAUNCHER:  # or transformers would join the process group of the run that this worker serves
+        os.environ.pop(name, None)
+    return HPSv3RewardInferencer(device=f"cuda:{gpu}" if torch.cuda.is_available() else "cpu")
 
 
 def score(images, prompts):
