@@ -51,7 +51,7 @@ def test_bench_loop_climbs_every_rung_on_digits():
     assert found["+ solver"].rollout_ratio > 3, "99 Euler steps against a dozen and two"
     assert found["+ rollout reuse"].loop_ratio > 2
     assert all(0 < r.rollout_share < 1 for r in found.values())
-    assert plain.rollout_share > 0.9, "the plain loop samples, and little else"
+    assert plain.rollout_share > 0.8, "the plain loop samples, and little else"
 
 
 def test_the_pretraining_baseline_trains_all_weights_and_averages_them():
