@@ -31,6 +31,7 @@ PLACES = (
     "elsewhere",
     "rollout",
     "reward",
+    "anchors",
     "step",
     "measure",
     "record",
@@ -110,6 +111,7 @@ class Place:
         self.within("start-up", pretrain_run.PretrainRun, "new")
         self.within("rollout", trainer, "draw")
         self.within("reward", rewards.RewardSum, "scores")
+        self.within("anchors", trainer.Trainer, "anchors")
         self.within("step", step.PolicyOptimizer, "step")
         self.within("step", pretrain.Pretrainer, "step")
         self.within("measure", trainer.Trainer, "measure")

@@ -56,7 +56,8 @@ def record_allocations(work: Callable[[], object], device: torch.device) -> list
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
+    # acc_events: torch 2.11 warns without it, though there is one cycle
+    with torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True) as profile:
         work()
     wanted = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     assert profile.profiler and profile.profiler.kineto_results
