@@ -196,6 +196,7 @@ TABLE = {
     "rewards serve": {
         "REWARD": ALWAYS, "--host": ALWAYS, "--port": ALWAYS, "--max-mib": ALWAYS, "--debug": ALWAYS, "--help": ALWAYS,
     },
+    "rewards install": {"NAME": ALWAYS, "--python": ALWAYS, "--debug": ALWAYS, "--help": ALWAYS},
     "bench": {"WHAT": ALWAYS, "--full": ALWAYS, "--out": ALWAYS, "--json": ALWAYS, "--debug": ALWAYS, "--help": ALWAYS},
 }  # fmt: skip
 
