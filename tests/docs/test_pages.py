@@ -118,6 +118,21 @@ def test_the_table_of_methods_is_that_of_its_result_file():
         assert f"| {' | '.join(cells)} | {confidence:.3f} | {deviation:.3f} |" in FIGURES
 
 
+def test_the_table_of_what_was_tried_is_that_of_its_result_file():
+    groups = {}
+    for row in results("variants-digits")["runs"]:
+        groups.setdefault((row["alpha"], row["variant"]), []).append(row["after"])
+    assert len(groups) >= 8
+    for (alpha, change), found in groups.items():
+        reward = statistics.mean(after["reward"][0] for after in found)
+        w2, confidence, deviation = (
+            statistics.mean(after[key] for after in found)
+            for key in ("w2_coupled", "confidence", "deviation")
+        )
+        cells = (f"{alpha:g}", change, f"{len(found)}", f"{reward:.3f}", f"{w2:.2f}")
+        assert f"| {' | '.join(cells)} | {confidence:.3f} | {deviation:.3f} |" in FIGURES
+
+
 def test_killed_runs_are_those_of_the_result_file():
     found = results("kill-resume")
     assert f"{found['equal']} of {found['trials']} runs" in FIGURES and f"{found['kills']} kills" in FIGURES
