@@ -52,7 +52,7 @@ def save(path: str | Path, state: dict[str, Any], **tensors: Tensors) -> Path:
         tensors: one safetensors file for each argument.
     """
     path = Path(path)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:

@@ -1,6 +1,7 @@
 """The checkpoints of a fine-tuning run: written by the first rank, read by all."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,7 +62,12 @@ class CheckpointManager:
         if self.ranks.first and not checkpoint.is_checkpoint(path):
             state, files = self._contents()
             files = checkpoint.copied(files)
-            self.writer.start(lambda: checkpoint.save(path, state, **files))
+
+            def write() -> None:
+                os.stat(path.parent)  # a run that is taken away meanwhile is not made again
+                checkpoint.save(path, state, **files)
+
+            self.writer.start(write)
 
     def save(self, anew: bool = False) -> Path:
         """Write what is trained so far before anything else happens; the path of the checkpoint.

@@ -21,6 +21,11 @@ def saved(tmp_path):
     return checkpoint.save(tmp_path / "step_1", {"step": 1}, model=tensors)
 
 
+def test_the_folders_that_a_checkpoint_lies_in_are_made(tmp_path):
+    path = checkpoint.save(tmp_path / "cache" / "pretrained" / "digits", {}, model={"x": torch.ones(2)})
+    assert checkpoint.load(path).tensors["model"]["x"].tolist() == [1, 1]
+
+
 def test_what_is_saved_is_loaded(saved):
     found = checkpoint.load(saved)
     assert found.state["step"] == 1 and "torch" in found.state["versions"]
