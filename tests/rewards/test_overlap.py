@@ -66,13 +66,13 @@ def test_a_round_takes_little_longer_than_the_longer_of_drawing_and_scoring(two_
 
     def slow(*args):
         began = time.perf_counter()
-        time.sleep(0.05)
+        time.sleep(0.15)
         found = solve(*args)
         spans.append((began, time.perf_counter()))
         return found
 
     monkeypatch.setattr(rollout, "solve", slow)
-    reward = Elsewhere(lambda k: time.sleep(0.05))
+    reward = Elsewhere(lambda k: time.sleep(0.15))
     began = time.perf_counter()
     Trainer(two_gaussians, reward, SETTINGS).draw_and_score()
     took = time.perf_counter() - began
