@@ -89,11 +89,10 @@ class RolloutScoring:
     ) -> None:
         self.policy, self.condition, self.rewards = policy, condition, rewards
         self.where, self.seed = where, seed
-        self.overlaps = all(reward.concurrent for reward in rewards)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward") if self.overlaps else None
-        self._stream = (
-            torch.cuda.Stream(policy.device) if self.overlaps and policy.device.type == "cuda" else None
-        )
+        self._thread = self._stream = None
+        if all(reward.concurrent for reward in rewards):
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
+            self._stream = torch.cuda.Stream(policy.device) if policy.device.type == "cuda" else None
         self._parts: list[Future[list[Scores]]] = []
         self._taken, self._failed, self.waited = 0, False, 0.0
 

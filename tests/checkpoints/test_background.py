@@ -18,20 +18,8 @@ from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.runs.checkpointing import CheckpointManager
 
-RUN = (
-    "finetune",
-    "--checkpoint",
-    "base",
-    "--rollout",
-    32,
-    "--batch",
-    16,
-    "--steps-per-round",
-    2,
-    "--eval-n",
-    16,
-)
-RUN = (*RUN, "--probe", 8, "--keep", 9, "--quiet", "--rounds", 3, "--out")
+SIZES = "--rollout 32 --batch 16 --steps-per-round 2 --eval-n 16 --probe 8 --keep 9 --rounds 3"
+RUN = ("finetune", "--checkpoint", "base", *SIZES.split(), "--quiet", "--out")
 
 
 @pytest.fixture
