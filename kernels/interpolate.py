@@ -1,4 +1,4 @@
-"""The probability path: x_t = (1 - t) * x0 + t * x1, with x0 ~ N(0, I), and on request t ~ U(0, 1), drawn inside."""
+"""The probability path: x_t = (1 - t) * x0 + t * x1, with x0 ~ N(0, I), and on request t in (0, 1), drawn inside."""
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ def _interpolate_kernel(
     NEIGHBOURS: tl.constexpr,
     STRIDED: tl.constexpr,
     T_PURPOSE: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """One chunk of one sample; t is drawn for T_PURPOSE and written to t_ptr, or read there where that is None."""
     sample = tl.program_id(0) // chunks
@@ -45,6 +46,8 @@ def _interpolate_kernel(
     if T_PURPOSE is not None:
         word, _, _, _ = words_kernel((sample * 0).to(tl.uint32), seed, index, T_PURPOSE)
         t = unit_kernel(word)
+        if LATE:
+            t = tl.sqrt(t)
         tl.store(t_ptr + sample, t)  # every chunk writes the same number
     else:
         t = tl.load(t_ptr + sample)
@@ -66,9 +69,12 @@ def interpolate_reference(x1: Tensor, t: Tensor, seed: Tensor, index: Tensor) ->
     return torch.empty_like(x1).copy_(x_t)
 
 
-def interpolate_at_random_times_reference(x1: Tensor, seed: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def interpolate_at_random_times_reference(
+    x1: Tensor, seed: Tensor, index: Tensor, late: bool = False
+) -> tuple[Tensor, Tensor]:
     """`interpolate_at_random_times` in plain torch."""
     t = uniform_reference((), seed, index, T)
+    t = t.sqrt() if late else t
     return interpolate_reference(x1, t, seed, index), t
 
 
@@ -80,23 +86,25 @@ def _check(x1: Tensor, t: Tensor | None, seed: Tensor, index: Tensor) -> None:
 
 
 def plan_interpolate(
-    x1: Tensor, t: Tensor | None, seed: Tensor, index: Tensor
+    x1: Tensor, t: Tensor | None, seed: Tensor, index: Tensor, late: bool = False
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The kernel call, and x_t and t: outputs that it fills. t is drawn where None."""
+    """The kernel call, and x_t and t: outputs that it fills. t is drawn where None, with density 2t where `late`."""
     _check(x1, t, seed, index)
     out = torch.empty_like(x1)
     elements = x1[0].numel()
     chunks, meta = cut(elements, len(x1), x1.itemsize, multiprocessors(x1.device))
-    meta = meta | {"PURPOSE": X0, "STRIDED": is_strided("x1", x1), "T_PURPOSE": T if t is None else None}
+    meta = meta | {"PURPOSE": X0, "STRIDED": is_strided("x1", x1), "T_PURPOSE": T if t is None else None, "LATE": late}
     t = x1.new_empty(len(x1), dtype=torch.float32) if t is None else t
     args = {"x1_ptr": x1, "t_ptr": t, "seed_ptr": seed, "index_ptr": index, "out_ptr": out}
     sizes = {"elements": elements, "chunks": chunks, **channels_and_pixels(x1)}
     return [Launch(_interpolate_kernel, (x1.shape[0] * chunks,), args | sizes, meta)], (out, t)
 
 
-def launch_interpolate(x1: Tensor, t: Tensor | None, seed: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def launch_interpolate(
+    x1: Tensor, t: Tensor | None, seed: Tensor, index: Tensor, late: bool = False
+) -> tuple[Tensor, Tensor]:
     """Run the kernel; the interpreter's tests call this, everyone else the ops."""
-    launches, outputs = plan_interpolate(x1, t, seed, index)
+    launches, outputs = plan_interpolate(x1, t, seed, index, late)
     for launch in launches:
         launch.run(x1)
     return outputs
@@ -136,23 +144,28 @@ def _(x1, t, seed, index):
 
 
 @torch.library.custom_op("orwcfm::interpolate_at_random_times", mutates_args=(), device_types="cuda")
-def interpolate_at_random_times(x1: Tensor, seed: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """`interpolate` with t drawn in the same launch, uniform((), seed, index, T) of kernels/random_numbers.py.
+def interpolate_at_random_times(
+    x1: Tensor, seed: Tensor, index: Tensor, late: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`interpolate` with t drawn in the same launch, from u = uniform((), seed, index, T) of kernels/random_numbers.py.
+
+    Args:
+        late: t = √u, of density 2t, in place of t = u.
 
     Returns:
         x_t with x1's shape, dtype and strides, and t, float32 [B].
     """
-    return launch_interpolate(x1, None, seed, index)
+    return launch_interpolate(x1, None, seed, index, late)
 
 
 @interpolate_at_random_times.register_kernel("cpu")
-def _(x1, seed, index):
+def _(x1, seed, index, late=False):
     _check(x1, None, seed, index)
-    return interpolate_at_random_times_reference(x1, seed, index)
+    return interpolate_at_random_times_reference(x1, seed, index, late)
 
 
 @interpolate_at_random_times.register_fake
-def _(x1, seed, index):
+def _(x1, seed, index, late=False):
     _check(x1, None, seed, index)
     return torch.empty_like(x1), x1.new_empty(x1.shape[0], dtype=torch.float32)
 
@@ -163,5 +176,5 @@ def _refuse_grads(names: tuple[str, ...]):
 
 interpolate.register_autograd(lambda ctx, g: (None,) * 4, setup_context=_refuse_grads(("x1", "t")))
 interpolate_at_random_times.register_autograd(
-    lambda ctx, *g: (None,) * 3, setup_context=_refuse_grads(("x1",))
+    lambda ctx, *g: (None,) * 4, setup_context=_refuse_grads(("x1",))
 )

@@ -106,6 +106,7 @@ def _launches_of_the_path() -> Iterator[tuple[str, Launch]]:
         if dtype == x1_dtype:
             yield name, plan_interpolate(x1, w, seed, index)[0][0]
             yield f"{name}, t drawn", plan_interpolate(x1, None, seed, index)[0][0]
+            yield f"{name}, late t drawn", plan_interpolate(x1, None, seed, index, late=True)[0][0]
     for name, which, v in (
         ("bf16, D > 2^31", 0, samples(HUGE, torch.bfloat16)),  # 64-bit sizes
         ("fp32", 1, samples((2, 2**20), torch.float32)),  # sums of chunks

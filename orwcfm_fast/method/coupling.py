@@ -62,7 +62,13 @@ class Batch:
 
 
 def couple(
-    x1: Tensor, w: Tensor, alpha: float, seed: Tensor, index: Tensor, coupling: str = "independent"
+    x1: Tensor,
+    w: Tensor,
+    alpha: float,
+    seed: Tensor,
+    index: Tensor,
+    coupling: str = "independent",
+    late: bool = False,
 ) -> Batch:
     """Couple samples x1 [B, *shape] of weights w [B] with the noise x0 of draws `index` [B].
 
@@ -70,6 +76,9 @@ def couple(
     ot: exact plan between x0 (uniform) and x1 (∝ w) for the squared distance; each x0 draws its x1 from the
     plan, loss weight w̄ = mean w, anchor weight α·w̄/w: both terms are unbiased (Tong et al., TMLR 2024,
     reweighted).
+
+    Args:
+        late: t has density 2t in place of 1.
 
     Raises:
         UserError: ot with a weight that is not positive.
@@ -80,7 +89,7 @@ def couple(
         x1, a, w = x1[pick], alpha * mean / w[pick], mean.expand(len(w)).contiguous()
     else:
         a = torch.full_like(w, alpha)
-    x_t, t = interpolate_at_random_times(x1, seed, index)
+    x_t, t = interpolate_at_random_times(x1, seed, index, late)
     return Batch(x1, t, x_t, index, w, a)
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from scipy.stats import kstest
 
 from orwcfm_fast.kernels.interpolate import (
     interpolate,
@@ -59,6 +60,20 @@ def test_kernel_draws_t_as_the_reference_does(shape, device, assert_as_good_as_t
     assert_as_good_as_torch(x_t, interpolate_reference(x1, t, seed, index), exact, 3e-6)
 
 
+def test_kernel_draws_late_times_as_the_reference_does(device):
+    x1, _, seed, index = arguments((5, 1023), device=device)
+    x_t, t = launch_interpolate(x1, None, seed, index, late=True)
+    torch.testing.assert_close(t, uniform((), seed, index, T).sqrt(), rtol=3e-7, atol=0)
+    torch.testing.assert_close(x_t, interpolate_reference(x1, t, seed, index), rtol=0, atol=3e-6)
+
+
+def test_late_times_have_density_2t():
+    x1, _, seed, index = arguments((20_000, 1))
+    x_t, t = interpolate_at_random_times(x1, seed, index, late=True)
+    assert kstest(t.numpy(), lambda at: at**2).pvalue > 1e-3
+    assert torch.equal(x_t, interpolate(x1, t, seed, index))
+
+
 def test_random_times_are_uniform_numbers_of_their_own_purpose():
     x1, _, seed, index = arguments((1000, 2))
     x_t, t = interpolate_at_random_times(x1, seed, index)
@@ -78,7 +93,8 @@ def test_channels_last_has_the_same_noise():
 def test_survives_opcheck(layout):
     x1, t, seed, index = arguments((4, 3, 5, 5), layout=layout)
     torch.library.opcheck(interpolate, (x1, t, seed, index))
-    torch.library.opcheck(interpolate_at_random_times, (x1, seed, index))
+    for late in (False, True):
+        torch.library.opcheck(interpolate_at_random_times, (x1, seed, index, late))
 
 
 BAD = {

@@ -29,7 +29,7 @@ def test_no_spills_and_no_local_memory(rows):
 
 
 def test_accesses_are_16_bytes_wide_for_aligned_samples(rows):
-    cases = ("bf16", "fp16", "fp32", "bf16, x1 fp32", "bf16, masked", "bf16, t drawn", "bf16, batch 64")
+    cases = ("bf16", "fp16", "fp32", "bf16, x1 fp32", "bf16, masked", "bf16, late t drawn", "bf16, batch 64")
     cases += ("bf16, 128x32x32", "bf16, 256x16x16", "fp32, 128x32x32")
     aligned = [row for row in rows if row["case"] in cases]
     assert len(aligned) >= 50
@@ -72,6 +72,7 @@ def test_group_norm_reads_and_writes_a_map_once(rows, dtype):
         ("interpolate", "bf16", 34),  # 32.4 with triton 3.8, 33.8 with 3.6
         ("interpolate", "fp32", 32),
         ("interpolate", "bf16, t drawn", 35),
+        ("interpolate", "bf16, late t drawn", 35),
         ("anchored_residual", "bf16", 47),
         ("anchored_residual", "fp32", 43),
     ],

@@ -61,6 +61,7 @@ class Method:
         old, reference: whether the row has a term with v_old, with v_ref; a velocity without a term is not computed.
         uses_alpha: they depend on α; the options that set it are refused elsewhere, and at α = 0 v_ref is not computed.
         reads_velocity: the coefficients depend on the policy's velocity, and so change with every step.
+        late: t has density 2t in place of 1, so that more draws lie near the data. The minimiser at each t is the same.
         rests: at τ = 0 the policy does not change.
         averages: None, or the share of an average of past policies that is kept after the so-many-th round;
             the average is then v_old. samples_average: rollouts are drawn from it.
@@ -73,6 +74,7 @@ class Method:
     reference: bool
     uses_alpha: bool = True
     reads_velocity: bool = False
+    late: bool = False
     rests: bool = True
     averages: Callable[[int], float] | None = None
     samples_average: bool = False

@@ -11,8 +11,8 @@ def orw(at: Point) -> Coefficients:
     return at.signal, torch.zeros_like(at.signal), torch.full_like(at.signal, at.alpha)
 
 
-@method("orw-centred", "weight", old=True, reference=True)
+@method("orw-centred", "weight", old=True, reference=True, late=True)
 def orw_centred(at: Point) -> Coefficients:
-    """w = e^{τr} − mean, b = mean, a = α: the default; only what the reward says moves the policy."""
+    """w = e^{τr} − mean, b = mean, a = α, t of density 2t: the default; only what the reward says moves the policy."""
     mean = at.mean.expand_as(at.signal)
     return at.signal - mean, mean, torch.full_like(at.signal, at.alpha)
