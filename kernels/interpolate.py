@@ -93,7 +93,12 @@ def plan_interpolate(
     out = torch.empty_like(x1)
     elements = x1[0].numel()
     chunks, meta = cut(elements, len(x1), x1.itemsize, multiprocessors(x1.device))
-    meta = meta | {"PURPOSE": X0, "STRIDED": is_strided("x1", x1), "T_PURPOSE": T if t is None else None, "LATE": late}
+    meta = meta | {
+        "PURPOSE": X0,
+        "STRIDED": is_strided("x1", x1),
+        "T_PURPOSE": T if t is None else None,
+        "LATE": late,
+    }
     t = x1.new_empty(len(x1), dtype=torch.float32) if t is None else t
     args = {"x1_ptr": x1, "t_ptr": t, "seed_ptr": seed, "index_ptr": index, "out_ptr": out}
     sizes = {"elements": elements, "chunks": chunks, **channels_and_pixels(x1)}
