@@ -27,6 +27,7 @@ class Empirical:
 
     def __init__(self, samples: Tensor, generator: torch.Generator) -> None:
         self.samples = samples - samples.mean(0)  # keeps float32 exponents small
+        self.low, self.high = self.samples.amin(0), self.samples.amax(0)
         self.half_square = 0.5 * self.samples.square().sum(1)
         self.generator = generator
         end = self._resolved_time()
@@ -100,11 +101,13 @@ class EmpiricalVelocity:
         share = 1 / (weighted / mass + self.alpha)  # 1 / (E[w | x_t] + α)
         if not self.centred:
             return torch.cat([self.alpha * share / start, torch.zeros_like(mass), share / mass], 1)
-        # D_N takes w̄·D_{N−1} times its share, so round k counts for the product of those from k on
-        kept = (share * self.mean_weight).flip(1).cumprod(1).flip(1)
-        left = kept / self.mean_weight
-        anchored = (kept[:, :1] + (left * self.alpha).sum(1, True)) / start
-        return torch.cat([anchored, -left / mass, left / mass], 1)
+        # D_k = share·(E[w·u] + α·D_ref) + kept·(D_{k−1} − E[u]). The last is 0 but for what the masses are off; where
+        # w̄ is larger than E[w | x_t] + α that would grow from round to round, so it is kept at most as it is
+        kept = (share * self.mean_weight).clamp_max(1)
+        since = kept.flip(1).cumprod(1).flip(1)
+        later = torch.cat([since[:, 1:], torch.ones_like(since[:, :1])], 1) * share
+        anchored = (since[:, :1] + (later * self.alpha).sum(1, True)) / start
+        return torch.cat([anchored, -since / self.mean_weight / mass, later / mass], 1)
 
     def mean(self, t: float, x: Tensor) -> Tensor:
         """D [n, D] at points x [n, D]."""
@@ -112,7 +115,8 @@ class EmpiricalVelocity:
         if not len(self.alpha):
             posterior = kernel.mul_(self.rows)
             return posterior @ self.measure.samples / posterior.sum(1, keepdim=True)
-        return kernel.mul_(self._factors(kernel) @ self.rows) @ self.measure.samples
+        found = kernel.mul_(self._factors(kernel) @ self.rows) @ self.measure.samples
+        return found.clamp_(self.measure.low, self.measure.high)  # where a mean of samples lies
 
     def __call__(self, t: float, x: Tensor) -> Tensor:
         return (self.mean(t, x) - x) / (1 - t)

@@ -133,6 +133,18 @@ def test_empirical_velocity_is_the_formula_written_out(centred):
     assert float(velocity.landing(x).sum()) == pytest.approx(1, abs=1e-6)
 
 
+def test_what_masses_are_off_does_not_grow_from_round_to_round():
+    """Where the weight is small, w̄ / (E[w | x_t] + α) is 4 here: in thirty rounds a difference grew by 4^30."""
+    samples = torch.tensor([[-1.0], [1.0]])
+    measure = Empirical(samples, torch.Generator().manual_seed(0))
+    off = [torch.tensor([0.5 + d, 0.5 - d]).double() for d in (0.02, -0.03) * 15]
+    stages = [Stage(p, torch.tensor([0.2, 1.8]).double(), 0.05) for p in off]
+    velocity = EmpiricalVelocity(measure, torch.full((2,), 0.5).double(), stages, centred=True)
+    factors = velocity._factors(measure.kernel(0.5, torch.tensor([[-0.3], [0.0], [0.3]])))
+    assert float(factors.abs().max()) < 3 * len(stages)
+    assert float(velocity.mean(0.5, torch.tensor([[-0.3], [0.0], [0.3]])).abs().max()) <= 1
+
+
 def test_support_cannot_extrapolate_and_the_forecast_says_so():
     """N(0, 1), r = x, α = 0: 3.0 is exact at round 6; no sample lies there."""
     x = torch.randn(1000, 1, generator=torch.Generator().manual_seed(1))
