@@ -31,12 +31,11 @@ TUNED_ON = (3, 4, 5)
 Change = Callable[[], AbstractContextManager[Any]]
 
 
-def times_of_density(early: bool) -> Change:
-    """t of density 2(1 − t), or 2t, in place of the uniform one."""
+def times(of: Callable[[Tensor], Tensor]) -> Change:
+    """t = of(u) of a uniform number u, in place of √u."""
 
-    def drawn(x1: Tensor, seed: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        u = noise.uniform((), seed, index, noise.T)
-        t = 1 - u.sqrt() if early else u.sqrt()
+    def drawn(x1: Tensor, seed: Tensor, index: Tensor, late: bool) -> tuple[Tensor, Tensor]:
+        t = of(noise.uniform((), seed, index, noise.T))
         x0 = noise.normal(tuple(x1.shape[1:]), seed, index, noise.X0)
         return torch.lerp(x0, x1.float(), t.view(-1, *[1] * (x1.dim() - 1))), t
 
@@ -115,15 +114,27 @@ def value_head() -> Iterator[None]:
         yield
 
 
+UNIFORM = times(lambda u: u)
+
+
+def with_uniform_times(change: Change) -> Change:
+    @contextmanager
+    def both() -> Iterator[None]:
+        with UNIFORM(), change():
+            yield
+
+    return both
+
+
 VARIANTS: dict[str, tuple[Change, dict[str, Any]]] = {
     "as it is": (nullcontext, {}),
-    "lr 5e-4": (nullcontext, {"lr": 5e-4}),
-    "t of density 2(1 - t)": (times_of_density(early=True), {}),
-    "t of density 2t": (times_of_density(early=False), {}),
-    "mean of the last half": (averaged_steps, {}),
-    "mean of the last half, no cooldown": (averaged_steps, {"cooldown": 0.0}),
-    "two draws of a sample": (two_draws, {}),
-    "value head": (value_head, {}),
+    "t of density 2(1 - t)": (times(lambda u: 1 - u.sqrt()), {}),
+    "uniform t": (UNIFORM, {}),
+    "uniform t, lr 5e-4": (UNIFORM, {"lr": 5e-4}),
+    "uniform t, mean of the last half": (with_uniform_times(averaged_steps), {}),
+    "uniform t, mean of the last half, no cooldown": (with_uniform_times(averaged_steps), {"cooldown": 0.0}),
+    "uniform t, two draws of a sample": (with_uniform_times(two_draws), {}),
+    "uniform t, value head": (with_uniform_times(value_head), {}),
 }
 
 
