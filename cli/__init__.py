@@ -3,7 +3,8 @@
 
 def load_app():
     """The Typer app with all commands."""
-    from orwcfm_fast.cli import look, machine, plan, rewards, train  # noqa: F401  (each registers its commands)
+    # each registers its commands
+    from orwcfm_fast.cli import doctor, look, machine, plan, rewards, train  # noqa: F401
     from orwcfm_fast.cli.app import app
 
     return app

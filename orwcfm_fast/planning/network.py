@@ -29,6 +29,7 @@ from orwcfm_fast.planning.plan import (
     largest_fitting,
     resident_bytes,
 )
+from orwcfm_fast.planning.scaling import velocity_flops
 from orwcfm_fast.rewards import RewardSum, make_reward
 from orwcfm_fast.rewards.rollouts import WAITING
 from orwcfm_fast.runs.load import DEFAULT, FOREIGN_DATA, Loader
@@ -171,5 +172,5 @@ def make_plan(
         str(device), micro_batch, chunk, held, stepping, rollout_at(chunk),
         scoring_at(reward_batch), process, limit, seconds,
         probe=memory.probe(chunk), evaluation=memory.evaluation(chunk),
-        reward_batch=reward_batch if reward_batch < rollout else 0,
+        reward_batch=reward_batch if reward_batch < rollout else 0, flops=velocity_flops(policy), gradients=gradients,
     )  # fmt: skip

@@ -40,6 +40,7 @@ from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules, recompute
 from orwcfm_fast.planning.evaluation_memory import EvaluationMemory
 from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, held_by_method, largest_fitting
 from orwcfm_fast.planning.recorded import RecordedVelocity, recorded
+from orwcfm_fast.planning.scaling import velocity_flops
 from orwcfm_fast.rewards.rollouts import WAITING
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.torch_private import FakeTensorMode, TorchDispatchMode, tree_leaves
@@ -178,6 +179,7 @@ def _plan(
             policy.decode(torch.empty(size, *shape), torch.zeros(size, dtype=torch.int64))
 
         one, drawn, decoded = _course(step), _course(rollout), _course(decode)
+        flops = velocity_flops(policy)
 
     @functools.cache
     def several() -> AllocationProfile:
@@ -235,6 +237,8 @@ def _plan(
         encoding,
         memory.probe(chunk),
         memory.evaluation(chunk),
+        flops=flops,
+        gradients=trained,
     )
 
 

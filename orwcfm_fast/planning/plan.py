@@ -28,6 +28,7 @@ class Plan:
         process: Python, torch and its libraries themselves (CPU only).
         limit: memory of the device. seconds: of a round, by phase.
         encoding: by part, what embedding the prompts takes before anything else is loaded.
+        flops: of one sample's velocity. gradients: bytes of those of all that is trained.
     """
 
     device: str
@@ -44,6 +45,8 @@ class Plan:
     probe: dict[str, int] = field(default_factory=dict)
     evaluation: dict[str, int] = field(default_factory=dict)
     reward_batch: int = 0
+    flops: float = 0.0
+    gradients: int = 0
 
     @property
     def phases(self) -> dict[str, int]:

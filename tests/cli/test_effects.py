@@ -192,6 +192,10 @@ TABLE = {
         **dict.fromkeys(FINETUNE.keys() - {"--recipe", "--resume", "--out", "--overwrite", "--quiet"}, ALWAYS),
         "--alpha": [("--alpha", 1, "give --plan as well"), ("--plan", *FINETUNE["--alpha"][0])],
         "--plan": ALWAYS, "--gpu-gib": ALWAYS, "--ranks": ALWAYS, "--json": ALWAYS,
+        "--gpus-per-node": [("--plan", "--gpus-per-node", 4, "give --ranks as well")],
+        "--link-gbit": [("--plan", "--link-gbit", 100, "give --ranks as well")],
+        "--tflops": [("--tflops", 100, "give --plan as well"), ("--plan", "--tflops", 100, "give --ranks as well")],
+        "--reward-seconds": [("--plan", "--reward-seconds", 1, "give --ranks as well")],
     },
     "rewards serve": {
         "REWARD": ALWAYS, "--host": ALWAYS, "--port": ALWAYS, "--max-mib": ALWAYS, "--debug": ALWAYS, "--help": ALWAYS,

@@ -103,6 +103,17 @@ def test_the_table_of_many_processes_is_that_of_its_result_file():
         assert " | ".join(cells) in MANY
 
 
+def test_the_table_of_rounds_on_paper_is_that_of_its_result_file():
+    for row in results("scaling-on-paper")["rows"]:
+        at = {t["ranks"]: t for t in row["rounds"]}
+        trained = row["trained"] + ", sharded" * row["sharded"]
+        cells = [row["model"], trained, f"{row['velocity_tflop']:.0f}", f"{at[1]['total'] / 3600:.1f} h"]
+        for t in (at[8], at[64], at[256], at[1024]):
+            seconds = f"{t['total']:,.0f}" if t["total"] >= 100 else f"{t['total']:.3g}"
+            cells.append(f"{seconds} s (×{t['faster']:.0f})")
+        assert f"| {' | '.join(cells)} | {row['pays_to']} | {at[256]['reward_servers']} |" in MANY
+
+
 def test_the_table_of_methods_is_that_of_its_result_file():
     groups = {}
     for row in results("methods-digits")["runs"]:

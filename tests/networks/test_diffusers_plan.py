@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.checkpoints import checkpoint
-from orwcfm_fast.cli.machine import _show_plan
+from orwcfm_fast.cli.doctor import _show_plan
 from orwcfm_fast.evaluation.evaluate import evaluate
 from orwcfm_fast.evaluation.held_out import evaluator_for
 from orwcfm_fast.method.trainer import Trainer
@@ -130,6 +130,18 @@ def test_the_manuals_plan_needs_configurations_alone(run_cli, pipeline_folder, t
     )
     assert whole["held"]["transformer"] == whole["held"]["reference"] == 2 * adapted["held"]["transformer"]
     assert adapted["held"]["reference"] == 0 < whole["encoding"]["text_encoder_2"]
+
+    page = (Path(__file__).parents[2] / "docs/many-gpus.md").read_text("utf-8")
+    command = shlex.split(re.search(r"\norwcfm (doctor --plan .*--ranks 1024.*)\n", page).group(1))
+    named = [f"diffusers:{folder}" if part.startswith("diffusers:") else part for part in command]
+    shown = run_cli(*named, "--image-size", 32, "--prompt-tokens", 6, "--lora", 4)
+    assert shown.code == 0 and shown.out.count("a round by number of ranks, on paper, at 400 TFLOP/s") == 2
+    assert re.search(r"\n1024 .*\n", shown.out), shown.out
+    counted = run_cli(*named, "--image-size", 32, "--prompt-tokens", 6, "--lora", 4, "--json")
+    for one in json.loads(counted.out).values():
+        assert one["flops"] > 0
+        assert [t["ranks"] for t in one["rounds"]] == [2**k for k in range(11)]
+        assert one["rounds"][0]["rollout"] == pytest.approx(1536 * 14 * one["flops"] / 400e12)
     refused = run_cli("doctor", "--plan", "--model", "mlp", "--gpu-gib", 24)
     assert refused.code == 2 and "--gpu-gib" in refused.err and refused.err.count("\n") == 1
 
