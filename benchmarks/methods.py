@@ -2,20 +2,25 @@
 
     python -m orwcfm_fast.benchmarks.methods --method orw-centred --method orw --alpha 1 --alpha 0.3 --seeds 3 --out F
 
-Each run is written as soon as it is done; runs that F holds already are not repeated.
+Each run is written as soon as it is done; runs that F holds already are not repeated. Beside each stands the least W2 at
+which any method could have its reward (`theory.limit`); at the end, reward at equal W2.
 """
 
 import argparse
 import json
+import math
+import statistics
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from orwcfm_fast.batch_sizes import BatchSizes
+from orwcfm_fast.benchmarks.forecasts import digits
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
 from orwcfm_fast.evaluation.evaluate import evaluate
@@ -25,9 +30,12 @@ from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.theory.limit import limit_line
 
 CPU = torch.device("cpu")
 HELD_OUT = 4096
+LIMIT = 8192  # samples of the limit line
+EQUAL_W2 = (1.3, 1.9)
 
 
 def run(base: Policy, **change: Any) -> dict[str, Any]:
@@ -57,6 +65,28 @@ def run(base: Policy, **change: Any) -> dict[str, Any]:
     return row
 
 
+def reward_at(runs: Sequence[dict[str, Any]], w2: float) -> tuple[float, float] | None:
+    """Mean reward at this coupled W2, and its standard error: of held-out samples, and of seeds where there are several.
+
+    Each seed's front is a straight line from its start through its runs. None where no seed's runs reach so far.
+    """
+    found, errors = [], []
+    for seed in sorted({r["seed"] for r in runs}):
+        own = sorted((r["after"]["w2_coupled"], r["after"]["reward"]) for r in runs if r["seed"] == seed)
+        start = next(r["before"]["reward"] for r in runs if r["seed"] == seed)
+        for (w, low), (w_next, high) in pairwise([(0.0, start), *own]):
+            if w <= w2 <= w_next:
+                share = (w2 - w) / (w_next - w)
+                found.append(low[0] + share * (high[0] - low[0]))
+                errors.append((high[2] - high[1]) / 4)
+    if not found:
+        return None
+    held_out = sum(errors) / len(errors) / math.sqrt(len(errors))
+    return statistics.mean(found), max(
+        held_out, statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -78,16 +108,29 @@ def main() -> None:
     }
     found: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {**about, "runs": []}
     base = Loader(CPU, "fp32").default().policy
+    line = limit_line(*digits(LIMIT))
+
+    def keep() -> None:
+        for row in found["runs"]:
+            row["least_w2"] = line.least_w2(row["after"]["reward"][0])
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
+
     for method, alpha, seed in product(given.method, given.alpha, range(given.seeds)):
         change = {"method": method, "alpha": alpha, "tau": given.tau, "rounds": given.rounds, "seed": seed}
         if any(change.items() <= row.items() for row in found["runs"]):
             continue
         found["runs"].append(run(base, **change))
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+        keep()
         after = found["runs"][-1]["after"]
         print(
-            f"{method} α={alpha:g} seed {seed}: reward {after['reward'][0]:.3f}, W2 {after['w2_coupled']:.2f}"
+            f"{method} α={alpha:g} seed {seed}: reward {after['reward'][0]:.3f}, W2 {after['w2_coupled']:.2f}",
+            flush=True,
         )
+    keep()
+    for w2, method in product(EQUAL_W2, given.method):
+        own = [r for r in found["runs"] if r["method"] == method and r["rounds"] == given.rounds]
+        if at := reward_at(own, w2):
+            print(f"{method} at a coupled W2 of {w2}: reward {at[0]:.3f} ± {2 * at[1]:.3f}")
 
 
 if __name__ == "__main__":
