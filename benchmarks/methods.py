@@ -2,8 +2,8 @@
 
     python -m orwcfm_fast.benchmarks.methods --method orw-centred --method orw --alpha 1 --alpha 0.3 --seeds 3 --out F
 
-Each run is written as soon as it is done; runs that F holds already are not repeated. Beside each stands the least W2 at
-which any method could have its reward (`theory.limit`); at the end, reward at equal W2.
+Each run is written as soon as it is done; runs that F holds already are not repeated. Beside each stands the least W2
+at which any method could have its reward (`theory.limit`); at the end, reward at equal W2.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def run(base: Policy, **change: Any) -> dict[str, Any]:
 
 
 def reward_at(runs: Sequence[dict[str, Any]], w2: float) -> tuple[float, float] | None:
-    """Mean reward at this coupled W2, and its standard error: of held-out samples, and of seeds where there are several.
+    """Mean reward at this coupled W2, and its standard error: of held-out samples, or of seeds where that is larger.
 
     Each seed's front is a straight line from its start through its runs. None where no seed's runs reach so far.
     """
