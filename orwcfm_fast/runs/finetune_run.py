@@ -22,7 +22,7 @@ from orwcfm_fast.runs import closing_evaluation, drift_control
 from orwcfm_fast.runs.artifacts import RunArtifacts
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.checkpointing import CheckpointManager
-from orwcfm_fast.runs.interrupt import SignalHandler, StopRequested
+from orwcfm_fast.runs.interrupt import DEADLINE, SignalHandler, StopRequested
 from orwcfm_fast.runs.load import Loaded, Loader, Watch
 from orwcfm_fast.runs.resolve import anchored, resolved, run_name
 from orwcfm_fast.runs.result import Result
@@ -232,7 +232,8 @@ class Finetuning:
         self.controller.report_to(on_line)
         s, resume = self.settings, resume_command(self.run, "finetune", self.settings)
         try:
-            with SignalHandler(f"left at once; {resume}" if self.ranks.first else "") as signals:
+            deadline = DEADLINE if self.ranks.world > 1 else None
+            with SignalHandler(f"left at once; {resume}" if self.ranks.first else "", deadline) as signals:
                 try:
                     self.trainer.callbacks += [ReportProgress(watch)] if watch else []
                     self.trainer.callbacks.append(signals)

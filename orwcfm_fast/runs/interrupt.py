@@ -2,11 +2,14 @@
 
 import os
 import signal
+import socket
 import threading
 from types import FrameType
 
 from orwcfm_fast.method.callbacks import Callback
 
+DEADLINE = 45.0
+"""Seconds after SIGTERM in which a process of many must have saved and left: schedulers kill after about a minute."""
 SHOW_CURSOR = b"\x1b[?25h"  # a live progress bar hides it
 
 
@@ -22,13 +25,17 @@ class SignalHandler(Callback):
 
     Args:
         exit_message: the line printed by a second Ctrl-C; with an empty one, no signal prints anything.
+        deadline: seconds after a SIGTERM at which the process ends, wherever it is: one that waits inside an exchange
+            for a rank that is gone comes to no boundary. What was saved last stays. None: no such end.
 
     Attributes:
         signal: number of the first signal received, or None.
     """
 
-    def __init__(self, exit_message: str) -> None:
-        self.exit_message = exit_message
+    def __init__(self, exit_message: str, deadline: float | None = None) -> None:
+        self.exit_message, self.deadline = exit_message, deadline
+        self._left = threading.Event()
+        self._wakeup: tuple[int, socket.socket] | None = None
         self.signal: int | None = None
         self._before: dict[int, signal._HANDLER] = {}
 
@@ -36,9 +43,34 @@ class SignalHandler(Callback):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._caught)
+            if self.deadline is not None:
+                self._watch(self.deadline)
         return self
 
+    def _watch(self, deadline: float) -> None:
+        """A thread that ends the process; a handler alone would run only when the main thread is back in Python."""
+        there, here = socket.socketpair()
+        there.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False), there
+
+        def wait() -> None:
+            while (received := here.recv(1)) and received[0] != signal.SIGTERM:
+                pass
+            if received and not self._left.wait(deadline):
+                os.write(
+                    2, f"error: still busy {deadline:g} s after SIGTERM; the last checkpoint stays\n".encode()
+                )
+                os._exit(128 + signal.SIGTERM)
+            here.close()
+
+        threading.Thread(target=wait, daemon=True).start()
+
     def __exit__(self, *_: object) -> None:
+        self._left.set()
+        if self._wakeup:
+            before, there = self._wakeup
+            signal.set_wakeup_fd(before)
+            there.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -204,6 +204,39 @@ def test_handlers_come_and_go():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+STUCK = """
+import ctypes, os, signal, sys, time
+from orwcfm_fast.runs.interrupt import SignalHandler, StopRequested
+with SignalHandler("", deadline=1.0) as signals:
+    print("here", flush=True)
+    if sys.argv[1] == "stuck":  # in C, where Python's own handlers do not run
+        ctypes.CDLL(None).sleep(60), ctypes.CDLL(None).sleep(60)
+    elif sys.argv[1] == "saves":
+        while signals.signal is None:
+            time.sleep(0.01)
+    else:
+        time.sleep(2.5)
+print("left")
+"""
+
+
+@pytest.mark.parametrize(("what", "code"), [("saves", 0), ("waits without a signal", 0), ("stuck", 143)])
+def test_a_process_that_cannot_save_after_sigterm_ends_at_its_deadline(what, code):
+    """One of many ranks may wait inside an exchange for a rank that is gone."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, what], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "here\n"
+    if what != "waits without a signal":
+        process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=50)
+    assert process.returncode == code and ("left" in out) == (code == 0)
+    assert (err == "") == (code == 0)
+    if code:
+        assert "1 s after SIGTERM; the last checkpoint stays" in err and time.monotonic() - began < 30
+
+
 SLOW_REWARD = (
     "import time\ndef f(x):\n    open('scoring', 'w').close()\n    time.sleep(60)\n    return x[:, 0]\n"
 )
