@@ -94,7 +94,7 @@ class LoopBenchmark:
         adapted = first.trainable_copy()
         from orwcfm_fast.networks.lora import add_lora
 
-        add_lora(adapted.network, LORA_RANK)
+        add_lora(adapted.network, Finetune(lora=LORA_RANK))
         self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)
         if device.type == "cuda":
             self.learners["bf16 graph"] = self.learner(self.policies["bf16"], graph=True)

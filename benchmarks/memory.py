@@ -75,7 +75,7 @@ def ours(way: str, batch: int, device: torch.device) -> int:
     """Run our rollout and two steps; the bytes held, with those of the gradients, which are freed after each step."""
     policy = bench_policy("cifar10", "bf16" if way == "bf16" else "fp32", device)
     if way == "lora":
-        add_lora(policy.network, LORA_RANK)
+        add_lora(policy.network, Finetune(lora=LORA_RANK))
     s = Finetune(batch=batch, rollout=batch, solver="euler", nfe=EVALUATIONS)
     reference = policy.frozen_copy()
     learner = PolicyOptimizer(policy, s)

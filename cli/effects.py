@@ -178,10 +178,16 @@ FINETUNE = (
     ),
     Rule(("micro_batch",), lambda v: v.micro_batch >= v.batch, "a batch of {batch} is no larger"),
     Rule(
-        (*CONDITIONS, "gradient_checkpointing", "eval_prompts"),
+        (*CONDITIONS, "gradient_checkpointing", "eval_prompts", "lora_init"),
         _digits_model,
         "the digits model is no pipeline with prompts",
     ),
+    Rule(
+        ("lora_alpha", "lora_kind", "lora_targets"),
+        lambda v: not v.lora and not v.lora_init,
+        "it is about the adapters of --lora, which is not given",
+    ),
+    Rule(("lora_targets",), lambda v: bool(v.lora_init), "the layers are those of --lora-init"),
 )
 PRETRAIN = (*OVERWRITE, Rule(("data_dir",), _in_place, "the dataset {data} is not downloaded"))
 PRESET = (Rule(("preset", "data"), _no_file, "it describes a .pt file, and no MODEL is one"),)

@@ -143,7 +143,7 @@ def evaluate(
     from orwcfm_fast.evaluation.evaluate import target_for
     from orwcfm_fast.evaluation.held_out import evaluator_for
     from orwcfm_fast.method.samplers import times
-    from orwcfm_fast.networks.lora import adapters_of
+    from orwcfm_fast.networks.lora import has_adapter
     from orwcfm_fast.rewards import make_holdout, make_reward
     from orwcfm_fast.runs.load import Loader
     from orwcfm_fast.runs.resolve import with_model_defaults
@@ -176,7 +176,7 @@ def evaluate(
     with_run = first.run if first.run and first.run.reference.is_dir() else None
     compared = reference or (str(with_run.reference) if with_run else "")
     # a pipeline under adapters is its own reference, at no further memory
-    shared = first.policy.pipeline and not reference and adapters_of(first.policy.network)
+    shared = first.policy.pipeline and not reference and has_adapter(first.policy.network)
     anchor = first.policy.frozen_copy() if shared else loader.load(compared).policy if compared else None
     options = reward_options(s, first, given)
     reward, holdout = make_reward(options.reward, options), make_holdout(options)

@@ -48,7 +48,8 @@ def save(path: str | Path, state: dict[str, Any], **tensors: Tensors) -> Path:
     """Write a checkpoint beside, flush it to disk, then rename it to `path`; an older one there is replaced.
 
     Args:
-        state: JSON values; versions, the files' sha256 and its own are added.
+        state: JSON values; versions, the files' sha256 and its own are added. Its "metadata" holds, by file, texts
+            for the header of that file as well.
         tensors: one safetensors file for each argument.
     """
     path = Path(path)
@@ -60,7 +61,7 @@ def save(path: str | Path, state: dict[str, Any], **tensors: Tensors) -> Path:
         digests = {}
         for name, values in tensors.items():
             file = f"{name}.safetensors"
-            digests[file] = _write(beside / file, _safetensors(values))
+            digests[file] = _write(beside / file, _safetensors(values, state.get("metadata", {}).get(name)))
         state = json.loads(json.dumps({**state, "versions": versions(), "sha256": digests}))
         _write(beside / STATE, [json.dumps({**state, OWN_DIGEST: _own_digest(state)}, indent=1).encode()])
         _flush(beside)
@@ -99,13 +100,14 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _safetensors(tensors: Tensors) -> Iterator[bytes | memoryview]:
+def _safetensors(tensors: Tensors, metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
     """The parts of a safetensors file: its header, then a tensor at a time, the widest elements first.
 
     safetensors' own functions hold a copy of the whole file in memory.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}} if metadata else {}
+    end = 0
     for name, value in ordered:
         start, end = end, end + value.numel() * value.element_size()
         header[name] = {

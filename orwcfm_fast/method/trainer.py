@@ -91,7 +91,7 @@ class Trainer:
         if settings.gradient_checkpointing:
             policy.checkpoint_gradients()
         if settings.lora:
-            add_lora(policy.network, settings.lora, seed=settings.seed)
+            add_lora(policy.network, settings)
         self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
         self.reference = reference or policy.frozen_copy()
         self.optimizer = PolicyOptimizer(policy, settings, self.sizes, ranks)

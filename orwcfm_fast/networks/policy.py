@@ -1,6 +1,7 @@
 """A policy: a velocity network with what is needed to sample from it and to show its samples to a reward."""
 
 import copy
+import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 
 OWN = "own"  # the time grid of the pipeline itself
-LORA_FILES = (
-    "pytorch_lora_weights",
-    "pytorch_lora_weights_2",
-)  # of a pipeline's transformers, by their order
+LORA_FILES = {
+    lora.TRAINED: ("pytorch_lora_weights", "pytorch_lora_weights_2"),
+    lora.START: ("published_lora_weights", "published_lora_weights_2"),
+}  # by adapter: of a pipeline's transformers, by their order
+LORA_METADATA = "lora_adapter_metadata"  # diffusers' key in the header of such a file
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Policy:
         shape: of one sample.
         model, data: names of the preset and of the data it was trained on.
         precision: float32, or bfloat16 by autocast.
-        base_only: with the network's low-rank adapters off: the reference that shares a policy's weights.
+        base_only: without the low-rank adapter that is trained: the reference that shares a policy's weights.
         conditions: the prompts that samples are drawn for, where there are some.
         decode_chunk: samples that a pipeline decodes at once.
         options: the settings of a pipeline, for checkpoints: guidance, image_size, prompt_tokens.
@@ -59,7 +61,9 @@ class Policy:
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must say of it so that it can be built again."""
-        found = {"model": self.model, "data": self.data, "shape": list(self.shape)}
+        found: dict[str, Any] = {"model": self.model, "data": self.data, "shape": list(self.shape)}
+        if headers := self._lora_headers():
+            found["metadata"] = headers
         return found if self.pipeline is None else found | {"pipeline": self.pipeline_state()}
 
     @property
@@ -133,7 +137,7 @@ class Policy:
 
     def frozen_copy(self) -> "Policy":
         """The reference: this policy with weights that never train, its own or those under its adapters."""
-        if lora.adapters_of(self.network):
+        if lora.has_adapter(self.network):
             return replace(self, base_only=True)
         return replace(self, network=copy.deepcopy(self.network).requires_grad_(False).eval())
 
@@ -145,32 +149,77 @@ class Policy:
         """State dict of a network without adapters that has this velocity."""
         return lora.plain_state(self.network, merged=not self.base_only)
 
-    def _adapter_files(self) -> dict[str, str]:
-        """Prefix of keys by stem of file; `load_lora_weights` of diffusers reads each, with the first one's keys."""
-        if not self.pipeline:
-            return {"lora": ""}
-        return dict(zip(LORA_FILES, (f"{name}." for name in self.pipeline.denoisers), strict=False))
+    def _lora_files(self) -> dict[str, tuple[str, str]]:
+        """Adapter and prefix of its keys by stem of file.
 
-    def adapters_from(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The adapters in a checkpoint's tensors, by the network's own keys; none where it has none."""
-        files = self._adapter_files()
-        first = next(iter(files.values()))
+        `load_lora_weights` of diffusers reads each file of a pipeline, with the first transformer's keys.
+        """
+        if not self.pipeline:
+            return {"lora": (lora.TRAINED, "")}
+        return {
+            stem: (name, prefix)
+            for name, stems in LORA_FILES.items()
+            for stem, prefix in zip(stems, lora.parts(self.network), strict=False)
+        }
+
+    def _lora_headers(self) -> dict[str, dict[str, str]]:
+        """By stem of file, the metadata that diffusers reads from its header: alpha and kind of its adapter."""
+        first = next(iter(lora.parts(self.network)))
+        return {
+            stem: {LORA_METADATA: json.dumps({first + key: value for key, value in record.items()})}
+            for stem, (name, prefix) in self._lora_files().items()
+            if not (self.base_only and name == lora.TRAINED)
+            and (record := lora.records(self.network, name).get(prefix))
+        }
+
+    def adapters_from(
+        self, tensors: dict[str, dict[str, Tensor]], name: str = lora.TRAINED
+    ) -> dict[str, Tensor]:
+        """An adapter in a checkpoint's tensors, by the network's own keys; nothing where it has none."""
+        first = next(iter(lora.parts(self.network)))
         return {
             prefix + key.removeprefix(first): value
-            for file, prefix in files.items()
+            for file, (adapter, prefix) in self._lora_files().items()
             for key, value in tensors.get(file, {}).items()
+            if adapter == name
         }
+
+    def add_adapters(
+        self, tensors: dict[str, dict[str, Tensor]], metadata: dict[str, dict[str, str]], where: str
+    ) -> None:
+        """Add the adapters that a checkpoint's tensors hold; metadata: of the files' headers, by stem.
+
+        Raises:
+            UserError: they are of another network.
+        """
+        first, files = next(iter(lora.parts(self.network))), self._lora_files()
+        for name in (lora.START, lora.TRAINED):
+            if state := self.adapters_from(tensors, name):
+                known = {
+                    prefix: {
+                        key.removeprefix(first): value
+                        for key, value in json.loads(metadata.get(file, {}).get(LORA_METADATA, "{}")).items()
+                    }
+                    for file, (adapter, prefix) in files.items()
+                    if adapter == name
+                }
+                lora.add_saved(self.network, name, state, known, where)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds of it, by file; of a pipeline under adapters no weights of its own."""
-        adapters: dict[str, dict[str, Tensor]] = {}
-        if lora.adapters_of(self.network):
-            state, files = lora.lora_state(self.network), self._adapter_files()
-            first = next(iter(files.values()))
-            for file, prefix in files.items():
-                own = {first + k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-                adapters |= {file: own} if own else {}
-        return adapters if self.pipeline and adapters else {"model": self.weights(), **adapters}
+        first = next(iter(lora.parts(self.network)))
+        files: dict[str, dict[str, Tensor]] = {}
+        for file in self._lora_headers():
+            name, prefix = self._lora_files()[file]
+            state = lora.lora_state(self.network, name)
+            files[file] = {
+                first + key.removeprefix(prefix): value
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
+        return (
+            files if self.pipeline and lora.has_adapter(self.network) else {"model": self.weights(), **files}
+        )
 
     def pipeline_state(self) -> dict[str, Any]:
         """The settings of its pipeline, and its prompts, as JSON values."""

@@ -105,7 +105,9 @@ class ResBlock(nn.Module):
             scale, shift = emb[..., None, None].chunk(2, dim=1)
             h = F.silu(torch.addcmul(shift, norm_out(conv_in(h)), 1 + scale))
         else:
-            if emb.shape[0] == 1 and not conv_in._forward_hooks:  # one time for the batch: it is a bias
+            if emb.shape[0] == 1 and isinstance(
+                conv_in, nn.Conv2d
+            ):  # not adapted; one time for the batch is a bias
                 h = F.conv2d(h, conv_in.weight, conv_in.bias + emb[0], padding=1)
             else:
                 h = conv_in(h).add_(emb[..., None, None])

@@ -76,7 +76,7 @@ def make_plan(
     device = policy.device
     limit = available_bytes(device) if limit is None else limit
     if s.lora:
-        add_lora(policy.network, s.lora, seed=s.seed)
+        add_lora(policy.network, s)
     reference = policy.frozen_copy()
     optimizer = PolicyOptimizer(policy, s)
     optimizer.graph = None  # a CUDA graph holds what the step that it records allocates

@@ -32,7 +32,8 @@ from orwcfm_fast.networks.flow.loading import (
     sizes_explained,
     telling,
 )
-from orwcfm_fast.networks.lora import add_lora
+from orwcfm_fast.networks.flow.published import load_published
+from orwcfm_fast.networks.lora import add_lora, settings_of
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.networks.prompts import Conditions, Prompt
 from orwcfm_fast.planning.allocations import AllocationProfile
@@ -110,7 +111,7 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None, ranks: int = 1) -> 
     with telling(found.model, "cannot be planned"), sizes_explained(found, arguments, prompts[0], options):
         network = recorded(found, arguments, read_files(inputs_of(prompts[0])))
     plans = {}
-    for name, rank in (("all weights", 0), (f"adapters of rank {s.lora or RANK}", s.lora or RANK)):
+    for rank in (0, s.lora or RANK):
         own = s.model_copy(update={"lora": rank})
         with telling(found.model, "cannot be planned"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of slower kernels on a CPU
@@ -119,7 +120,13 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None, ranks: int = 1) -> 
                 held, network.shape, found.model, "prompts", precision, conditions=Conditions(prompts, CPU),
                 decode_chunk=s.vae_chunk, options=options,
             )  # fmt: skip
-            plans[name] = _plan(found, policy, own, label, limit, encoding, ranks)
+            weights = _size(held)
+            if rank and s.lora_init:
+                load_published(policy, s.lora_init)
+                own = own.model_copy(update=(brought := settings_of(held)))
+                rank = brought["lora"]
+            name = f"adapters of rank {rank}" if rank else "all weights"
+            plans[name] = _plan(found, policy, own, label, limit, encoding, ranks, weights)
     return plans
 
 
@@ -143,14 +150,14 @@ def _plan(
     limit: int,
     encoding: dict[str, int],
     ranks: int,
+    weights: int,
 ) -> Plan:
     batch, rolled = (-(-n // ranks) for n in (s.batch, s.rollout))
     shape, network = policy.shape, cast(RecordedVelocity, policy.network)
-    weights = _size(policy.network)
     if s.gradient_checkpointing:
         network.enable_gradient_checkpointing(None if label == "cpu" else recompute)
     if s.lora:
-        add_lora(policy.network, s.lora)
+        add_lora(policy.network, s)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     as_there = nullcontext if label == "cpu" else CudaAutocastRules
     with fake, as_there():
@@ -196,7 +203,7 @@ def _plan(
     exchange = bucket_bytes(trained) if ranks > 1 else 0  # allocated when the activations are freed
     held = {
         "transformer": weights,
-        "adapters and their initial values": 2 * adapters,
+        "adapters and their initial values": adapters + (trained if s.lora else 0),
         "reference": 0 if s.lora else weights,
         "optimizer": 2 * trained,
         "VAE": sum(_size(part) for part in found.decoders.values()),

@@ -188,7 +188,9 @@ class Finetuning:
         self._record_code()
         self.run.samples.mkdir(exist_ok=True)
         policy = self.reference
-        tensors = {} if policy.pipeline else {"model": policy.weights()}  # a pipeline's lie in its own folder
+        tensors = policy.tensors()
+        if policy.pipeline:
+            tensors.pop("model", None)  # lies in the pipeline's own folder
         checkpoint.save(self.run.reference, {"kind": "reference", **policy.describe()}, **tensors)
         self.artifacts.save_round_samples()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from orwcfm_fast.device import cache_dir
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.pretrain import pretrain
 from orwcfm_fast.networks.flow.library import is_pipeline
-from orwcfm_fast.networks.lora import KEYS, add_lora, load_lora
+from orwcfm_fast.networks.lora import START, TRAINED, has_adapter, peft
 from orwcfm_fast.networks.models import MODELS
 from orwcfm_fast.networks.policy import LORA_FILES, Policy, make_policy
 from orwcfm_fast.runs.run import Run, is_run, newest_run
@@ -23,7 +24,7 @@ from orwcfm_fast.settings import Conditioned, Finetune, Pretrain
 
 DEFAULT = "unet-digits"
 FOREIGN_DATA = {"unet-cifar10": "cifar10", "unet-mnist": "mnist", "unet-digits": "digits"}
-WEIGHTS = ("model", "ema", *LORA_FILES)
+WEIGHTS = ("model", "ema", *chain(*LORA_FILES.values()))
 Watch = Callable[[int, int, float], None]
 
 
@@ -62,7 +63,7 @@ class Loader:
         """
         spec = spec or (self.model if is_pipeline(self.model) else "")
         if is_pipeline(spec):
-            policy = self.pipeline(spec)
+            policy = self._continued(self.pipeline(spec))
             return Loaded(policy, policy.model)
         if not spec:
             newest = newest_run()
@@ -90,6 +91,8 @@ class Loader:
         Raises:
             UserError: as `load`; it is not of the model or data that the user named.
         """
+        if isinstance(self.how, Finetune) and self.how.lora:
+            peft()  # before anything is loaded or pretrained
         if is_pipeline(self.model):
             return self.load(checkpoint)
         loaded, own = None, {"model": DEFAULT, "data": Pretrain().data}
@@ -144,7 +147,7 @@ class Loader:
 
         how = self.how
         if isinstance(how, Finetune):
-            frozen = frozen and how.lora > 0
+            frozen = frozen and bool(how.lora or how.lora_init)
             if saved:  # a run that goes on has its prompts with it
                 how = how.model_copy(update={"prompts": "", "eval_prompts": ""})
         return load_pipeline(model, how, self.device, self.precision, saved, frozen)
@@ -154,13 +157,20 @@ class Loader:
         with checkpoint.reading(found):
             policy = self.pipeline(model, found.state["pipeline"], "model" not in found.tensors)
             where = f"checkpoint {found.path}"
-            if adapters := policy.adapters_from(found.tensors):
-                add_lora(policy.network, min(len(v) for k, v in adapters.items() if k.endswith(KEYS[0])))
-                load_lora(policy.network, adapters, where)
-            elif weights := found.tensors.get("model"):
+            if weights := found.tensors.get("model"):
                 checkpoint.load_weights(policy.network, weights, where)
-        if isinstance(self.how, Finetune) and found.tensors:
+            policy.add_adapters(found.tensors, found.state.get("metadata", {}), where)
+        if isinstance(self.how, Finetune) and {"model", *LORA_FILES[TRAINED]} & found.tensors.keys():
             raise UserError(f"{where}: fine-tuned already; go on with --resume, or start from {model}")
+        return self._continued(policy)
+
+    def _continued(self, policy: Policy) -> Policy:
+        """With the published adapters that the run continues, unless it brings them with it."""
+        files = self.how.lora_init if isinstance(self.how, Finetune) else []
+        if files and not has_adapter(policy.network, START):
+            from orwcfm_fast.networks.flow.published import load_published
+
+            load_published(policy, files)
         return policy
 
     def foreign(self, path: Path) -> Loaded:

@@ -9,6 +9,7 @@ import torch
 from orwcfm_fast.data.datasets import source
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.networks.flow.library import PREFIX, is_pipeline
+from orwcfm_fast.networks.lora import settings_of
 from orwcfm_fast.networks.models import defaults_of
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.runs.load import DEFAULT, Loaded
@@ -81,6 +82,7 @@ def check_conditions(s: Settings, policy: Policy, name: str) -> None:
         *(Conditioned.model_fields.keys() - Settings.model_fields.keys()),
         "gradient_checkpointing",
         "eval_prompts",
+        "lora_init",
     ):
         if key in fields and getattr(s, key) != fields[key].default:
             flag = f"--{key.replace('_', '-')}"
@@ -101,4 +103,11 @@ def resolved(settings: Finetune, loaded: Loaded) -> Finetune:
     }
     if policy.options:
         filled["guidance"] = policy.options["guidance"]
+    for key, value in settings_of(policy.network).items():
+        if key in settings.model_fields_set and getattr(settings, key) not in (value, 0, None):
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(
+                f"{flag} {getattr(settings, key)}: the published adapter has {value}; leave {flag} out"
+            )
+        filled[key] = value
     return settings.model_copy(update=filled)

@@ -31,7 +31,8 @@ def restarted_settings(settings: Finetune, out: Path | None, overwrite: bool) ->
     if read_command(out) != "finetune":
         return None
     own = build(Finetune, read_toml(out / CONFIG), where=f"{out / CONFIG}: ")
-    by_model = defaults_of(own.model).keys() - settings.model_fields_set
+    published = ("lora", "lora_alpha", "lora_kind") if own.lora_init else ()
+    by_model = {*defaults_of(own.model), *published} - settings.model_fields_set
     given = {k: v for k, v in settings.model_dump().items() if k not in by_model and not left_open(k, v)}
     for key, value in given.items():
         if key not in MAY_CHANGE and not agrees(key, value, getattr(own, key)):

@@ -17,6 +17,7 @@ from orwcfm_fast.runs.lock import LOCK, RunLock
 from orwcfm_fast.settings import S, build, read_toml, to_toml
 
 CONFIG, METRICS, SUMMARY, FORECAST = "config.toml", "metrics.jsonl", "summary.json", "forecast.json"
+FORMER = {"lora_targets": ["all"]}  # what runs had before they recorded these settings
 HEADER = "# orwcfm "
 MAX_METRICS_BYTES = 1 << 30
 
@@ -202,7 +203,8 @@ def resumed_settings(run: Run, kind: type[S], given: dict[str, Any], may_change:
     """
     if not is_run(run.path):
         raise UserError(f"--resume {run.path}: not a run (no config.toml)")
-    written = build(kind, read_toml(run.config), where=f"{run.config}: ")
+    former = {key: value for key, value in FORMER.items() if key in kind.model_fields}
+    written = build(kind, former, read_toml(run.config), where=f"{run.config}: ")
     changed = [key for key, value in given.items() if not _same(key, value, getattr(written, key), run.path)]
     flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed if key not in may_change)
     if flags:

@@ -8,6 +8,7 @@ from orwcfm_fast.settings.rewards import RewardsWithHoldout
 from orwcfm_fast.settings.sampling import Sampling
 from orwcfm_fast.settings.training import Training
 
+LoraKind = Literal["plain", "dora", "rslora"]
 Best = Literal["reward_mean", "reward_max", "ess", "diversity", "w2_coupled", "none"]
 
 
@@ -81,6 +82,32 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
         help="rank of low-rank adapters",
         default_text="train all weights",
         ge=0,
+    )
+    lora_alpha: float | None = setting(
+        None,
+        panel="Large models",
+        help="alpha of the adapters, whose scale is alpha over the rank, of rslora over its root",
+        default_text="the rank",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    lora_kind: LoraKind = setting(
+        "plain",
+        panel="Large models",
+        help="form of the adapters: plain, dora (also trains the norm of each row of a weight) or rslora",
+    )
+    lora_targets: list[str] = setting(
+        [],
+        panel="Large models",
+        help="layers to adapt, by the ends of their names, as in to_q,to_v, or all; may be repeated",
+        default_text="attention and feed-forward layers of a pipeline, all layers of another model",
+        metavar="NAMES",
+    )
+    lora_init: list[str] = setting(
+        [],
+        panel="Large models",
+        help="safetensors file of a published LoRA of the pipeline, to continue from; one for each transformer",
+        metavar="FILE",
     )
     gradient_checkpointing: bool = setting(
         False,

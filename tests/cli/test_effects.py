@@ -95,6 +95,13 @@ FINETUNE = {
     "--graph": ALWAYS,  # refused where there is no GPU
     "--micro-batch": [("--micro-batch", 64, "--batch", 64, "a batch of 64 is no larger")],
     "--lora": ALWAYS,
+    "--lora-alpha": [("--lora-alpha", 8, "it is about the adapters of --lora")],
+    "--lora-kind": [("--lora-kind", "dora", "it is about the adapters of --lora")],
+    "--lora-targets": [
+        ("--lora-targets", "all", "it is about the adapters of --lora"),
+        (*PIPELINE, "--lora-init", "f", "--lora-targets", "all", "the layers are those of --lora-init"),
+    ],
+    "--lora-init": [(*PIPELINE, "--lora-init", "f.safetensors", NO_PROMPTS)],
     "--gradient-checkpointing": [(*PIPELINE, "--gradient-checkpointing", NO_PROMPTS)],
     "--guard": ALWAYS,
     "--guard-ess": [("--guard-ess", 0.5, "--guard", "off", "--guard is off")],

@@ -134,7 +134,7 @@ def test_a_round_never_waits_for_the_device(monkeypatch, change):
     settings = Finetune(**SETTINGS | change)
     policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("meta"), "fp32")
     if settings.lora:
-        add_lora(policy.network, settings.lora)
+        add_lora(policy.network, settings)
     with FakeTensorMode(allow_non_fake_inputs=True):
         if settings.group > 1:
             policy = prompted_policy()
@@ -154,7 +154,7 @@ def test_a_backward_pass_and_its_step_depend_on_no_value(change):
     settings = Finetune(**SETTINGS | change)
     policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("cpu"), "fp32")
     if settings.lora:
-        add_lora(policy.network, settings.lora)
+        add_lora(policy.network, settings)
     run, _ = parts_of_a_round(policy, settings)
     with NoLooking():
         losses = run()

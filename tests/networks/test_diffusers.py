@@ -48,7 +48,7 @@ def disturb(network):
     """As training does: B away from zero."""
     with torch.no_grad():
         for key, p in network.named_parameters():
-            if key.endswith("lora_B.weight"):
+            if "lora_B" in key:
                 p.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
 
 
@@ -84,7 +84,7 @@ def test_with_its_adapters_off_a_policy_has_the_base_models_velocity_bit_for_bit
     _, policy = trained_on(kind)
     x, c, t = start_noise(policy, 4, 0), torch.tensor([0, 2, 1, 1]), torch.rand(4)
     before = policy.velocity(t, x, c)
-    lora.add_lora(policy.network, 4)
+    lora.add_lora(policy.network, Finetune(lora=4))
     disturb(policy.network)
     assert torch.equal(policy.frozen_copy().velocity(t, x, c), before)
     assert not torch.allclose(policy.velocity(t, x, c), before, atol=1e-3)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from orwcfm_fast.device import out_of_memory
-from orwcfm_fast.networks import lora
 from orwcfm_fast.networks.flow.batching import answer_together, main_input
 from orwcfm_fast.networks.flow.call import (
     DENOISERS,
@@ -79,9 +78,6 @@ class PipelineVelocity(nn.Module):
             pipe.__dict__[name] = copy.deepcopy(part, memo)
         found = PipelineVelocity(pipe, self.arguments, self._device, self.conditions)
         found._traits = self._traits
-        adapters = lora.adapters_of(self)
-        if adapters:
-            found.lora = copy.deepcopy(adapters, memo)  # type: ignore[assignment]
         return found.train(self.training)
 
     @property
@@ -213,22 +209,9 @@ class PipelineVelocity(nn.Module):
         """dx/dt [B, *shape] at times t [B] and samples x [B, *shape] under conditions `rows` [B]."""
         if len(rows) == 0:  # a process's share may be none
             return torch.zeros_like(x)
-        adapters = lora.adapters_of(self)
-        if adapters and adapters.rows is not None:
-            return self._adapted_first(adapters, t, x, rows)
         if len(rows) > 1 and self.traits.shares:
             return self.together(t, x, rows)
         return self.one_by_one(t, x, rows)
-
-    def _adapted_first(self, adapters: lora.Adapters, t: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-        """Adapters act on the first rows alone; rows of a batch need not be rows of a denoiser's calls."""
-        n, adapters.rows = adapters.rows, None
-        try:
-            adapted = self(t[:n], x[:n], rows[:n])
-            with lora.base_only(self):
-                return torch.cat([adapted, self(t[n:], x[n:], rows[n:])])
-        finally:
-            adapters.rows = n
 
     def one_by_one(self, t: Tensor, x: Tensor, rows: Tensor) -> Tensor:
         """Velocities, each row with calls of its own."""
