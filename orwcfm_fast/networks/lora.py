@@ -126,7 +126,8 @@ def _inject(part: nn.Module, name: str, layers: list[str], **config: Any) -> Non
     wanted = peft().LoraConfig(target_modules=layers, **config)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
-        peft().inject_adapter_in_model(wanted, part, name, state_dict=exactly)
+        empty = next(part.parameters()).is_meta  # in a plan
+        peft().inject_adapter_in_model(wanted, part, name, low_cpu_mem_usage=empty, state_dict=exactly)
     peft().functional.cast_adapter_dtype(part, name)
     for layer in _layers(part):
         if name not in layer.lora_magnitude_vector:

@@ -8,11 +8,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_pipelines import build
 
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.rollout import sample, start_conditions, start_noise
 from orwcfm_fast.networks import lora
+from orwcfm_fast.networks.flow.field import PipelineVelocity
+from orwcfm_fast.planning.pipeline import plan_pipeline
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.runs.resolve import resolved
@@ -297,3 +300,53 @@ def test_a_whole_run_continues_is_killed_nowhere_and_is_evaluated_against_the_pu
     reference, tuned = json.loads(measured.out)["models"]
     assert reference["reward"]["mean"] == pytest.approx(before["reward"]["mean"], abs=1e-5)
     assert reference["w2_coupled"]["mean"] == 0 < tuned["w2_coupled"]["mean"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora"])
+def test_the_plan_counts_the_published_adapter_its_copy_and_the_values_to_begin_again_from(
+    kind, pipeline_folder, prompts_file, tmp_path
+):
+    folder = pipeline_folder("flux")
+    file = by_diffusers(folder, tmp_path, use_dora=kind == "dora")
+    s, policy = start(folder, prompts_file, file, model=f"diffusers:{folder}", lora_kind=kind)
+    trainer = build_trainer(policy, lambda x: x.flatten(1).mean(1), s)
+    adapters = sum(p.nbytes for key, p in policy.network.named_parameters() if ".lora_" in key)
+    held = adapters + sum(value.nbytes for value in trainer.start.values())
+    for gpu_gib in (None, 24):
+        plan = plan_pipeline(s.model_copy(update={"lora": 0}), gpu_gib)
+        assert [*plan] == ["all weights", "adapters of rank 4"]
+        assert plan["adapters of rank 4"].held["adapters and their initial values"] == held
+        trained = sum(p.nbytes for p in trainer.optimizer.parameters)
+        assert plan["adapters of rank 4"].held["optimizer"] == 2 * trained
+
+
+def test_two_experts_have_a_file_each_which_the_pipeline_loads_and_from_which_a_run_starts(tmp_path):
+    pipe, call = build("Wan 2.2, two experts")
+    pipe.save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a cat", **call}))
+    model = f"diffusers:{tmp_path / 'pipeline'}"
+    small = dict(
+        rollout=4, batch=4, steps_per_round=2, lr=0.05, warmup=0, probe=2, solver="euler", grid="own", nfe=3
+    )
+    s = Finetune(prompts=str(tmp_path / "prompts.jsonl"), lora=4, lora_alpha=6.0, chunk=2, **small)
+    policy = Loader(CPU, "fp32", model, how=s).load().policy
+    [*build_trainer(policy, lambda x: x.flatten(1).mean(1), s).train(1)]
+    randomised(policy.network)
+    out = checkpoint.save(tmp_path / "step", policy.describe(), **policy.tensors())
+    files = [out / f"pytorch_lora_weights{more}.safetensors" for more in ("", "_2")]
+    assert all(key.startswith("transformer.") for file in files for key in load_file(file))
+
+    fresh = plain(tmp_path / "pipeline")
+    for file, second in zip(files, (False, True), strict=True):
+        fresh.load_lora_weights(out, weight_name=file.name, load_into_transformer_2=second)
+    own = policy.pipeline
+    theirs = PipelineVelocity(fresh, own.arguments, conditions=own.conditions)
+    again = s.model_copy(update={"lora": 0, "lora_alpha": None, "lora_init": [str(file) for file in files]})
+    continued = Loader(CPU, "fp32", model, how=again).load().policy
+    x, rows, t = start_noise(policy, 2, 0), torch.zeros(2, dtype=torch.int64), torch.tensor([0.02, 0.9])
+    with torch.no_grad():
+        ours, base = policy.velocity(t, x, rows), policy.frozen_copy().velocity(t, x, rows)
+        for other in (theirs(t, x, rows), continued.velocity(t, x, rows)):
+            error = (ours - other).abs().amax(dim=(1, 2, 3, 4))
+            assert (error <= 1e-4 * ours.abs().max()).all()
+    assert ((ours - base).abs().amax(dim=(1, 2, 3, 4)) > 1e-3).all()  # of either expert

@@ -1,9 +1,11 @@
 """Which layers are adapted: attention and feed-forward of any family's blocks, or those that are named."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES, build
 
 from orwcfm_fast.errors import UserError
@@ -11,7 +13,7 @@ from orwcfm_fast.networks import lora
 from orwcfm_fast.networks.flow.field import PipelineVelocity
 from orwcfm_fast.networks.lora_targets import targets
 from orwcfm_fast.networks.models import build_network
-from orwcfm_fast.settings import Finetune
+from orwcfm_fast.settings import Finetune, read_toml, to_toml
 
 DIFFUSERS_SCRIPT = {  # the default of train_dreambooth_lora_flux.py
     "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj",
@@ -93,3 +95,28 @@ def test_dora_leaves_out_the_convolutions_over_positions_of_a_unet():
     plain, dora = (targets(network, Finetune(lora=4, lora_kind=kind))[""] for kind in ("plain", "dora"))
     left_out = {*plain} - {*dora}
     assert {*dora} < {*plain} and all(isinstance(network.get_submodule(k), torch.nn.Conv1d) for k in left_out)
+
+
+def test_a_run_from_before_targets_were_recorded_resumes_with_the_layers_it_had(
+    run_cli, pipeline_folder, prompts_file
+):
+    run = (
+        "finetune", "--model", f"diffusers:{pipeline_folder('sd3')}", "--prompts", prompts_file, "--lora", 2,
+        "--image-size", 8, "--prompt-tokens", 6, "--solver", "euler", "--grid", "own", "--nfe", 2, "--quiet",
+        "--reward", "brightness", "--steps-per-round", 1, "--rollout", 8, "--batch", 8, "--probe", 2, "--eval-n", 4,
+        "--precision", "fp32",
+    )  # fmt: skip
+    for name, rounds in (("whole", 2), ("old", 1)):
+        made = run_cli(*run, "--lora-targets", "all", "--rounds", rounds, "--out", name)
+        assert made.code == 0, made.err
+    config = Path("old/config.toml")
+    head, own = config.read_text().partition("\n")[0], read_toml(config)
+    kept = {key: value for key, value in own.items() if not key.startswith("lora_")}
+    assert len(own) - len(kept) == 3  # alpha is the rank where it is not there
+    config.write_text(f"{head}\n{to_toml(kept)}")
+    again = run_cli("finetune", "--resume", "old", "--rounds", 2, "--quiet")
+    assert again.code == 0, again.err
+    whole, old = (
+        load_file(f"{name}/checkpoints/step_2/pytorch_lora_weights.safetensors") for name in ("whole", "old")
+    )
+    assert whole.keys() == old.keys() and all(torch.equal(whole[key], old[key]) for key in whole)
