@@ -88,9 +88,8 @@ def add_saved(
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         ranks = {key.removesuffix(DOWN): len(value) for key, value in own.items() if key.endswith(DOWN)}
         for layer in ranks:
-            _check_fits(
-                part, layer, own, f"{where}: adapters of another network or rank (at '{prefix}{layer}')"
-            )
+            problem = f"{where}: adapters of another network or rank (at '{prefix}{layer}')"
+            _check_fits(part, layer, own, problem)
         if not ranks:
             continue
         record = known.get(prefix, {})
@@ -98,7 +97,7 @@ def add_saved(
         by_layer = {f"^{re.escape(layer)}": r for layer, r in ranks.items() if r != rank}
         _inject(
             part, name, [*ranks], r=rank, rank_pattern=by_layer, lora_alpha=float(record.get("lora_alpha", rank)),
-            alpha_pattern=record.get("alpha_pattern", {} if "lora_alpha" in record else by_layer),
+            alpha_pattern=record.get("alpha_pattern") or ({} if "lora_alpha" in record else by_layer),
             use_dora=any(".lora_magnitude_vector" in key for key in own),
             use_rslora=bool(record.get("use_rslora")),
             lora_bias=any(key.endswith(".lora_B.bias") for key in own),
@@ -120,9 +119,7 @@ def _check_fits(part: nn.Module, layer: str, own: dict[str, Tensor], problem: st
 
 def _inject(part: nn.Module, name: str, layers: list[str], **config: Any) -> None:
     """Add an adapter to these layers; `config`: of PEFT's `LoraConfig`."""
-    exactly = dict.fromkeys(
-        layer + DOWN for layer in layers
-    )  # a target module is any that ends with its name
+    exactly = dict.fromkeys(layer + DOWN for layer in layers)  # target_modules alone match ends of names
     wanted = peft().LoraConfig(target_modules=layers, **config)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant

@@ -19,6 +19,8 @@ from orwcfm_fast.planning.pipeline import plan_pipeline
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.runs.resolve import resolved
+from orwcfm_fast.runs.resume import restarted_settings
+from orwcfm_fast.runs.run import Run
 from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.settings import Finetune, Sample
 
@@ -234,9 +236,17 @@ def weights_of_a_vae(folder, out):
     return out / "f.safetensors"
 
 
+def with_a_wrong_alpha(folder, out):
+    file = by_peft(folder, out)
+    beside = out / "adapter_config.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"lora_alpha": "much"}))
+    return file
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (with_a_wrong_alpha, "no LoRA of"),
         (foreign, "adapters of another network or rank"),
         (of_another_width, "adapters of another network or rank"),
         (no_safetensors, "its header"),
@@ -279,7 +289,7 @@ def test_more_files_than_transformers_are_refused(pipeline_folder, prompts_file,
         start(folder, prompts_file, file, lora_init=[file, file])
 
 
-def test_a_whole_run_continues_is_killed_nowhere_and_is_evaluated_against_the_published_model(
+def test_a_continued_run_is_resumed_and_evaluated_against_the_published_model(
     run_cli, pipeline_folder, prompts_file, tmp_path
 ):
     folder = pipeline_folder("flux")
@@ -318,6 +328,22 @@ def test_the_plan_counts_the_published_adapter_its_copy_and_the_values_to_begin_
         assert plan["adapters of rank 4"].held["adapters and their initial values"] == held
         trained = sum(p.nbytes for p in trainer.optimizer.parameters)
         assert plan["adapters of rank 4"].held["optimizer"] == 2 * trained
+
+
+def test_a_restart_by_torchrun_finds_the_run_whose_rank_its_command_does_not_name(
+    pipeline_folder, prompts_file, tmp_path, monkeypatch
+):
+    folder = pipeline_folder("sd3")
+    file = by_diffusers(folder, tmp_path)
+    s, _ = start(folder, prompts_file, file)
+    run = Run.create(tmp_path / "run")
+    run.write_config("finetune", s)
+    monkeypatch.setattr("orwcfm_fast.runs.resume.launched", lambda: True)
+    repeated = Finetune(**{key: getattr(s, key) for key in ("prompts", "lora_init", "reward", *HOW, *SMALL)})
+    assert "lora" not in restarted_settings(repeated, run.path, False)
+    other = repeated.model_copy(update={"lora_init": []})
+    with pytest.raises(UserError, match="holds a run with --lora-init"):
+        restarted_settings(other, run.path, False)
 
 
 def test_two_experts_have_a_file_each_which_the_pipeline_loads_and_from_which_a_run_starts(tmp_path):

@@ -37,21 +37,25 @@ def load_published(policy: Policy, files: Sequence[str]) -> None:
     first = next(iter(parts))
     state: dict[str, Tensor] = {}
     known: dict[str, lora.Record] = {}
-    for file, (prefix, part) in zip(files, parts.items(), strict=False):
-        where = f"--lora-init {file}"
-        try:
+    where = ""
+    try:
+        for file, (prefix, part) in zip(files, parts.items(), strict=False):
+            where = f"--lora-init {file}"
             tensors, known[prefix] = _read(Path(file), pipeline.pipe, first, part)
-        except UserError:
-            raise
-        except OSError as error:
-            raise UserError(f"{where}: {error.strerror or error}") from None
-        except Exception as error:  # of a dozen converters
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"{where}: no LoRA of {policy.model} ({reason})") from error
-        if not tensors:
-            raise UserError(f"{where}: holds no low-rank adapter of {policy.model}'s {prefix.rstrip('.')}")
-        state |= {prefix + key: value for key, value in tensors.items()}
-    lora.add_saved(pipeline, lora.START, state, known, f"--lora-init {' '.join(files)}")
+            if not tensors:
+                raise UserError(
+                    f"{where}: holds no low-rank adapter of {policy.model}'s {prefix.rstrip('.')}"
+                )
+            state |= {prefix + key: value for key, value in tensors.items()}
+        where = f"--lora-init {' '.join(files)}"
+        lora.add_saved(pipeline, lora.START, state, known, where)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror or error}") from None
+    except Exception as error:  # of a dozen converters, and of what a header claims
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{where}: no LoRA of {policy.model} ({reason})") from error
 
 
 def _read(path: Path, pipe: Any, first: str, part: nn.Module) -> tuple[dict[str, Tensor], lora.Record]:
