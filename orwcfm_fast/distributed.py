@@ -21,9 +21,6 @@ from orwcfm_fast.device import out_of_memory
 from orwcfm_fast.errors import UserError, WorkError
 
 T = TypeVar("T")
-BUCKET = 32 << 20  # bytes of each of two buffers that sums go through
-# torch 2.14's name; that of versions before warns there
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 PATIENCE = timedelta(hours=6)  # for a rank whose reward is slow; gloo knows at once of one that died
 
 
@@ -58,41 +55,22 @@ class ProcessGroup:
         padded = part.new_zeros((max(sizes), *part.shape[1:]))
         padded[: len(part)] = part
         parts = [torch.empty_like(padded) for _ in sizes]
-        with _exchange():
+        with rank_loss_reported():
             dist.all_gather(parts, padded)
         return torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)])
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor, all of one device, becomes its sum over all ranks, in float32.
-
-        Ranks are added in their order, not in the backend's: N of them give the bits of one that adds their parts
-        in a row, and the same from run to run. A rank sums its slice of each bucket, so no more is sent than by an
-        all-reduce.
-        """
-        if self.world == 1 or not tensors:
-            return
-        size = -(-min(BUCKET // 4, sum(t.numel() for t in tensors)) // self.world)
-        mine, theirs = (tensors[0].new_empty(self.world, size, dtype=torch.float32) for _ in range(2))
-        for parts in buckets(tensors, mine.numel()):
-            flat, end = mine.view(-1), 0
-            for part in parts:
-                flat[end : (end := end + len(part))] = part
-            flat[end:] = 0
-            with _exchange():
-                dist.all_to_all_single(theirs, mine)
-                total = theirs[0]
-                for other in theirs[1:]:
-                    total += other
-                _all_gather_single(mine.view(-1), total)
-            end = 0
-            for part in parts:
-                part.copy_(flat[end : (end := end + len(part))])
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of the values over all ranks."""
+        if self.world > 1:
+            with rank_loss_reported():
+                dist.all_reduce(values)
+        return values
 
     def spread(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes the first rank's."""
         for t in tensors if self.world > 1 else ():
             whole = t.contiguous()
-            with _exchange():
+            with rank_loss_reported():
                 dist.broadcast(whole, 0)
             t.copy_(whole)
 
@@ -101,7 +79,7 @@ class ProcessGroup:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        with _exchange():
+        with rank_loss_reported():
             dist.all_gather_object(values, value)
         return values
 
@@ -122,7 +100,7 @@ class ProcessGroup:
         if self.world == 1:
             return
         failed = torch.tensor(error is not None, dtype=torch.int32)
-        with _exchange():
+        with rank_loss_reported():
             dist.all_reduce(failed)
         if failed:
             errors = self.all(None if error is None else _portable(error))
@@ -138,7 +116,7 @@ class ProcessGroup:
             if self.first:
                 made = [make()]
         if self.world > 1:
-            with _exchange():
+            with rank_loss_reported():
                 dist.broadcast_object_list(made, 0, device=torch.device("cpu"))
         return made[0]
 
@@ -191,27 +169,6 @@ class ProcessGroup:
 SINGLE_PROCESS = ProcessGroup()
 
 
-def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """All of the tensors in a row, each as it lies in memory, as flat views of at most `size` elements together."""
-    found: list[Tensor] = []
-    room = size
-    for t in tensors:
-        flat = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True)).view(-1)
-        while len(flat):
-            found.append(flat[:room])
-            flat, room = flat[len(found[-1]) :], room - len(found[-1])
-            if not room:
-                yield found
-                found, room = [], size
-    if found:
-        yield found
-
-
-def bucket_bytes(trained: int) -> int:
-    """Of the buffers of `ProcessGroup.add_up` for so many bytes of gradients in float32."""
-    return 2 * min(trained, BUCKET)
-
-
 def _portable(error: Exception) -> Exception:
     """The error, or one of its text where it cannot be sent to another process."""
     try:
@@ -224,7 +181,12 @@ def _portable(error: Exception) -> Exception:
 
 
 @contextmanager
-def _exchange() -> Iterator[None]:
+def rank_loss_reported() -> Iterator[None]:
+    """Around collectives.
+
+    Raises:
+        RankLost: one of them failed, but for lack of memory.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -270,7 +232,7 @@ def joined() -> Iterator[ProcessGroup]:
         yield SINGLE_PROCESS
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    with _exchange():
+    with rank_loss_reported():
         store, rank, world = next(iter(dist.rendezvous("env://")))
         store = dist.PrefixStore(_meet(store, rank, world), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)

@@ -27,6 +27,7 @@ PRELOADED = (
 )  # fmt: skip
 SMALL = ("--rollout", 50, "--chunk", 8, "--batch", 18, "--steps-per-round", 4, "--nfe", 6, "--eval-n", 16)
 LOOP = ("finetune", "--checkpoint", "base", *SMALL, "--probe", 6, "--rounds", 3, "--quiet", "--out")
+SEEN: dict[str, Any] = {}  # what `loop` writes
 LIMIT = 250  # seconds until a rank that still runs is ended by a signal
 
 
@@ -93,9 +94,9 @@ def loop() -> None:
     from orwcfm_fast.runs.load import Loader
     from orwcfm_fast.settings import Finetune
 
-    seen: dict[str, Any] = {
-        key: [] for key in ("x0", "drawn", "reward", "row", "w", "index", "x_t", "gradient")
-    }
+    seen = SEEN
+    for key in ("x0", "drawn", "reward", "row", "w", "index", "x_t", "gradient"):
+        seen[key] = []
 
     def tell(owner: object, name: str, what: Callable[..., dict]) -> None:
         original = getattr(owner, name)
@@ -120,11 +121,13 @@ def loop() -> None:
     )
     tell(trainer.Trainer, "signal", lambda found, *args: {"w": found})
     tell(PolicyOptimizer, "step", lambda _, learner, batch, seed: {"index": batch.index, "x_t": batch.x_t})
-    tell(
-        PolicyOptimizer,
-        "add_up",
-        lambda _, learner, losses: {"gradient": flat(p.grad for p in learner.parameters)},
-    )
+    update = PolicyOptimizer.update
+
+    def told_first(self, losses):
+        seen["gradient"].append(flat(p.grad for p in self.parameters))
+        return update(self, losses)
+
+    PolicyOptimizer.update = told_first  # type: ignore[method-assign]
     s = Finetune(**json.loads(sys.argv[1]))
     with joined() as ranks:
         policy = Loader(torch.device("cpu"), "fp32", how=s).load(s.model or "base").policy
@@ -169,11 +172,35 @@ def normalised_by_rank() -> None:
     objective.weigh = wrong  # type: ignore[assignment]
 
 
-def small_buckets() -> None:
-    """Gradients go through buffers of 257 numbers, with room for 256 on 4 ranks."""
-    from orwcfm_fast import distributed
+def noting_exchanges() -> None:
+    """Writes to trace["events"] of each step: | at the end of a part, g for a weight's gradient, b for a bucket."""
+    from orwcfm_fast.method import exchange
+    from orwcfm_fast.method.step import PolicyOptimizer
 
-    distributed.BUCKET = 4 * 257
+    gradient, summed, backward = (
+        PolicyOptimizer.gradient, exchange.summed, exchange.ReplicatedGradient.backward
+    )  # fmt: skip
+    SEEN["events"], now, hooked = [], [], []
+
+    def noted(self, batch, seed, size, engine=None):
+        if not hooked:
+            hooked.extend(p.register_hook(lambda _: now.append("g")) for p in self.parameters)
+        now.clear()
+        found = gradient(self, batch, seed, size, engine)
+        if engine and engine is self.exchange:
+            SEEN["events"].append("".join(now))
+        return found
+
+    def of_bucket(state, bucket):
+        now.append("b")
+        return summed(state, bucket)
+
+    def of_part(*args):
+        backward(*args)
+        now.append("|")
+
+    PolicyOptimizer.gradient = noted  # type: ignore[method-assign]
+    exchange.summed, exchange.ReplicatedGradient.backward = of_bucket, of_part  # type: ignore[method-assign]
 
 
 def out_of_memory() -> None:
@@ -182,10 +209,10 @@ def out_of_memory() -> None:
 
     gradient = PolicyOptimizer.gradient
 
-    def limited(self, batch, seed, micro_batch):
+    def limited(self, batch, seed, micro_batch, *exchange):
         if rank() == int(os.environ["WORLD_SIZE"]) - 1 and micro_batch > 4:
             raise MemoryError
-        return gradient(self, batch, seed, micro_batch)
+        return gradient(self, batch, seed, micro_batch, *exchange)
 
     PolicyOptimizer.gradient = limited  # type: ignore[method-assign]
 
@@ -210,7 +237,7 @@ def raises() -> None:
 ACTS: dict[str, Callable[[], None]] = {
     "loop": loop,
     "loop normalised by rank": lambda: (normalised_by_rank(), loop()),
-    "loop small buckets": lambda: (small_buckets(), loop()),
+    "loop noting exchanges": lambda: (noting_exchanges(), loop()),
     "out of memory": out_of_memory,
     "other packages": other_packages,
     "other settings": other_settings,

@@ -55,6 +55,13 @@ class Batch:
         tensors: dict[str, Any] = {k: x[rows] for k, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, whole=self.size, **tensors)
 
+    def filler(self) -> "Batch":
+        """A row of weight 0 and the same minibatch, for a process that has none or fewer than others."""
+        x = self.x1.new_zeros(1, *self.x1.shape[1:])
+        nothing, first = self.w.new_zeros(1), self.index.new_zeros(1)
+        condition = None if self.condition is None else self.condition.new_zeros(1)
+        return Batch(x, nothing + 0.5, x, first, nothing, nothing, condition=condition, whole=self.size)
+
     def split(self, size: int) -> Iterator["Batch"]:
         """Parts of at most `size` samples, in order."""
         for i in range(0, len(self.w), size):

@@ -14,12 +14,16 @@ from orwcfm_fast.kernels.anchored_residual import anchored_residual
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.anchors import blend
 from orwcfm_fast.method.coupling import Batch
+from orwcfm_fast.method.exchange import LocalGradient, ReplicatedGradient
 from orwcfm_fast.method.graph import StepGraph
 from orwcfm_fast.method.objectives import METHODS, Point
 from orwcfm_fast.networks.lora import trained_parameters
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.timing import Phases
+
+
+REHEARSALS = 2  # before the first step the optimiser holds nothing
 
 
 def rate(settings: Finetune, step: int) -> float:
@@ -54,6 +58,9 @@ class PolicyOptimizer:
         self.sizes, self.ranks = sizes or BatchSizes.of(settings), ranks
         policy.network.eval()
         self.parameters = trained_parameters(policy.network)
+        self.local = LocalGradient(policy.network)
+        self.exchange: LocalGradient | None = None  # made at the first step of several processes
+        self.rehearsals = REHEARSALS
         self.graph = StepGraph() if settings.graph else None
         if self.graph and (policy.device.type != "cuda" or ranks.world > 1):
             raise UserError("--graph: needs an NVIDIA GPU, and no more than one; leave it out (--no-graph)")
@@ -71,7 +78,7 @@ class PolicyOptimizer:
 
     def go_on_from(self, step: int) -> None:
         """Set the schedule to where it stands before that step; the optimiser's state may be another."""
-        self.warm = 0
+        self.warm, self.rehearsals = 0, REHEARSALS
         if self.graph:
             self.graph.forget()
         self.schedule.last_epoch = step
@@ -92,16 +99,41 @@ class PolicyOptimizer:
             if self.graph and self.warm == self.sizes.micro_batch:
                 with self.phases("policy"):
                     return self.graph(batch, seed, lambda b, s: self.update(self.gradient(b, s, size)), size)
-            return self.gradient(batch, seed, size)
+            return self.gradient(batch, seed, size, self.exchange)
 
+        if self.ranks.world > 1 and self.rehearsals:
+            self.rehearse(batch, seed, n)
         found = self.sizes.fit("micro_batch", take, n)
         if len(found) == 2:  # losses alone: the gradient is there, the update is not
             with self.phases("optimizer"):
-                self.add_up(found)
-                found = self.update(found)
+                found = self.update(self.ranks.total(found))
         self.warm = self.sizes.micro_batch
         self.schedule.step()
         return found
+
+    def rehearse(self, batch: Batch, seed: Tensor, n: int) -> None:
+        """The gradient of this process alone, for nothing but to find a micro-batch that fits into its memory.
+
+        In an exchange a process that ran out of memory could not begin again without the others.
+        """
+        if self.exchange is None:
+            self.exchange = self.connect(batch.filler(), seed)
+        with self.ranks.together():
+            self.sizes.fit("micro_batch", lambda size: self.gradient(batch, seed, size), n)
+        self.rehearsals -= 1
+
+    def connect(self, row: Batch, seed: Tensor) -> LocalGradient:
+        """The exchange of gradients; `row` shows it which parameters have some, and in which order they arrive.
+
+        After its first pass DDP lays its buckets out anew. That pass is thrown away, so that a resumed run, which
+        begins with it too, adds up in the same order as one that was not interrupted.
+        """
+        with self.ranks.together():
+            self.sizes.fit("micro_batch", lambda size: self.gradient(row, seed, size), 1)
+        skipped = self.ranks.all(any(p.grad is None for p in self.parameters))
+        exchange = ReplicatedGradient(self.policy.network, may_skip=any(skipped))
+        self.gradient(row, seed, 1, exchange)
+        return exchange
 
     def update(self, losses: Tensor) -> Tensor:
         """Clip the gradient, step the optimiser; the losses and the gradient's norm [3]."""
@@ -110,28 +142,34 @@ class PolicyOptimizer:
         self.optimizer.zero_grad(set_to_none=True)
         return torch.cat([losses, norm.float().view(1)])
 
-    def gradient(self, batch: Batch, seed: Tensor, micro_batch: int) -> Tensor:
+    def gradient(
+        self, batch: Batch, seed: Tensor, micro_batch: int, exchange: LocalGradient | None = None
+    ) -> Tensor:
         """Accumulate the batch's gradient, `micro_batch` samples at a time; (mean fm, mean distance to the anchor) [2].
 
         By hand, in the op's one pass: with the weights and the anchor of each draw,
         2/D · [w·(v − u) + (a + b)·(v − anchor)]. 1/B is the whole batch's, so that parts add up to it, those of
-        several processes too.
+        several processes too, which `exchange` adds up.
         """
-        size = batch.size
+        size, exchange = batch.size, exchange or self.local
+        policy = replace(self.policy, network=exchange.network)
         self.optimizer.zero_grad(set_to_none=True)  # of a try that ran out of memory
         fm, w2 = [batch.w.new_zeros(0)], [batch.w.new_zeros(0)]
-        for part in batch.split(micro_batch):
-            with self.phases("policy"):
-                v = self.policy.velocity(part.t, part.x_t, part.condition)
+        parts = exchange.parts(batch, micro_batch)
+        for k, part in enumerate(parts, 1):
+            last = k == len(parts)
+            with self.phases("policy"), exchange.accumulating(last):
+                v = policy.velocity(part.t, part.x_t, part.condition)
                 part = self.weigh(part, v.detach(), seed)
                 anchor = v.detach() if part.anchor is None else part.anchor
                 _, *means, dv = anchored_residual(
                     v.detach(), anchor, part.x1, seed, part.index, part.w / size, part.anchor_weight / size
                 )
-                v.backward(dv)
+                exchange.backward(v, dv, last)
             fm.append(means[0])
             w2.append(means[1])
-        return torch.stack([torch.cat(fm).sum(), torch.cat(w2).sum()]) / size
+        own = slice(sum(map(len, fm)) - len(batch.w), None)  # without the rows that fill up
+        return torch.stack([torch.cat(fm)[own].sum(), torch.cat(w2)[own].sum()]) / size
 
     def weigh(self, batch: Batch, v: Tensor, seed: Tensor) -> Batch:
         """The batch with weights and anchor, where these follow the policy's velocity v [B, *shape]."""
@@ -145,18 +183,6 @@ class PolicyOptimizer:
         at = Point(batch.w, batch.w.mean(), 1 - batch.t, s.alpha, s, own_loss, (errors[0], errors[1]))
         w, b, a = row.coefficients(at)
         return replace(batch, w=w, b=b, a=a, anchor=blend(batch.v_old, batch.v_ref, b, a))
-
-    def add_up(self, losses: Tensor) -> None:
-        """Gradients and losses of this process's part become those of the whole minibatch, in one exchange.
-
-        Not DistributedDataParallel: it takes a mean over ranks, which uneven parts make wrong, and waits for ever
-        for a rank whose part is empty.
-        """
-        if self.ranks.world == 1:
-            return
-        for p in self.parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        self.ranks.add_up([*(p.grad for p in self.parameters if p.grad is not None), losses])
 
     def reset(self) -> None:
         """As before the first step, but for the weights."""

@@ -8,7 +8,6 @@ from torch import Tensor
 from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.data.datasets import source
 from orwcfm_fast.device import resolve_device
-from orwcfm_fast.distributed import bucket_bytes
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.evaluation.probe import probe_size
 from orwcfm_fast.method import noise
@@ -129,11 +128,11 @@ def make_plan(
             moments + saved + (gradients if METHODS.get(s.method).averages else 0)
         )
     held |= held_by_method(s, s.steps_per_round * batch, velocity, gradients)
-    exchange = bucket_bytes(gradients) if ranks > 1 else 0  # allocated when the activations are freed
+    held |= {"buckets of the gradient exchange": gradients} if ranks > 1 else {}
 
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several.peak(size)
-        return {"gradients": min(gradients, top), "activations": max(top - gradients, exchange)}
+        return {"gradients": min(gradients, top), "activations": max(top - gradients, 0)}
 
     def rollout_at(chunk: int) -> dict[str, int]:
         others = 2 * (rollout - chunk) * one_sample

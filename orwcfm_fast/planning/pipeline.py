@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.device import resolve_device, resolve_precision
-from orwcfm_fast.distributed import bucket_bytes
 from orwcfm_fast.evaluation.features import FRAMES, SIDE, SOUND
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.rollout import sample
@@ -200,12 +199,12 @@ def _plan(
     memory = EvaluationMemory(
         s, ranks, one_latent, one_image, one_feature, drawn.peak, decoded.peak, True, label == "cpu"
     )
-    exchange = bucket_bytes(trained) if ranks > 1 else 0  # allocated when the activations are freed
     held = {
         "transformer": weights,
         "adapters and their initial values": adapters + (trained if s.lora else 0),
         "reference": 0 if s.lora else weights,
         "optimizer": 2 * trained,
+        **({"buckets of the gradient exchange": trained} if ranks > 1 else {}),
         "VAE": sum(_size(part) for part in found.decoders.values()),
         "stored rollout": s.rollout * one_latent,
         "stored probe samples": memory.stored_probe_samples,
@@ -215,7 +214,7 @@ def _plan(
 
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several().peak(size)
-        return {"gradients": min(trained, top), "activations": max(top - trained, exchange)}
+        return {"gradients": min(trained, top), "activations": max(top - trained, 0)}
 
     def rollout_at(chunk: int) -> dict[str, int]:
         waiting = (

@@ -121,7 +121,8 @@ def _digest(common: dict[str, Any], inputs: dict[str, Any]) -> str:
 
 
 def _condition(inputs: dict[str, Any], file: Path) -> Condition:
-    encodings = _load(file)
+    with torch.inference_mode(False):  # a rollout may be the first to read what a gradient step then saves
+        encodings = _load(file)
     if encodings is None:
         raise WorkError(f"{file}: gone or damaged; the same command encodes it again")
     return Condition(read_files(inputs), encodings)
