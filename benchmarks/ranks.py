@@ -44,7 +44,7 @@ def measure() -> dict[str, Any] | None:
         seconds = []
         for _ in range(EXCHANGES):
             began = time.perf_counter()
-            ranks.add_up([gradient])
+            ranks.total(gradient)
             seconds.append(time.perf_counter() - began)
         if not ranks.first:
             return None

@@ -20,12 +20,14 @@ class BatchSizes:
         micro_batch: samples at once in a gradient step.
         chunk: samples at once without gradient, in a rollout or an evaluation.
         reward_batch: samples of one reward call; 0: all.
+        fixed: ranks share each call of a network, which one of them cannot repeat with less (a reward's call it can).
         on_change: called with a line of text when a size was halved.
     """
 
     micro_batch: int = 0
     chunk: int = 0
     reward_batch: int = 0
+    fixed: bool = False
     on_change: Callable[[str], None] = field(default=lambda text: None, repr=False, compare=False)
 
     @classmethod
@@ -46,6 +48,7 @@ class BatchSizes:
         import torch
 
         from orwcfm_fast.device import out_of_memory
+        from orwcfm_fast.distributed import OutOfStep
 
         while True:
             size = self.limit(name, n)
@@ -54,8 +57,13 @@ class BatchSizes:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
+                reason = str(error).split("\n")[0] or type(error).__name__
+                if self.fixed and name != "reward_batch":
+                    flag = name.replace("_", "-")
+                    raise OutOfStep(
+                        f"out of memory with --shard; lower --{flag} (it is {size}): {reason}"
+                    ) from None
                 if size == 1:
-                    reason = str(error).split("\n")[0] or type(error).__name__
                     raise WorkError(f"out of memory even with a {NAMES[name]} of 1: {reason}") from None
             # outside of the handler: the error's frames no longer hold the tensors
             gc.collect()

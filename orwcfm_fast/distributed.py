@@ -24,7 +24,11 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=6)  # for a rank whose reward is slow; gloo knows at once of one that died
 
 
-class RankLost(WorkError):
+class OutOfStep(WorkError):
+    """This rank cannot go on with an exchange that the others are in."""
+
+
+class RankLost(OutOfStep):
     """Another rank ended in the middle of an exchange."""
 
 
@@ -36,10 +40,12 @@ class ProcessGroup:
 
     Attributes:
         first: whether this is the rank that writes files and speaks.
+        finish: called where a rank's own work ends, to join what the others have still to do of it.
     """
 
     def __init__(self, rank: int = 0, world: int = 1, store: dist.Store | None = None) -> None:
         self.rank, self.world, self.first, self._store = rank, world, rank == 0, store
+        self.finish: Callable[[], object] = lambda: None
 
     def share(self, n: int, rank: int | None = None) -> slice:
         """This rank's part of n things in order; parts differ by one at most, and only the first's is never empty."""
@@ -85,7 +91,7 @@ class ProcessGroup:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work of each rank's own, without an exchange inside: where it fails on one, it fails on all.
+        """Work of each rank's own, without an exchange inside but of weights: where it fails on one, it fails on all.
 
         Raises:
             Exception: of the lowest rank that failed, with its number where that is not the first.
@@ -94,11 +100,12 @@ class ProcessGroup:
         try:
             yield
         except Exception as raised:
-            if self.world == 1:
+            if self.world == 1 or isinstance(raised, OutOfStep):
                 raise
             error = raised
         if self.world == 1:
             return
+        self.finish()
         failed = torch.tensor(error is not None, dtype=torch.int32)
         with rank_loss_reported():
             dist.all_reduce(failed)

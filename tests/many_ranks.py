@@ -28,12 +28,16 @@ PRELOADED = (
 SMALL = ("--rollout", 50, "--chunk", 8, "--batch", 18, "--steps-per-round", 4, "--nfe", 6, "--eval-n", 16)
 LOOP = ("finetune", "--checkpoint", "base", *SMALL, "--probe", 6, "--rounds", 3, "--quiet", "--out")
 SEEN: dict[str, Any] = {}  # what `loop` writes
-LIMIT = 250  # seconds until a rank that still runs is ended by a signal
+LIMIT = 60  # seconds until a rank that still runs is ended by a signal
 
 
 def base(run_cli, data: str = "moons", steps: int = 60) -> None:
     made = run_cli("pretrain", "--data", data, "--steps", steps, "--batch", 32, "--out", "base", "--quiet")
     assert made.code == 0, made.err
+
+
+def records(run: str) -> list[dict]:
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,10 @@ def loop() -> None:
     from orwcfm_fast.rewards import make_reward
     from orwcfm_fast.runs.load import Loader
     from orwcfm_fast.settings import Finetune
+    from orwcfm_fast.sharding import whole
 
     seen = SEEN
-    for key in ("x0", "drawn", "reward", "row", "w", "index", "x_t", "gradient"):
+    for key in ("x0", "drawn", "reward", "row", "w", "index", "x_t", "gradient", "held_bytes"):
         seen[key] = []
 
     def tell(owner: object, name: str, what: Callable[..., dict]) -> None:
@@ -124,8 +129,12 @@ def loop() -> None:
     update = PolicyOptimizer.update
 
     def told_first(self, losses):
-        seen["gradient"].append(flat(p.grad for p in self.parameters))
-        return update(self, losses)
+        seen["gradient"].append(flat(whole(p.grad) for p in self.parameters))
+        held = [p.grad for p in self.parameters] + [*self.policy.network.parameters()]
+        found = update(self, losses)
+        held += [v for state in self.optimizer.state.values() for v in state.values()]
+        seen["held_bytes"].append(sum((x.to_local() if hasattr(x, "to_local") else x).nbytes for x in held))
+        return found
 
     PolicyOptimizer.update = told_first  # type: ignore[method-assign]
     s = Finetune(**json.loads(sys.argv[1]))
@@ -134,8 +143,10 @@ def loop() -> None:
         reward = make_reward(s.reward or (lambda x: x.flatten(1).mean(1)), s)
         loop = trainer.Trainer(policy, reward, s, ranks=ranks)
         seen["records"] = [*loop.train(s.rounds)]
-    seen["parameters"] = flat(policy.network.state_dict().values())
-    seen["samples"] = rollout.sample(policy, rollout.start_noise(policy, 64, 5), s, 64)
+        seen["parameters"] = flat(whole(x) for x in policy.network.state_dict().values())
+        seen["samples"] = rollout.sample(policy, rollout.start_noise(policy, 64, 5), s, 64)
+        with ranks.together():
+            pass
     torch.save(seen, f"trace_{rank()}.pt")
     sys.exit(0)
 
@@ -204,17 +215,22 @@ def noting_exchanges() -> None:
 
 
 def out_of_memory() -> None:
-    """The last rank cannot take more than four samples at once through a step."""
-    from orwcfm_fast.method.step import PolicyOptimizer
+    """The backward pass of the last rank's steps holds no more than four samples at once."""
+    from orwcfm_fast.networks.policy import Policy
 
-    gradient = PolicyOptimizer.gradient
+    velocity = Policy.velocity
 
-    def limited(self, batch, seed, micro_batch, *exchange):
-        if rank() == int(os.environ["WORLD_SIZE"]) - 1 and micro_batch > 4:
-            raise MemoryError
-        return gradient(self, batch, seed, micro_batch, *exchange)
+    def limited(self, t, x, condition=None):
+        v = velocity(self, t, x, condition)
+        if rank() == int(os.environ["WORLD_SIZE"]) - 1 and len(x) > 4 and v.requires_grad:
+            v.register_hook(no_memory)
+        return v
 
-    PolicyOptimizer.gradient = limited  # type: ignore[method-assign]
+    Policy.velocity = limited  # type: ignore[method-assign]
+
+
+def no_memory(gradient: torch.Tensor) -> None:
+    raise MemoryError
 
 
 def other_packages() -> None:
@@ -241,6 +257,7 @@ ACTS: dict[str, Callable[[], None]] = {
     "out of memory": out_of_memory,
     "other packages": other_packages,
     "other settings": other_settings,
+    "signal of the first": lambda: at_step(6, 0, lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "signal": lambda: at_step(6, 1, lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "kill": lambda: at_step(6, 1, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "bug": lambda: at_step(6, 1, raises),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from orwcfm_fast.checkpoints.headers import check_safetensors
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.files import read_small
+from orwcfm_fast.sharding import all_like, like
 
 Tensors = dict[str, Tensor]
 STATE, OWN_DIGEST = "state.json", "sha256_of_this"
@@ -220,7 +221,7 @@ def load_weights(network: nn.Module, weights: Tensors, where: str) -> None:
     if problems:
         found = f"has {len(weights)} tensors, needs {len(own)}"
         raise UserError(f"{where}: weights of another architecture: {found}; {'; '.join(problems)}")
-    network.load_state_dict(weights)
+    network.load_state_dict(all_like(weights, network))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
@@ -247,5 +248,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, where: st
             if (
                 value.shape == parameters[i].shape
             ):  # in the parameter's own layout: fused steps pair them flat
-                values[name] = torch.empty_like(parameters[i], dtype=value.dtype).copy_(value)
+                own = torch.empty_like(parameters[i], dtype=value.dtype)
+                values[name] = own.copy_(like(value, own))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from orwcfm_fast.sharding import like
+
 
 class PolicyAverage:
     """average ← keep · average + (1 − keep) · parameters; begins as the parameters are.
@@ -56,4 +58,4 @@ class PolicyAverage:
         found = [tensors[key] for key in sorted(tensors)]
         if [x.shape for x in found] != [x.shape for x in self.values]:
             raise ValueError("an average of another network")
-        self.values = [x.to(own.device) for x, own in zip(found, self.values, strict=True)]
+        self.values = [like(x.to(own.device), own) for x, own in zip(found, self.values, strict=True)]

@@ -18,6 +18,10 @@ def check_trainable(policy: Policy, settings: Finetune, ranks: ProcessGroup) -> 
             raise UserError(
                 f"--{name.replace('_', '-')} {n}: is less than a sample for each of {ranks.world} ranks"
             )
+    if settings.shard and ranks.world == 1:
+        raise UserError(
+            "--shard: spreads a model over several ranks, and there is one; start them by torchrun, or add --no-shard"
+        )
     if policy.conditions and settings.rollout % settings.group:
         near = settings.rollout - settings.rollout % settings.group or settings.group
         raise UserError(

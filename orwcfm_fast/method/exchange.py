@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orwcfm_fast.device import out_of_memory
-from orwcfm_fast.distributed import rank_loss_reported
-from orwcfm_fast.errors import WorkError
+from orwcfm_fast.distributed import OutOfStep, ProcessGroup, rank_loss_reported
 from orwcfm_fast.method.coupling import Batch
+from orwcfm_fast.sharding import ShardedNetworks
 
 # torch 2.14's name; that of versions before warns there
 SYNC_BUFFERS: Any = next(
@@ -55,12 +55,13 @@ class ReplicatedGradient(LocalGradient):
 
     def __init__(self, network: nn.Module, may_skip: bool) -> None:
         super().__init__(network)
+        unsynchronised: dict[str, Any] = {SYNC_BUFFERS: False}
         self.network: DistributedDataParallel = DistributedDataParallel(
             network,
             init_sync=False,  # the weights are the same from the start
             gradient_as_bucket_view=True,
             find_unused_parameters=may_skip,
-            **{SYNC_BUFFERS: False},
+            **unsynchronised,
         )
         self.network.register_comm_hook(None, summed)
 
@@ -76,7 +77,7 @@ class ReplicatedGradient(LocalGradient):
                 yield
 
     def backward(self, v: Tensor, dv: Tensor, last: bool) -> None:
-        """Raises WorkError where memory runs out when other processes have received a part of the gradient."""
+        """Raises OutOfStep where memory runs out when other processes have received a part of the gradient."""
         if not last:
             return v.backward(dv)
         try:
@@ -86,9 +87,41 @@ class ReplicatedGradient(LocalGradient):
             if not out_of_memory(error):
                 raise
             reason = str(error).split("\n")[0] or type(error).__name__
-            raise WorkError(
+            raise OutOfStep(
                 f"out of memory while gradients were exchanged, which cannot be repeated: {reason}"
             ) from error
+
+
+class ShardedGradient(LocalGradient):
+    """FSDP2: every process holds a shard of all weights, and gets the sum of that shard's gradients.
+
+    Args:
+        sharded: the trained network among others.
+        accumulates: whole gradients are kept until the last part; else each part's are reduced to shards at once,
+            which takes less memory.
+    """
+
+    def __init__(
+        self, network: nn.Module, sharded: ShardedNetworks, ranks: ProcessGroup, accumulates: bool
+    ) -> None:
+        super().__init__(network)
+        self.sharded, self.world, self.accumulates = sharded, ranks.world, accumulates
+
+    def parts(self, batch: Batch, size: int) -> list[Batch]:
+        """As many on every process as on the one with the largest share."""
+        own, largest = super().parts(batch, size), -(-batch.size // self.world)
+        return [batch.filler()] * (-(-largest // size) - len(own)) + own
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        for root in self.sharded.roots:
+            root.set_requires_gradient_sync(last or not self.accumulates)
+        yield
+
+    def backward(self, v: Tensor, dv: Tensor, last: bool) -> None:
+        with rank_loss_reported():
+            joined = self.sharded.finish()
+            torch.autograd.backward([v, *joined], [dv, *map(torch.zeros_like, joined)])
 
 
 def summed(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

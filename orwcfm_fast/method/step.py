@@ -14,14 +14,14 @@ from orwcfm_fast.kernels.anchored_residual import anchored_residual
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.anchors import blend
 from orwcfm_fast.method.coupling import Batch
-from orwcfm_fast.method.exchange import LocalGradient, ReplicatedGradient
+from orwcfm_fast.method.exchange import LocalGradient, ReplicatedGradient, ShardedGradient
 from orwcfm_fast.method.graph import StepGraph
 from orwcfm_fast.method.objectives import METHODS, Point
 from orwcfm_fast.networks.lora import trained_parameters
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.sharding import ShardedNetworks, whole
 from orwcfm_fast.timing import Phases
-
 
 REHEARSALS = 2  # before the first step the optimiser holds nothing
 
@@ -45,6 +45,7 @@ class PolicyOptimizer:
         settings: learning rate, warm-up, gradient clipping.
         sizes: how many samples of a minibatch are processed at once (`micro_batch`).
         ranks: the processes that share each minibatch.
+        sharded: the policy's network in shards, where no process holds the whole.
     """
 
     def __init__(
@@ -53,13 +54,16 @@ class PolicyOptimizer:
         settings: Finetune,
         sizes: BatchSizes | None = None,
         ranks: ProcessGroup = SINGLE_PROCESS,
+        sharded: ShardedNetworks | None = None,
     ) -> None:
         self.policy, self.settings, self.grad_clip = policy, settings, settings.grad_clip
         self.sizes, self.ranks = sizes or BatchSizes.of(settings), ranks
         policy.network.eval()
         self.parameters = trained_parameters(policy.network)
         self.local = LocalGradient(policy.network)
-        self.exchange: LocalGradient | None = None  # made at the first step of several processes
+        self.exchange: LocalGradient | None = None  # DDP's is made at the first step
+        if sharded:
+            self.exchange = ShardedGradient(policy.network, sharded, ranks, accumulates=settings.lora > 0)
         self.rehearsals = REHEARSALS
         self.graph = StepGraph() if settings.graph else None
         if self.graph and (policy.device.type != "cuda" or ranks.world > 1):
@@ -92,7 +96,7 @@ class PolicyOptimizer:
 
     def step(self, batch: Batch, seed: Tensor) -> Tensor:
         """One step on a batch, or on this process's part of it; (mean fm, mean w2, gradient norm) [3], float32."""
-        n = max(1, len(batch.w))  # a process's share of a minibatch may be empty
+        n = -(-batch.size // self.ranks.world)  # of the largest share; others may be empty
 
         def take(size: int) -> Tensor:
             # a first step, and one of a new size, compiles kernels and makes the optimiser's state
@@ -101,7 +105,7 @@ class PolicyOptimizer:
                     return self.graph(batch, seed, lambda b, s: self.update(self.gradient(b, s, size)), size)
             return self.gradient(batch, seed, size, self.exchange)
 
-        if self.ranks.world > 1 and self.rehearsals:
+        if self.ranks.world > 1 and self.rehearsals and not self.settings.shard:
             self.rehearse(batch, seed, n)
         found = self.sizes.fit("micro_batch", take, n)
         if len(found) == 2:  # losses alone: the gradient is there, the update is not
@@ -137,7 +141,9 @@ class PolicyOptimizer:
 
     def update(self, losses: Tensor) -> Tensor:
         """Clip the gradient, step the optimiser; the losses and the gradient's norm [3]."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, foreach=True)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
+        nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.cat([losses, norm.float().view(1)])

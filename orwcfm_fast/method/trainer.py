@@ -20,11 +20,12 @@ from orwcfm_fast.method.objectives import METHODS, Method, Point, check_bounded,
 from orwcfm_fast.method.rollout import Rollout, draw, start_conditions
 from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.method.weighting import check_positive, effective_sample_size
-from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state
+from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state, trained_parameters
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import Reward, RewardSum, RolloutScoring, Scores, make_reward
 from orwcfm_fast.rewards.combine import scores_record
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.sharding import ShardedNetworks
 
 PHASES = ("rollout", "reward", "reference", "policy", "optimizer")
 C = TypeVar("C", bound=Callback)
@@ -92,9 +93,12 @@ class Trainer:
             policy.checkpoint_gradients()
         if settings.lora:
             add_lora(policy.network, settings)
-        self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
         self.reference = reference or policy.frozen_copy()
-        self.optimizer = PolicyOptimizer(policy, settings, self.sizes, ranks)
+        trained_parameters(policy.network)
+        sharded = ShardedNetworks([policy, self.reference], ranks) if settings.shard else None
+        self.sizes.fixed = settings.shard
+        self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
+        self.optimizer = PolicyOptimizer(policy, settings, self.sizes, ranks, sharded)
         self.method: Method = METHODS.get(settings.method)
         self.average = PolicyAverage(self.optimizer.parameters) if self.method.averages else None
         self.phases = self.optimizer.phases

@@ -23,6 +23,7 @@ from orwcfm_fast.planning.evaluation_memory import EvaluationMemory
 from orwcfm_fast.planning.plan import (
     HEADROOM,
     Plan,
+    TrainedMemory,
     available_bytes,
     held_by_method,
     largest_fitting,
@@ -114,10 +115,11 @@ def make_plan(
     scored = profile_allocations(lambda size: undivided(samples[:size]), wanted, device)
 
     one_sample = 4 * start_noise(policy, 1, s.seed).numel()
+    training = TrainedMemory.of(s, ranks, policy.network, policy.precision)
     held = {
-        "weights": weights,
-        "reference": anchor,
-        "optimizer": moments,
+        "weights": training.shard(weights),
+        "reference": training.shard(anchor),
+        "optimizer": training.shard(moments),
         "stored rollout": s.rollout * one_sample,
     }
     gradients = sum(p.numel() * p.element_size() for p in optimizer.parameters)
@@ -127,12 +129,12 @@ def make_plan(
         held["checkpoint being written"] = (
             moments + saved + (gradients if METHODS.get(s.method).averages else 0)
         )
-    held |= held_by_method(s, s.steps_per_round * batch, velocity, gradients)
-    held |= {"buckets of the gradient exchange": gradients} if ranks > 1 else {}
+    held |= held_by_method(s, s.steps_per_round * batch, velocity, training.shard(gradients))
+    held |= training.held
 
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several.peak(size)
-        return {"gradients": min(gradients, top), "activations": max(top - gradients, 0)}
+        return training.step(top, -(-batch // size))
 
     def rollout_at(chunk: int) -> dict[str, int]:
         others = 2 * (rollout - chunk) * one_sample

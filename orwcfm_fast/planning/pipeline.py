@@ -38,7 +38,14 @@ from orwcfm_fast.networks.prompts import Conditions, Prompt
 from orwcfm_fast.planning.allocations import AllocationProfile
 from orwcfm_fast.planning.cuda_autocast import CudaAutocastRules, recompute
 from orwcfm_fast.planning.evaluation_memory import EvaluationMemory
-from orwcfm_fast.planning.plan import HEADROOM, Plan, available_bytes, held_by_method, largest_fitting
+from orwcfm_fast.planning.plan import (
+    HEADROOM,
+    Plan,
+    TrainedMemory,
+    available_bytes,
+    held_by_method,
+    largest_fitting,
+)
 from orwcfm_fast.planning.recorded import RecordedVelocity, recorded
 from orwcfm_fast.planning.scaling import velocity_flops
 from orwcfm_fast.rewards.rollouts import WAITING
@@ -163,7 +170,8 @@ def _plan(
         network.to_empty(device=CPU)
         optimizer = PolicyOptimizer(policy, s)
         adapters = _size(policy.network) - weights
-        trained = sum(p.nbytes for p in optimizer.parameters)
+        training = TrainedMemory.of(s, ranks, policy.network, policy.precision)
+        trained = training.trained
 
         def step(size: int, parts: int = 1) -> None:
             n = size * parts
@@ -200,21 +208,23 @@ def _plan(
         s, ranks, one_latent, one_image, one_feature, drawn.peak, decoded.peak, True, label == "cpu"
     )
     held = {
-        "transformer": weights,
-        "adapters and their initial values": adapters + (trained if s.lora else 0),
-        "reference": 0 if s.lora else weights,
-        "optimizer": 2 * trained,
-        **({"buckets of the gradient exchange": trained} if ranks > 1 else {}),
+        "transformer": training.shard(weights),
+        "adapters and their initial values": training.shard(adapters + (trained if s.lora else 0)),
+        "reference": 0 if s.lora else training.shard(weights),
+        "optimizer": training.shard(2 * trained),
+        **training.held,
         "VAE": sum(_size(part) for part in found.decoders.values()),
         "stored rollout": s.rollout * one_latent,
         "stored probe samples": memory.stored_probe_samples,
         # with a GPU the copy lies in host memory, which this plan does not count
         "checkpoint being written": 3 * trained if label == "cpu" else 0,
-    } | held_by_method(s, s.steps_per_round * batch, math.prod(shape) * policy.precision.itemsize, trained)
+    } | held_by_method(
+        s, s.steps_per_round * batch, math.prod(shape) * policy.precision.itemsize, training.shard(trained)
+    )
 
     def step_at(size: int) -> dict[str, int]:
         top = one.peak(size) if size >= batch else several().peak(size)
-        return {"gradients": min(trained, top), "activations": max(top - trained, 0)}
+        return training.step(top, -(-batch // size))
 
     def rollout_at(chunk: int) -> dict[str, int]:
         waiting = (

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from orwcfm_fast.method.objectives import METHODS
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.sharding import blocks
 
 HEADROOM = 0.9  # share of the memory that a plan may use
 PHASES = ("step", "rollout", "reward", "probe", "evaluation")
@@ -76,6 +78,50 @@ def held_by_method(s: Finetune, draws: int, velocity: int, trained: int) -> dict
     held = {"stored anchors": draws * velocity * method.kept(s.alpha)}
     # the policy's own parameters are set aside while it has the averaged ones
     return held | ({"average of past policies": 2 * trained} if method.averages else {})
+
+
+@dataclass(frozen=True)
+class TrainedMemory:
+    """Bytes on one of `ranks` of what follows the weights.
+
+    Attributes:
+        trained: bytes of the trained parameters.
+        gathered: bytes of the weights that are whole at once under --shard.
+    """
+
+    s: Finetune
+    ranks: int
+    trained: int
+    gathered: int
+
+    @classmethod
+    def of(cls, s: Finetune, ranks: int, network: nn.Module, precision: torch.dtype) -> "TrainedMemory":
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        width = precision.itemsize
+        sizes = sorted(width * sum(p.numel() for p in block.parameters()) for block in blocks(network))
+        outside = width * sum(p.numel() for p in network.parameters()) - sum(sizes)
+        return cls(s, ranks, sum(p.nbytes for p in parameters), outside + sum(sizes[-2:]))
+
+    def shard(self, size: int) -> int:
+        """Bytes of `size` that this rank holds."""
+        return -(-size // self.ranks) if self.s.shard else size
+
+    @property
+    def held(self) -> dict[str, int]:
+        if self.ranks == 1 or self.s.shard:
+            return {}
+        return {"buckets of the gradient exchange": self.trained}
+
+    def step(self, top: int, parts: int) -> dict[str, int]:
+        """Of a gradient step that allocates `top` bytes at its peak on one process, in so many parts."""
+        activations = {"activations": max(top - self.trained, 0)}
+        if not self.s.shard:
+            return {"gradients": min(self.trained, top)} | activations
+        accumulated = self.trained if self.s.lora and parts > 1 else 0
+        return {
+            "gradients": self.shard(self.trained) + accumulated,
+            "gathered weights": self.gathered,
+        } | activations
 
 
 def largest_fitting(size: int, room: int, at: Callable[[int], dict[str, int]]) -> int:

@@ -13,7 +13,8 @@ from orwcfm_fast.control.controller import RunController
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.runs.run import Run, resume_command
-from orwcfm_fast.runs.trainer_state import restore_trainer, trainer_contents
+from orwcfm_fast.runs.trainer_state import restore_trainer, trained_files, trainer_contents
+from orwcfm_fast.sharding import gathered
 
 
 class CheckpointManager:
@@ -30,6 +31,7 @@ class CheckpointManager:
         self.folder = run.checkpoints
         self.closing: dict[str, float] = {}  # metrics of the final policy, once it is evaluated
         self.writer = BackgroundWriter()
+        self.gathered: dict[str, checkpoint.Tensors] | None = None  # what `gather` brought together
         self.every = self.settings.steps_per_round * self.settings.save_every  # an interruption writes others
 
     def newest(self, set_aside: bool = False, every: int = 1) -> checkpoint.Checkpoint | None:
@@ -48,6 +50,11 @@ class CheckpointManager:
         with self.ranks.together():
             return checkpoint.load(path) if path and not self.ranks.first else found
 
+    def gather(self) -> None:
+        """Bring shards together for the checkpoint that is written next; called on all ranks."""
+        if self.settings.shard:
+            self.gathered = gathered(trained_files(self.trainer), keep=self.ranks.first)
+
     def start(self) -> None:
         """Copy what is trained so far and begin to write it, once the checkpoint before it is written.
 
@@ -60,8 +67,9 @@ class CheckpointManager:
         self.wait()
         path = self.path.absolute()
         if self.ranks.first and not checkpoint.is_checkpoint(path):
+            copied = self.gathered is not None
             state, files = self._contents()
-            files = checkpoint.copied(files)
+            files = files if copied else checkpoint.copied(files)
 
             def write() -> None:
                 os.stat(path.parent)  # a run that is taken away meanwhile is not made again
@@ -119,7 +127,8 @@ class CheckpointManager:
             self.folder.mkdir(exist_ok=True)  # its parent gone: the run was taken away
         controller, s = self.trainer.find(RunController), self.settings
         more = {"settings": s.model_dump(), "seed": s.seed, **controller.to_state()}
-        state, files = trainer_contents(self.trainer, more)
+        state, files = trainer_contents(self.trainer, more, self.gathered)
+        self.gathered = None
         return json.loads(json.dumps(state)), files
 
     def _written(self) -> None:
@@ -145,6 +154,7 @@ class CheckpointManager:
     def save_together(self) -> Path:
         """`save`, for which all ranks wait: a launcher ends the others as soon as one leaves."""
         self.trainer.gather_anchors()
+        self.gather()
         with self.ranks.together():
             return self.save()
 

@@ -32,7 +32,7 @@ def trained_at_rest(trainer: Trainer, *callbacks: Callback) -> Iterator[Policy]:
     """
     s, policy = trainer.settings, trainer.policy
     state = lora_state(policy.network) if s.lora else policy.network.state_dict()
-    trained = {key: value.to("cpu", copy=True) for key, value in state.items()}
+    trained = {key: value.clone() if s.shard else value.to("cpu", copy=True) for key, value in state.items()}
     still = copy.copy(trainer)
     still.callbacks, still.tau, still.holdout = list(callbacks), 0.0, None
     still.reward = make_reward(_nothing, name="none")

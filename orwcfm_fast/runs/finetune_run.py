@@ -29,6 +29,7 @@ from orwcfm_fast.runs.result import Result
 from orwcfm_fast.runs.resume import MAY_CHANGE, restarted_settings
 from orwcfm_fast.runs.run import ReadOnlyRun, Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.sharding import gathered
 
 
 class Finetuning:
@@ -182,15 +183,16 @@ class Finetuning:
 
     def _begin(self) -> None:
         """Write what a new run must hold before its first round."""
+        policy = self.reference
+        own = policy.tensors()
+        if policy.pipeline:
+            own.pop("model", None)  # lies in the pipeline's own folder
+        tensors = gathered(own, keep=self.ranks.first)
         if not self.ranks.first:
             return
         self.run.write_config("finetune", self.settings)
         self._record_code()
         self.run.samples.mkdir(exist_ok=True)
-        policy = self.reference
-        tensors = policy.tensors()
-        if policy.pipeline:
-            tensors.pop("model", None)  # lies in the pipeline's own folder
         checkpoint.save(self.run.reference, {"kind": "reference", **policy.describe()}, **tensors)
         self.artifacts.save_round_samples()
 
@@ -265,6 +267,9 @@ class Finetuning:
 
     def _train(self, log: Log, on_round: Log | None, on_line: Callable[[str], None]) -> None:
         for record in self._accepted_rounds():
+            if self._saves:
+                with self.trainer.phases("checkpoint"):
+                    self.checkpoints.gather()
             with self.ranks.together():
                 if self.ranks.first:
                     self._record_round(record, log, on_round, on_line)
@@ -278,13 +283,12 @@ class Finetuning:
         self, record: dict[str, Any], log: Log, on_round: Log | None, on_line: Callable[[str], None]
     ) -> None:
         """Write and show what a round leaves."""
-        s = self.settings
         self.run.append(record)
         log(record)
         # all that a round leaves is there before its checkpoint, or a kill between the two would lose it
         self.artifacts.save_round_samples()
         lines = self.artifacts.first_round_messages(record) if self.trainer.round == 1 else []
-        if self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds:
+        if self._saves:
             with self.trainer.phases("checkpoint"):
                 self.checkpoints.start()
         else:
@@ -293,6 +297,12 @@ class Finetuning:
             on_round(record)
         for line in lines:
             on_line(line)
+
+    @property
+    def _saves(self) -> bool:
+        """Whether a checkpoint is written after the round that was just trained."""
+        s = self.settings
+        return self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds
 
     def _accepted_rounds(self) -> Iterator[dict[str, Any]]:
         """The records of the rounds that stand; the others are taken back or end the run, as --guard says."""
@@ -304,6 +314,7 @@ class Finetuning:
                     if self.settings.guard != "rollback":
                         raise
                     self.controller.roll_back(fault, self._return)
+                    self.checkpoints.gather()
                     with self.ranks.together():
                         if self.trainer.round:
                             self.checkpoints.save(anew=True)  # with the α and τ that hold from here on

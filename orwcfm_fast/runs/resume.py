@@ -11,7 +11,7 @@ from orwcfm_fast.runs.resolve import agrees, left_open
 from orwcfm_fast.runs.run import CONFIG, read_command
 from orwcfm_fast.settings import Finetune, build, read_toml
 
-MAY_CHANGE = ("rounds", "device", "log", "graph")
+MAY_CHANGE = ("rounds", "device", "log", "graph", "shard")
 
 
 def restarted_settings(settings: Finetune, out: Path | None, overwrite: bool) -> dict[str, Any] | None:

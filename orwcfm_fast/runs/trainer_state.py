@@ -10,15 +10,26 @@ from orwcfm_fast.method.pretrain import Pretrainer
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.lora import load_lora
 from orwcfm_fast.runs import partial_round
+from orwcfm_fast.sharding import all_like
+
+
+def trained_files(trainer: Trainer) -> dict[str, checkpoint.Tensors]:
+    """The tensors that training changes, by file; in shards where the trainer's are."""
+    return {
+        "optimizer": checkpoint.optimizer_tensors(trainer.optimizer.optimizer),
+        **trainer.policy.tensors(),
+        **({"average": trainer.average.tensors()} if trainer.average else {}),
+    }
 
 
 def trainer_contents(
-    trainer: Trainer, more: dict[str, Any]
+    trainer: Trainer, more: dict[str, Any], files: dict[str, checkpoint.Tensors] | None = None
 ) -> tuple[dict[str, Any], dict[str, checkpoint.Tensors]]:
     """The state and files of a checkpoint from which `restore_trainer` continues: bit for bit on a CPU.
 
     Args:
         more: JSON values to keep beside the trainer's own.
+        files: `trained_files`, gathered, where they are in shards.
     """
     state = {"kind": "finetune", "round": trainer.round, "step": trainer.steps_taken}
     current: dict[str, checkpoint.Tensors] = {}
@@ -28,9 +39,7 @@ def trainer_contents(
         trainer.phases.add(seconds := trainer.phases.read())
         current["partial_round"], state["partial_round"] = partial_round.to_state(trainer.current, seconds)
     return {**state, **trainer.policy.describe(), **more}, {
-        "optimizer": checkpoint.optimizer_tensors(trainer.optimizer.optimizer),
-        **trainer.policy.tensors(),
-        **({"average": trainer.average.tensors()} if trainer.average else {}),
+        **(trained_files(trainer) if files is None else files),
         **current,
     }
 
@@ -50,7 +59,7 @@ def restore_trainer(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
     policy, where = trainer.policy, str(found.path)
     with checkpoint.reading(found):
         if trainer.settings.lora:
-            load_lora(policy.network, policy.adapters_from(found.tensors), where)
+            load_lora(policy.network, all_like(policy.adapters_from(found.tensors), policy.network), where)
         else:
             checkpoint.load_weights(policy.network, found.tensors["model"], where)
         checkpoint.load_optimizer(trainer.optimizer.optimizer, found.tensors["optimizer"], where)

@@ -114,6 +114,11 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
         panel="Large models",
         help="recompute activations in the backward pass, which saves memory and costs time",
     )
+    shard: bool = setting(
+        False,
+        panel="Large models",
+        help="torchrun: each rank holds a part of the weights, gradients and optimiser state, not all of them",
+    )
     guard: Literal["warn", "stop", "rollback", "off"] = setting(
         "warn",
         panel="Safety",

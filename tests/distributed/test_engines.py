@@ -1,4 +1,4 @@
-"""DistributedDataParallel, on digits and on a tiny FLUX, does what one process does."""
+"""Replicated and in shards, on digits and on a tiny FLUX, many processes do what one does."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,11 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from many_ranks import base
+
+from orwcfm_fast.networks.policy import make_policy
+from orwcfm_fast.planning.network import make_plan
+from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.settings import Finetune
 
 COMMON = dict(
     rollout=24,
@@ -50,21 +55,40 @@ def same(one: dict, many: list[dict]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
 @pytest.mark.parametrize("lora", [0, 2], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("model", ["digits", "flux"])
-def test_ranks_train_as_one_does(launch, settings, model, lora):
+def test_ranks_train_as_one_does(launch, settings, model, lora, shard):
     s = settings(model) | {"lora": lora}
     (one,) = launch.loop(1, **s)
     assert (one["samples"] - launch.loop(1, **s | {"lr": 1e-9})[0]["samples"]).abs().max() > 4e-3
     for world in (2, 4):
-        same(one, launch.loop(world, **s))
-        same(one, launch.loop(world, **s | {"micro_batch": 2}))  # of 3 and 2 samples: 2 parts and 1
+        same(one, launch.loop(world, **s | {"shard": shard}))
+        same(
+            one, launch.loop(world, **s | {"shard": shard, "micro_batch": 2})
+        )  # of 3 and 2 samples: 2 parts and 1
 
 
 @pytest.mark.slow
-def test_a_rank_without_samples_takes_part_in_every_exchange(launch, settings):
+@pytest.mark.parametrize("lora", [0, 8], ids=["all weights", "adapters"])
+def test_shards_take_their_part_of_the_memory_as_planned(launch, settings, lora):
+    s = settings("digits") | {"lora": lora, "rounds": 1}
+    (one,) = launch.loop(1, **s)
+    policy = make_policy("unet-digits", "digits", (1, 8, 8), torch.device("cpu"), "fp32")
+    for world in (2, 4):
+        largest = max(max(rank["held_bytes"]) for rank in launch.loop(world, **s | {"shard": True}))
+        assert largest <= 1.1 * max(one["held_bytes"]) / world
+        reward = make_reward(lambda x: x.flatten(1).mean(1))
+        plan = make_plan(policy.trainable_copy(), reward, Finetune(**s, shard=True), ranks=world)
+        planned = plan.held["weights"] + plan.held["optimizer"] + plan.step["gradients"]
+        assert planned == pytest.approx(largest, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
+def test_a_rank_without_samples_takes_part_in_every_exchange(launch, settings, shard):
     s = settings("flux") | {"batch": 3}
-    same(launch.loop(1, **s)[0], launch.loop(4, **s))
+    same(launch.loop(1, **s)[0], launch.loop(4, **s | {"shard": shard}))
 
 
 def test_buckets_are_exchanged_while_the_backward_pass_goes_on_and_in_its_last_part_alone(launch, settings):

@@ -1,6 +1,5 @@
 """Ranks save, resume, fail and stop as one."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,11 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
 from kill_resume import difference
-from many_ranks import LOOP, base
-
-
-def records(run: str) -> list[dict]:
-    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+from many_ranks import LOOP, base, records
 
 
 def test_saved_on_four_ranks_resumed_on_one_two_and_four(launch, run_cli):
