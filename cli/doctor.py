@@ -86,7 +86,7 @@ def doctor(
     on = {key: value for key, value in on.items() if value is not None}
     if plan:
         s = settings(Finetune, config, given)
-        check_effect(effects.FINETUNE, given, s)
+        check_effect((*effects.FINETUNE, *effects.PLAN), given, s, ranks=ranks)
         if ranks == 1 and (on or reward_seconds is not None):
             raise UserError("--gpus-per-node, --link-gbit, --tflops, --reward-seconds: give --ranks as well")
         from orwcfm_fast.planning.scaling import Cluster
@@ -141,7 +141,7 @@ def _work(name: str, plan: "Plan", s: Finetune, reward_seconds: float) -> "Round
 
     weights = plan.held.get("transformer", plan.held.get("weights", 0))
     s = s.model_copy(update={"lora": s.lora or int("adapters" in name)})
-    return RoundWork.of(s, plan.flops, weights, plan.gradients, False, reward_seconds)
+    return RoundWork.of(s, plan.flops, weights, plan.gradients, s.shard, reward_seconds)
 
 
 def _print_json(plans: dict[str, "Plan"], work: dict[str, "RoundWork"], cluster: "Cluster") -> None:

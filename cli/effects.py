@@ -159,6 +159,8 @@ REWARDS = (
         "no reward is a judge",
     ),
 )
+PLAN = (Rule(("shard",), lambda v: v.ranks == 1, "one rank holds everything; name several with --ranks"),)
+
 FINETUNE = (
     *OVERWRITE,
     *SAMPLING,

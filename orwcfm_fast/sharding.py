@@ -53,14 +53,14 @@ class ShardedNetworks:
                     fully_shard(module, **how)
                 self.roots.append(cast("FSDPModule", root))
                 self._inputs.append((policy, args, named))
-        for number, root in enumerate(self.roots):
-            for part in cast(nn.Module, root).modules():
+        for number, gathering in enumerate(self.roots):
+            for part in cast(nn.Module, gathering).modules():
                 if isinstance(part, FSDPModule):  # the sum over ranks, where FSDP takes the mean
                     part.set_gradient_divide_factor(1.0)
                     part.set_force_sum_reduction_for_comms(True)
             with torch.no_grad():  # buffers made in inference mode could not be trained with
                 self._call(number)
-            cast(nn.Module, root).register_forward_pre_hook(
+            cast(nn.Module, gathering).register_forward_pre_hook(
                 lambda *_, k=number: self._before(k), prepend=True
             )
         ranks.finish = self.finish

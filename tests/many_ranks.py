@@ -28,7 +28,7 @@ PRELOADED = (
 SMALL = ("--rollout", 50, "--chunk", 8, "--batch", 18, "--steps-per-round", 4, "--nfe", 6, "--eval-n", 16)
 LOOP = ("finetune", "--checkpoint", "base", *SMALL, "--probe", 6, "--rounds", 3, "--quiet", "--out")
 SEEN: dict[str, Any] = {}  # what `loop` writes
-LIMIT = 60  # seconds until a rank that still runs is ended by a signal
+LIMIT = 250  # seconds until a rank that still runs is ended by a signal
 
 
 def base(run_cli, data: str = "moons", steps: int = 60) -> None:

@@ -102,6 +102,7 @@ FINETUNE = {
         (*PIPELINE, "--lora-init", "f", "--lora-targets", "all", "the layers are those of --lora-init"),
     ],
     "--lora-init": [(*PIPELINE, "--lora-init", "f.safetensors", NO_PROMPTS)],
+    "--shard": ALWAYS,  # refused in one process
     "--gradient-checkpointing": [(*PIPELINE, "--gradient-checkpointing", NO_PROMPTS)],
     "--guard": ALWAYS,
     "--guard-ess": [("--guard-ess", 0.5, "--guard", "off", "--guard is off")],
@@ -198,6 +199,7 @@ TABLE = {
     "doctor": {
         **dict.fromkeys(FINETUNE.keys() - {"--recipe", "--resume", "--out", "--overwrite", "--quiet"}, ALWAYS),
         "--alpha": [("--alpha", 1, "give --plan as well"), ("--plan", *FINETUNE["--alpha"][0])],
+        "--shard": [("--plan", "--shard", "one rank holds everything")],
         "--plan": ALWAYS, "--gpu-gib": ALWAYS, "--ranks": ALWAYS, "--json": ALWAYS,
         "--gpus-per-node": [("--plan", "--gpus-per-node", 4, "give --ranks as well")],
         "--link-gbit": [("--plan", "--link-gbit", 100, "give --ranks as well")],

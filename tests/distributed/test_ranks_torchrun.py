@@ -127,8 +127,9 @@ def test_commands_of_the_manual_are_torchruns_and_ours():
 
     text = (Path(__file__).parents[2] / "docs/many-gpus.md").read_text("utf-8").replace("\\\n", " ")
     commands = [line.split("torchrun ", 1)[1].split() for line in text.splitlines() if "torchrun --n" in line]
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
         found = parse_args(command)
         assert found.module and found.training_script == "orwcfm_fast.cli"
-        assert found.training_script_args == ["finetune", "--out", "runs/a"]
+        own = [a for a in found.training_script_args if a != "--shard"]
+        assert own == ["finetune", "--out", "runs/a"]
