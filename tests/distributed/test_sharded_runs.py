@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
 from kill_resume import difference
-from many_ranks import LOOP, base, records
+from many_ranks import LOOP, SMALL, base, records
 
 FIGURES = ("reward_mean", "loss_fm", "loss_w2", "ess", "w2_coupled", "velocity_gap", "diversity")
 
@@ -72,3 +72,29 @@ def test_one_process_has_nothing_to_shard(launch, run_cli):
         "error: --shard: spreads a model over several ranks, and there is one; start them by torchrun, or add "
         "--no-shard\n"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [(), ("--lora", 2, "--gradient-checkpointing")], ids=["all weights", "adapters"]
+)
+def test_a_pipeline_in_bfloat16_trains_in_shards_as_replicated(
+    launch, run_cli, pipeline_folder, prompts_file, more
+):
+    model = (
+        "--model",
+        f"diffusers:{pipeline_folder('flux')}",
+        "--prompts",
+        prompts_file,
+        "--reward",
+        "red.py:f",
+    )
+    sizes = ("--image-size", 8, "--prompt-tokens", 6, "--solver", "euler", "--grid", "own", "--nfe", 3)
+    loop = (*SMALL, "--probe", 6, "--rounds", 2, "--precision", "bf16", "--weights", "advantage", "--quiet")
+    Path("red.py").write_text("def f(x):\n    return x[:, 0].flatten(1).mean(1)\n")
+    for out, how in (("replicated", ()), ("sharded", ("--shard",))):
+        ended = launch(2, "finetune", *model, *loop, *sizes, *more, *how, "--out", out)
+        assert not any(ended.codes), ended.err
+    for mine, theirs in zip(records("replicated"), records("sharded"), strict=True):
+        for key in ("reward_mean", "loss_fm", "grad_norm_mean", "ess"):
+            assert mine[key] == pytest.approx(theirs[key], rel=0.05), key
