@@ -1,6 +1,7 @@
 """How the gradients of several processes become the gradient of their whole minibatch: by torch's own engines."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,8 @@ class ReplicatedGradient(LocalGradient):
 
     def __init__(self, network: nn.Module, may_skip: bool) -> None:
         super().__init__(network)
+        # of 1×1 convolutions in channels_last, whose gradients have the same memory under other strides
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         unsynchronised: dict[str, Any] = {SYNC_BUFFERS: False}
         self.network: DistributedDataParallel = DistributedDataParallel(
             network,
