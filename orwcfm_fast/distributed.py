@@ -6,6 +6,7 @@ a slice is all there is where there is one rank, and then nothing is exchanged.
 
 import os
 import pickle
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from orwcfm_fast.device import out_of_memory
 from orwcfm_fast.errors import UserError, WorkError
+from orwcfm_fast.heartbeats import heartbeats
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=6)  # for a rank whose reward is slow; gloo knows at once of one that died
@@ -158,6 +160,11 @@ class ProcessGroup:
         number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if device.index is not None:
             raise UserError(f"--device {device}: is one GPU for {self.world} ranks; say --device cuda")
+        if there == 1:  # each task of a scheduler may see one GPU, its own, and all call it the first
+            number = 0
+            seen = self.all((socket.gethostname(), str(torch.cuda.get_device_properties(0).uuid)))
+            if seen.count(seen[self.rank]) > 1:
+                number = self.world
         if number >= there:
             raise UserError(f"--device cuda: this machine has {there} GPUs; lower --nproc-per-node to that")
         torch.cuda.set_device(number)
@@ -245,9 +252,10 @@ def joined() -> Iterator[ProcessGroup]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     ranks = ProcessGroup(rank, world, store)
     try:
-        yield ranks
-        with ranks.together():  # nobody leaves before all have come
-            pass
+        with heartbeats(store, rank, world):
+            yield ranks
+            with ranks.together():  # nobody leaves before all have come
+                pass
         dist.destroy_process_group()
     finally:
         # gloo's threads let go of the last tensors a little later; one that does so in Python's own end aborts it

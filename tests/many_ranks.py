@@ -241,6 +241,19 @@ def other_packages() -> None:
         checkpoint.versions = lambda: own | {"torch": "0.0"}  # type: ignore[assignment]
 
 
+def hangs() -> None:
+    """Rank 1 stops for eight seconds, in which it gives no sign of life; two are enough here to miss it."""
+    from orwcfm_fast import heartbeats
+
+    heartbeats.INTERVAL, heartbeats.MISSED = 0.2, 2.0
+
+    def stop() -> None:
+        subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    at_step(6, 1, stop)
+
+
 def other_settings() -> None:
     if rank() == 1:
         sys.argv += ["--alpha", "3"]
@@ -259,6 +272,7 @@ ACTS: dict[str, Callable[[], None]] = {
     "other settings": other_settings,
     "signal of the first": lambda: at_step(6, 0, lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "signal": lambda: at_step(6, 1, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "hang": hangs,
     "kill": lambda: at_step(6, 1, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "bug": lambda: at_step(6, 1, raises),
 }

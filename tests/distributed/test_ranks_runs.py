@@ -1,10 +1,16 @@
 """Ranks save, resume, fail and stop as one."""
 
 import shutil
+import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from orwcfm_fast.distributed import ProcessGroup
+from orwcfm_fast.errors import UserError
 
 sys.path.append(str(Path(__file__).parents[1]))
 from kill_resume import difference
@@ -103,6 +109,33 @@ def test_a_killed_rank_is_lost_to_the_others_and_the_same_command_goes_on(launch
     other = launch(2, *LOOP, "cut", "--alpha", 3)
     assert other.codes == [2, 2]
     assert "".join(other.err) == "error: --out cut: holds a run with --alpha 1.0, not 3.0; choose another\n"
+
+
+def test_a_rank_that_hangs_is_missed_and_the_same_command_goes_on(launch, run_cli):
+    """Its sockets stay open, so that gloo and NCCL would wait for it."""
+    base(run_cli)
+    assert not any(launch(2, *LOOP, "whole").codes)
+    hung = launch(2, *LOOP, "cut", act="hang")
+    assert hung.codes[0] == 1
+    assert hung.err[0] == "error: no sign of life of rank 1 for 2 s; the last checkpoint stays\n"
+    assert not any(launch(2, *LOOP, "cut").codes)
+    assert difference(Path("whole"), Path("cut")) == ""
+
+
+def test_tasks_that_see_one_gpu_each_take_it_and_two_of_one_gpu_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    seen = SimpleNamespace(uuid="GPU-b")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: seen)
+    ranks = ProcessGroup(1, 2)
+    host = socket.gethostname()
+    for other, there in ((host, "GPU-a"), ("elsewhere", "GPU-b")):
+        monkeypatch.setattr(ranks, "all", lambda own, first=(other, there): [first, own])
+        assert ranks.device(torch.device("cuda")) == torch.device("cuda", 0)
+    monkeypatch.setattr(ranks, "all", lambda own: [(host, "GPU-b"), own])
+    with pytest.raises(UserError, match="has 1 GPUs"):
+        ranks.device(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,46 @@ def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(launch, run_cli, tor
         "torchrun may end the others before they notice"
     )
     assert out == "run run\n"
+    assert difference(Path("whole"), Path("run")) == ""
+
+
+WAITS = """
+import os, time
+from orwcfm_fast.method.step import PolicyOptimizer
+
+step, calls = PolicyOptimizer.step, []
+
+def counted(*args):
+    calls.append(1)
+    if len(calls) == 6 and not os.path.exists("inside"):
+        open("inside", "w").close()
+        time.sleep(3)
+    return step(*args)
+
+PolicyOptimizer.step = counted
+
+def f(x):
+    return x[:, 0]
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_during_a_step_saves_and_the_same_command_goes_on(launch, run_cli, torchrun):
+    base(run_cli)
+    Path("waits.py").write_text(WAITS)
+    more = ("--reward", "waits.py:f")
+    ranks = ("--standalone", "--nproc-per-node", 2, "-m", "orwcfm_fast.cli")
+    process = torchrun(*ranks, *LOOP, "run", *more)
+    while not Path("inside").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    began = time.monotonic()
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 60 and process.returncode != 0
+    assert "interrupted" in err and "saved at run/checkpoints/" in err, err
+    assert not any(launch(2, *LOOP, "whole", *more).codes)
+    assert not any(launch(2, *LOOP, "run", *more).codes)
     assert difference(Path("whole"), Path("run")) == ""
 
 

@@ -20,6 +20,7 @@ OF_OTHER_TOOLS = {
     "--ntasks-per-node",
     "--gpus-per-node",
     "--requeue",
+    "--gpus-per-task",
     "--strict",
 }
 
