@@ -145,6 +145,16 @@ def test_the_table_of_what_was_tried_is_that_of_its_result_file():
         assert f"| {' | '.join(cells)} | {confidence:.3f} | {deviation:.3f} |" in FIGURES
 
 
+def test_memory_is_that_of_its_result_file():
+    found = {row["way"]: row for row in results("memory-cpu")}
+    peaks = ", ".join(f"{found[way]['peak_ratio']:.2f}×" for way in ("fp32", "bf16", "lora"))
+    assert f"| {peaks} |" in FIGURES
+    assert (
+        f"| weights, gradients, optimiser and copies, with LoRA | {found['lora']['held_ratio']:.2f}× |"
+        in FIGURES
+    )
+
+
 def test_killed_runs_are_those_of_the_result_file():
     found = results("kill-resume")
     assert f"{found['equal']} of {found['trials']} runs" in FIGURES and f"{found['kills']} kills" in FIGURES
