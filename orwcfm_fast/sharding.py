@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from orwcfm_fast.distributed import ProcessGroup, rank_loss_reported
-from orwcfm_fast.networks.policy import Policy
 
 if TYPE_CHECKING:  # a second of imports, for many ranks alone
     from torch.distributed.fsdp import FSDPModule
+
+    from orwcfm_fast.networks.policy import Policy
 
 Files = dict[str, dict[str, Tensor]]  # of a checkpoint: tensors by name, by file
 
@@ -29,7 +30,7 @@ class ShardedNetworks:
         policies: trained and reference; those that share a network are sharded once.
     """
 
-    def __init__(self, policies: list[Policy], ranks: ProcessGroup) -> None:
+    def __init__(self, policies: "list[Policy]", ranks: ProcessGroup) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -112,7 +113,7 @@ def without_views(value: Any) -> Any:
     return value
 
 
-def called(policy: Policy) -> list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+def called(policy: "Policy") -> list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
     """The modules that a velocity calls, each with the arguments of such a call for one sample."""
     modules = [*policy.pipeline.denoisers.values()] if policy.pipeline else [policy.network]
     found: dict[int, Any] = {}

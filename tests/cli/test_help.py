@@ -9,7 +9,7 @@ import pytest
 from orwcfm_fast.cli import load_app
 from orwcfm_fast.cli.help import COMMAND_SECTIONS, SECTIONS
 
-COMMANDS = ["pretrain", "finetune", "sweep", "sample", "evaluate", "predict", "list", "doctor", "bench"]
+COMMANDS = ["pretrain", "finetune", "sweep", "sample", "evaluate", "predict", "doctor", "list", "bench"]
 HELP_NEEDS = {"orwcfm_fast", "typer", "click", "rich", "shellingham", "tomli_w", "attr"}
 HELP_NEEDS |= {
     "pydantic",

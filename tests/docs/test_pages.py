@@ -118,16 +118,29 @@ def test_the_table_of_rounds_on_paper_is_that_of_its_result_file():
 def test_the_table_of_methods_is_that_of_its_result_file():
     groups = {}
     for row in results("methods-digits")["runs"]:
-        groups.setdefault((row["alpha"], row["method"]), []).append(row["after"])
+        after = row["after"] | {"share": row["after"]["w2_coupled"] / row["least_w2"][1]}
+        groups.setdefault((row["alpha"], row["method"]), []).append(after)
     assert {(1, "orw-centred"), (0.3, "orw-centred")} <= groups.keys()
     for (alpha, method), found in groups.items():
         reward = statistics.median(after["reward"][0] for after in found)
-        w2, confidence, deviation = (
+        w2, share, confidence, deviation = (
             statistics.median(after[key] for after in found)
-            for key in ("w2_coupled", "confidence", "deviation")
+            for key in ("w2_coupled", "share", "confidence", "deviation")
         )
-        cells = (f"{alpha:g}", f"`{method}`", f"{len(found)}", f"{reward:.3f}", f"{w2:.2f}")
+        cells = (f"{alpha:g}", f"`{method}`", f"{len(found)}", f"{reward:.3f}", f"{w2:.2f}", f"{share:.2f}")
         assert f"| {' | '.join(cells)} | {confidence:.3f} | {deviation:.3f} |" in FIGURES
+
+
+def test_rewards_at_equal_drift_are_those_of_the_result_file():
+    from orwcfm_fast.benchmarks.methods import EQUAL_W2, reward_at
+
+    runs = [row for row in results("methods-digits")["runs"] if row["rounds"] == 8]
+    for w2 in EQUAL_W2:
+        cells = [f"{w2:g}"]
+        for method in ("orw", "orw-centred"):
+            mean, error = reward_at([row for row in runs if row["method"] == method], w2)
+            cells.append(f"{mean:.3f} ± {2 * error:.3f}")
+        assert f"| {' | '.join(cells)} |" in FIGURES
 
 
 def test_the_table_of_what_was_tried_is_that_of_its_result_file():
