@@ -19,7 +19,9 @@ from orwcfm_fast.planning.scaling import Cluster, RoundWork, ladder, stops_at, w
 from orwcfm_fast.settings import Finetune
 
 RANKS = 1024
-ROUND = Finetune(rollout=1024, batch=256, steps_per_round=16, chunk=8, gradient_checkpointing=True)
+ROUND = Finetune(
+    rollout=1024, batch=256, steps_per_round=16, chunk=8, micro_batch=4, gradient_checkpointing=True
+)
 LORA = 32
 REWARD_SECONDS = 0.05  # of a preference model for an image
 META = torch.device("meta")
@@ -132,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    kept = ROUND.model_dump(include={"rollout", "batch", "steps_per_round", "chunk"})
+    kept = ROUND.model_dump(include={"rollout", "batch", "steps_per_round", "chunk", "micro_batch"})
     found: dict[str, Any] = {
         "settings": kept | {"lora": LORA, "reward_seconds": REWARD_SECONDS},
         "rows": rows(),

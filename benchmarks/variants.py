@@ -114,27 +114,17 @@ def value_head() -> Iterator[None]:
         yield
 
 
-UNIFORM = times(lambda u: u)
-
-
-def with_uniform_times(change: Change) -> Change:
-    @contextmanager
-    def both() -> Iterator[None]:
-        with UNIFORM(), change():
-            yield
-
-    return both
-
+UNIFORM = {"times": "uniform"}
 
 VARIANTS: dict[str, tuple[Change, dict[str, Any]]] = {
     "as it is": (nullcontext, {}),
     "t of density 2(1 - t)": (times(lambda u: 1 - u.sqrt()), {}),
-    "uniform t": (UNIFORM, {}),
-    "uniform t, lr 5e-4": (UNIFORM, {"lr": 5e-4}),
-    "uniform t, mean of the last half": (with_uniform_times(averaged_steps), {}),
-    "uniform t, mean of the last half, no cooldown": (with_uniform_times(averaged_steps), {"cooldown": 0.0}),
-    "uniform t, two draws of a sample": (with_uniform_times(two_draws), {}),
-    "uniform t, value head": (with_uniform_times(value_head), {}),
+    "uniform t": (nullcontext, UNIFORM),
+    "uniform t, lr 5e-4": (nullcontext, {**UNIFORM, "lr": 5e-4}),
+    "uniform t, mean of the last half": (averaged_steps, UNIFORM),
+    "uniform t, mean of the last half, no cooldown": (averaged_steps, {**UNIFORM, "cooldown": 0.0}),
+    "uniform t, two draws of a sample": (two_draws, UNIFORM),
+    "uniform t, value head": (value_head, UNIFORM),
 }
 
 

@@ -98,9 +98,9 @@ def doctor(
                     say(f"training {name}")
                 _show_plan(one, s)
                 if ranks > 1:
-                    _show_scaling(_work(name, one, s, ranks, reward_seconds or 0.0), cluster)
+                    _show_scaling(_work(name, one, s, reward_seconds or 0.0), cluster)
         if as_json:
-            work = {name: _work(name, one, s, ranks, reward_seconds or 0.0) for name, one in plans.items()}
+            work = {name: _work(name, one, s, reward_seconds or 0.0) for name, one in plans.items()}
             _print_json(plans, work, cluster)
         return
     if given or config or gpu_gib or ranks > 1 or on or reward_seconds is not None:
@@ -136,12 +136,12 @@ def _plans(s: Finetune, gpu_gib: float | None, ranks: int, as_json: bool) -> dic
         return {"": plan_run(s, ranks)}
 
 
-def _work(name: str, plan: "Plan", s: Finetune, ranks: int, reward_seconds: float) -> "RoundWork":
+def _work(name: str, plan: "Plan", s: Finetune, reward_seconds: float) -> "RoundWork":
     from orwcfm_fast.planning.scaling import RoundWork
 
-    weights = plan.held.get("transformer", plan.held.get("weights", 0)) * (ranks if s.shard else 1)
-    s = s.model_copy(update={"lora": s.lora or int("adapters" in name)})
-    return RoundWork.of(s, plan.flops, weights, plan.gradients, s.shard, reward_seconds)
+    lora = s.lora or int("adapters" in name)
+    s = s.model_copy(update={"lora": lora, "micro_batch": plan.micro_batch, "chunk": plan.chunk})
+    return RoundWork.of(s, plan.flops, plan.weights, plan.gradients, s.shard, reward_seconds)
 
 
 def _print_json(plans: dict[str, "Plan"], work: dict[str, "RoundWork"], cluster: "Cluster") -> None:

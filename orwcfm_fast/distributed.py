@@ -23,6 +23,7 @@ from orwcfm_fast.errors import UserError, WorkError
 from orwcfm_fast.heartbeats import heartbeats
 
 T = TypeVar("T")
+OF_CONNECTIONS = ("gloo", "nccl", "connection", "socket", "peer", "broken pipe")  # in messages of torch
 PATIENCE = timedelta(hours=6)  # for a rank whose reward is slow; gloo knows at once of one that died
 
 
@@ -160,13 +161,13 @@ class ProcessGroup:
         number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if device.index is not None:
             raise UserError(f"--device {device}: is one GPU for {self.world} ranks; say --device cuda")
-        if there == 1:  # each task of a scheduler may see one GPU, its own, and all call it the first
-            number = 0
-            seen = self.all((socket.gethostname(), str(torch.cuda.get_device_properties(0).uuid)))
-            if seen.count(seen[self.rank]) > 1:
-                number = self.world
-        if number >= there:
-            raise UserError(f"--device cuda: this machine has {there} GPUs; lower --nproc-per-node to that")
+        # each task of a scheduler may see one GPU, its own, and all call it the first
+        number = 0 if there == 1 else number
+        uuid = str(torch.cuda.get_device_properties(number).uuid) if number < there else ""
+        seen = self.all((socket.gethostname(), uuid, there))
+        for host, uuid, count in seen:
+            if not uuid or seen.count((host, uuid, count)) > 1:
+                raise UserError(f"--device cuda: {host} has {count} GPUs; lower --nproc-per-node to that")
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
 
@@ -195,8 +196,11 @@ def _portable(error: Exception) -> Exception:
 
 
 @contextmanager
-def rank_loss_reported() -> Iterator[None]:
+def rank_loss_reported(among_others: bool = False) -> Iterator[None]:
     """Around collectives.
+
+    Args:
+        among_others: other work may fail there as well; only what speaks of connections is a lost rank.
 
     Raises:
         RankLost: one of them failed, but for lack of memory.
@@ -204,7 +208,9 @@ def rank_loss_reported() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if out_of_memory(error):
+        text = str(error).lower()
+        other = among_others and not isinstance(error, dist.DistError)
+        if out_of_memory(error) or (other and not any(word in text for word in OF_CONNECTIONS)):
             raise
         raise RankLost("lost another rank, which ended or cannot be reached; torchrun says which") from error
 

@@ -64,7 +64,7 @@ class ShardedNetworks:
             cast(nn.Module, gathering).register_forward_pre_hook(
                 lambda *_, k=number: self._before(k), prepend=True
             )
-        ranks.finish = self.finish
+        ranks.finish = torch.no_grad()(self.finish)  # a step's backward pass calls it with gradient
 
     def _next(self, wanted: int) -> int:
         """The number of the network that all ranks call next: the lowest that one of them wants."""

@@ -73,19 +73,14 @@ class ReplicatedGradient(LocalGradient):
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        if last:
-            yield
-        else:
+        """Raises OutOfStep where memory runs out when buckets may be on their way to other processes."""
+        if not last:
             with self.network.no_sync():
                 yield
-
-    def backward(self, v: Tensor, dv: Tensor, last: bool) -> None:
-        """Raises OutOfStep where memory runs out when other processes have received a part of the gradient."""
-        if not last:
-            return v.backward(dv)
+            return
         try:
-            with rank_loss_reported():
-                v.backward(dv)
+            with rank_loss_reported(among_others=True):
+                yield
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -122,7 +117,7 @@ class ShardedGradient(LocalGradient):
         yield
 
     def backward(self, v: Tensor, dv: Tensor, last: bool) -> None:
-        with rank_loss_reported():
+        with rank_loss_reported(among_others=True):
             joined = self.sharded.finish()
             torch.autograd.backward([v, *joined], [dv, *map(torch.zeros_like, joined)])
 

@@ -59,9 +59,8 @@ class Minibatches:
         s, rollout = self.settings, self.rollout
         pick = self.order[k * s.batch : (k + 1) * s.batch]
         index = noise.indices((self.number * len(self) + k) * s.batch, s.batch, self.seed.device)
-        batch = couple(
-            rollout.x1[pick], self.signal[pick], self.alpha, self.seed, index, s.coupling, self.row.late
-        )
+        late = self.row.late if s.times == "own" else s.times == "late"
+        batch = couple(rollout.x1[pick], self.signal[pick], self.alpha, self.seed, index, s.coupling, late)
         if rollout.condition is not None:
             batch = replace(batch, condition=rollout.condition[pick])
         if s.coupling == "independent" and not self.row.reads_velocity:

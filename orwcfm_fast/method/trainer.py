@@ -149,7 +149,7 @@ class Trainer:
         if self.policy.pipeline and condition is not None:
             self.policy.pipeline.read_ahead(condition)
         with ExitStack() as stack:
-            with self.stage("rollout"), self.sampled_policy():
+            with self.sampled_policy(), self.stage("rollout"):  # a rank joins calls of the others at its end
                 part, scoring = self.sizes.fit(
                     "chunk", lambda chunk: self.draw(chunk, mine, condition), s.rollout
                 )
@@ -203,7 +203,7 @@ class Trainer:
 
     def anchors(self, batches: Minibatches) -> Anchors:
         """The velocities that the round holds the policy to, from the policy as it drew the round."""
-        with self.phases("reference"), self.ranks.together(), self.old_policy():
+        with self.phases("reference"), self.old_policy(), self.ranks.together():
             return compute_anchors(
                 batches,
                 (lambda batch: velocities(self.policy, batch, self.sizes)) if self.method.old else None,

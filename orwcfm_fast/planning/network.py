@@ -173,5 +173,6 @@ def make_plan(
         str(device), micro_batch, chunk, held, stepping, rollout_at(chunk),
         scoring_at(reward_batch), process, limit, seconds,
         probe=memory.probe(chunk), evaluation=memory.evaluation(chunk),
-        reward_batch=reward_batch if reward_batch < rollout else 0, flops=velocity_flops(policy), gradients=gradients,
+        reward_batch=reward_batch if reward_batch < rollout else 0, flops=velocity_flops(policy),
+        weights=policy.precision.itemsize * sum(p.numel() for p in policy.network.parameters()), gradients=gradients,
     )  # fmt: skip

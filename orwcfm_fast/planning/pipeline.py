@@ -254,6 +254,7 @@ def _plan(
         memory.probe(chunk),
         memory.evaluation(chunk),
         flops=flops,
+        weights=policy.precision.itemsize * sum(p.numel() for p in policy.network.parameters()),
         gradients=trained,
     )
 

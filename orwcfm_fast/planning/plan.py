@@ -30,7 +30,8 @@ class Plan:
         process: Python, torch and its libraries themselves (CPU only).
         limit: memory of the device. seconds: of a round, by phase.
         encoding: by part, what embedding the prompts takes before anything else is loaded.
-        flops: of one sample's velocity. gradients: bytes of those of all that is trained.
+        flops: of one sample's velocity. weights, gradients: bytes of the network as it computes, and of the
+            gradients of all that is trained.
     """
 
     device: str
@@ -48,6 +49,7 @@ class Plan:
     evaluation: dict[str, int] = field(default_factory=dict)
     reward_batch: int = 0
     flops: float = 0.0
+    weights: int = 0
     gradients: int = 0
 
     @property

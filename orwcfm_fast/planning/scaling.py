@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from orwcfm_fast.method.objectives import METHODS
@@ -55,10 +56,11 @@ class RoundWork:
     Attributes:
         forward, backward: FLOP of a sample's velocity, and of its backward pass with what it computes again.
         weights, gradients: bytes of the network as it computes, and of the gradients of what is trained.
-        rollout, batch, steps, nfe, chunk: as the settings have them.
+        rollout, batch, steps, nfe: as the settings have them. chunk, micro_batch: samples at once on a rank.
         anchors: velocities of each draw before the first step.
         reward_seconds: of one sample, on a reward server of its own.
-        sharded: weights, gradients and optimiser are spread over the ranks.
+        sharded: weights, gradients and optimiser are spread over the ranks. accumulates: gradients are then summed
+            once a step, not after every micro-batch.
     """
 
     forward: float
@@ -70,9 +72,11 @@ class RoundWork:
     steps: int
     nfe: int
     chunk: int
+    micro_batch: int
     anchors: int
     reward_seconds: float = 0.0
     sharded: bool = False
+    accumulates: bool = False
 
     @classmethod
     def of(
@@ -90,7 +94,7 @@ class RoundWork:
         anchors = method.old + method.has_reference(s.alpha)
         return cls(
             forward, backward, weights, gradients, s.rollout, s.batch, s.steps_per_round, s.nfe, s.chunk,
-            anchors, reward_seconds, sharded,
+            s.micro_batch or s.batch, anchors, reward_seconds, sharded, s.lora > 0,
         )  # fmt: skip
 
 
@@ -125,25 +129,26 @@ def round_time(work: RoundWork, cluster: Cluster) -> RoundTime:
         calls = math.ceil(samples / at_once)
         return max(samples * work.forward / rate, calls * gather)
 
-    calls = math.ceil(draws / work.chunk) * work.nfe + work.steps * (work.anchors + 2)
-    received = calls * work.weights * (1 - 1 / n) if work.sharded else 0.0
+    parts = math.ceil(rows / work.micro_batch)
     forward, backward = rows * work.forward / rate, rows * work.backward / rate
-    computed = forward + backward
-    taken = max(forward, gather)
+    computed = taken = forward + backward
+    received = 0.0
     if many and work.sharded:
-        taken += max(backward, gather + cluster.gather_seconds(work.gradients))
-        received += work.steps * work.gradients * (1 - 1 / n)
+        sums = 1 if work.accumulates else parts
+        reduced = cluster.gather_seconds(work.gradients)
+        taken = max(forward, parts * gather) + max(backward, parts * gather + sums * reduced)
+        calls = math.ceil(draws / work.chunk) * work.nfe + work.steps * parts * (work.anchors + 2)
+        received = (calls * work.weights + work.steps * sums * work.gradients) * (1 - 1 / n)
     elif many:
         last = cluster.sum_seconds(min(BUCKET, work.gradients))
-        taken += max(backward, cluster.sum_seconds(work.gradients)) + last
-        received += 2 * work.steps * work.gradients * (1 - 1 / n)
-    else:
-        taken += backward
+        beside = cluster.sum_seconds(work.gradients) - last
+        taken = forward + backward * (1 - 1 / parts) + max(backward / parts, beside) + last
+        received = 2 * work.steps * work.gradients * (1 - 1 / n)
     rollout = work.nfe * velocities(draws, work.chunk)
     return RoundTime(
         n,
         rollout,
-        work.steps * work.anchors * velocities(rows, rows),
+        work.steps * work.anchors * velocities(rows, work.micro_batch),
         work.steps * computed,
         work.steps * (taken - computed),
         received,
@@ -179,7 +184,8 @@ def why_it_stops(work: RoundWork, here: RoundTime, there: RoundTime) -> str:
 def velocity_flops(policy: Policy) -> float:
     """FLOP of one sample's velocity (matrix products, convolutions, attention), both passes of guidance included."""
     condition = None if policy.conditions is None else torch.zeros(1, dtype=torch.int64)
-    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+    # by products of matrices: the counter knows no flash attention of a CPU
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         x = torch.zeros(1, *policy.shape, device=policy.device)
         policy.velocity(torch.zeros(1, device=policy.device), x, condition)
     return float(counted.get_total_flops())

@@ -13,6 +13,17 @@ DEADLINE = 45.0
 SHOW_CURSOR = b"\x1b[?25h"  # a live progress bar hides it
 
 
+def _forget_signals() -> None:
+    """In a forked child, of a reward, say: its signals are not this process's."""
+    signal.set_wakeup_fd(-1)
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), SignalHandler):
+            signal.signal(number, usual)
+
+
+os.register_at_fork(after_in_child=_forget_signals)
+
+
 class StopRequested(Exception):
     """Raised by `SignalHandler.raise_if_stopped` where the state of training is consistent and can be saved."""
 
@@ -25,8 +36,8 @@ class SignalHandler(Callback):
 
     Args:
         exit_message: the line printed by a second Ctrl-C; with an empty one, no signal prints anything.
-        deadline: seconds after a SIGTERM at which the process ends, wherever it is: one that waits inside an exchange
-            for a rank that is gone comes to no boundary. What was saved last stays. None: no such end.
+        deadline: seconds after a SIGTERM within which the process must come to where it can save, or it ends: one that
+            waits inside an exchange for a rank that is gone never does. What was saved last stays. None: no such end.
 
     Attributes:
         signal: number of the first signal received, or None.
@@ -82,6 +93,7 @@ class SignalHandler(Callback):
     def raise_if_stopped(self) -> None:
         """Raise StopRequested if a signal was received; called where training can be saved."""
         if self.signal is not None:
+            self._left.set()
             raise StopRequested
 
     def on_boundary(self, trainer) -> None:

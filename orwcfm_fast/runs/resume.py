@@ -8,7 +8,7 @@ from orwcfm_fast.distributed import launched
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.networks.models import defaults_of
 from orwcfm_fast.runs.resolve import agrees, left_open
-from orwcfm_fast.runs.run import CONFIG, read_command
+from orwcfm_fast.runs.run import CONFIG, FORMER, read_command
 from orwcfm_fast.settings import Finetune, build, read_toml
 
 MAY_CHANGE = ("rounds", "device", "log", "graph", "shard")
@@ -30,9 +30,9 @@ def restarted_settings(settings: Finetune, out: Path | None, overwrite: bool) ->
         return None
     if read_command(out) != "finetune":
         return None
-    own = build(Finetune, read_toml(out / CONFIG), where=f"{out / CONFIG}: ")
+    own = build(Finetune, FORMER, read_toml(out / CONFIG), where=f"{out / CONFIG}: ")
     published = ("lora", "lora_alpha", "lora_kind") if own.lora_init else ()
-    by_model = {*defaults_of(own.model), *published} - settings.model_fields_set
+    by_model = {*defaults_of(own.model), *published, *FORMER} - settings.model_fields_set
     given = {k: v for k, v in settings.model_dump().items() if k not in by_model and not left_open(k, v)}
     for key, value in given.items():
         if key not in MAY_CHANGE and not agrees(key, value, getattr(own, key)):

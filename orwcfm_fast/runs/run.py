@@ -17,7 +17,7 @@ from orwcfm_fast.runs.lock import LOCK, RunLock
 from orwcfm_fast.settings import S, build, read_toml, to_toml
 
 CONFIG, METRICS, SUMMARY, FORECAST = "config.toml", "metrics.jsonl", "summary.json", "forecast.json"
-FORMER = {"lora_targets": ["all"]}  # what runs had before they recorded these settings
+FORMER = {"lora_targets": ["all"], "times": "uniform"}  # what runs had before they recorded these settings
 HEADER = "# orwcfm "
 MAX_METRICS_BYTES = 1 << 30
 

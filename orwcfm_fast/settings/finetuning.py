@@ -8,6 +8,7 @@ from orwcfm_fast.settings.rewards import RewardsWithHoldout
 from orwcfm_fast.settings.sampling import Sampling
 from orwcfm_fast.settings.training import Training
 
+Times = Literal["own", "uniform", "late"]
 LoraKind = Literal["plain", "dora", "rslora"]
 Best = Literal["reward_mean", "reward_max", "ess", "diversity", "w2_coupled", "none"]
 
@@ -63,6 +64,11 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
         help="share of the steps, at the end of each round, over which the learning rate falls to zero",
         ge=0,
         le=1,
+    )
+    times: Times = setting(
+        "own",
+        panel="Training",
+        help="density of the times t of the draws: uniform, late (2t), or the method's own, late for orw-centred",
     )
     graph: bool = setting(
         False,

@@ -92,6 +92,7 @@ FINETUNE = {
     "--standardize-rewards": [("--standardize-rewards", "--weights", "advantage", "standardises a single reward")],
     "--batch": ALWAYS, "--lr": ALWAYS, "--warmup": ALWAYS, "--grad-clip": ALWAYS, "--steps-per-round": ALWAYS,
     "--cooldown": ALWAYS,
+    "--times": ALWAYS,
     "--graph": ALWAYS,  # refused where there is no GPU
     "--micro-batch": [("--micro-batch", 64, "--batch", 64, "a batch of 64 is no larger")],
     "--lora": ALWAYS,

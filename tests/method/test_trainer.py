@@ -49,11 +49,11 @@ def plain_ot(x1, w, alpha, seed, index, weights_follow):
     return coupling.Batch(x1, t, interpolate(x1, t, seed, index), index, w, torch.full_like(w, alpha))
 
 
-def weights_left_behind(x1, w, alpha, seed, index, kind):
+def weights_left_behind(x1, w, alpha, seed, index, kind, late):
     return plain_ot(x1, w, alpha, seed, index, False)
 
 
-def weights_carried_along(x1, w, alpha, seed, index, kind):
+def weights_carried_along(x1, w, alpha, seed, index, kind, late):
     return plain_ot(x1, w, alpha, seed, index, True)
 
 

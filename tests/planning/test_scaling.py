@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orwcfm_fast.networks.policy import make_policy
+from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.planning.scaling import (
     Cluster,
     RoundWork,
@@ -20,7 +20,8 @@ from orwcfm_fast.planning.scaling import (
 
 ROOT = Path(__file__).parents[2]
 WORK = RoundWork(
-    forward=1e12, backward=2e12, weights=2e9, gradients=4e9, rollout=256, batch=64, steps=4, nfe=10, chunk=8, anchors=2
+    forward=1e12, backward=2e12, weights=2e9, gradients=4e9, rollout=256, batch=64, steps=4, nfe=10, chunk=8,
+    micro_batch=64, anchors=2,
 )  # fmt: skip
 
 
@@ -52,6 +53,18 @@ def test_shards_are_gathered_for_every_call():
     assert t.bytes == pytest.approx((calls * 2e9 + 4 * 4e9) * 15 / 16)
 
 
+def test_parts_of_a_minibatch_gather_and_reduce_each_for_itself():
+    whole = replace(WORK, sharded=True)
+    in_parts = round_time(replace(whole, micro_batch=1), Cluster(16, tflops=100))  # four of one sample
+    calls = 2 * 10 + 4 * 4 * (2 + 2)
+    assert in_parts.bytes == pytest.approx((calls * 2e9 + 4 * 4 * 4e9) * 15 / 16)
+    kept = round_time(replace(whole, micro_batch=1, accumulates=True), Cluster(16, tflops=100))
+    assert kept.bytes == pytest.approx((calls * 2e9 + 4 * 4e9) * 15 / 16)
+    slow = Cluster(16, link_gbit=1, tflops=100)
+    alone, parts = (round_time(replace(WORK, micro_batch=n), slow).exchange for n in (4, 1))
+    assert parts > alone  # the sum hides behind the last part's backward pass alone
+
+
 def test_more_ranks_than_samples_do_not_pay():
     times = ladder(WORK, Cluster(1024, tflops=100))
     assert [t.ranks for t in times] == [2**k for k in range(11)]
@@ -70,6 +83,20 @@ def test_work_of_a_velocity_is_that_of_its_matrix_products():
     policy = make_policy("mlp", "two-gaussians", (2,), torch.device("cpu"))
     sizes = [m.weight.numel() for m in policy.network.modules() if isinstance(m, torch.nn.Linear)]
     assert velocity_flops(policy) == 2 * sum(sizes)
+
+
+def test_attention_is_counted_by_its_products():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.none = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, t, x):
+            q = x.view(1, 2, 8, 4)
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q).view_as(x)
+
+    policy = Policy(Attention(), (64,), "", "")
+    assert velocity_flops(policy) == 2 * 2 * 2 * 8 * 8 * 4
 
 
 @pytest.mark.slow

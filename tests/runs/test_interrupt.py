@@ -237,6 +237,26 @@ def test_a_process_that_cannot_save_after_sigterm_ends_at_its_deadline(what, cod
         assert "1 s after SIGTERM; the last checkpoint stays" in err and time.monotonic() - began < 30
 
 
+FORKS = """
+import multiprocessing, signal, time
+from orwcfm_fast.runs.interrupt import SignalHandler
+with SignalHandler("", deadline=1.0) as signals:
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    time.sleep(0.3)
+    worker.terminate()  # SIGTERM, of which this process must not hear
+    worker.join()
+    time.sleep(2.5)
+    assert worker.exitcode == -signal.SIGTERM and signals.signal is None
+print("left")
+"""
+
+
+def test_a_signal_to_a_forked_worker_of_a_reward_is_not_this_processs():
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
+
+
 SLOW_REWARD = (
     "import time\ndef f(x):\n    open('scoring', 'w').close()\n    time.sleep(60)\n    return x[:, 0]\n"
 )
