@@ -21,7 +21,9 @@ def near(one: str, other: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [(), ("--lora", 4), ("--method", "nft")], ids=["all weights", "adapters", "averages"]
+    "more",
+    [(), ("--lora", 4), ("--method", "nft", "--micro-batch", 2)],
+    ids=["all weights", "adapters", "averages"],
 )
 def test_saved_in_shards_on_four_ranks_resumed_whole_on_one_and_back(launch, run_cli, more):
     base(run_cli)
