@@ -109,13 +109,18 @@ def rows() -> list[dict[str, Any]]:
         parameters, flops, adapters = counted(model)
         for trained in ("adapters", "all weights"):
             full = trained == "all weights"
-            s = ROUND.model_copy(update={"nfe": model.nfe, "lora": 0 if full else LORA})
+            s = ROUND.model_copy(
+                update={
+                    "nfe": model.nfe,
+                    "lora": 0 if full else LORA,
+                    "shard": full and model.sharded_when_full,
+                }
+            )
             work = RoundWork.of(
                 s,
                 flops,
                 2 * parameters,
                 4 * (parameters if full else adapters),
-                full and model.sharded_when_full,
                 REWARD_SECONDS,
             )
             times = ladder(work, Cluster(RANKS))
@@ -125,7 +130,7 @@ def rows() -> list[dict[str, Any]]:
                 "velocity_tflop": flops / 1e12, "gradient_bytes": work.gradients,
                 "rounds": [asdict(t) | {"total": t.total, "faster": times[0].total / t.total} for t in times],
                 "pays_to": (end[0] if end else times[-1]).ranks,
-                "because": why_it_stops(work, *end) if end else "",
+                "because": why_it_stops(work, end[1]) if end else "",
             })  # fmt: skip
     return found
 

@@ -92,16 +92,17 @@ def doctor(
         from orwcfm_fast.planning.scaling import Cluster
 
         cluster = Cluster(ranks, **on)
-        for name, one in (plans := _plans(s, gpu_gib, ranks, as_json)).items():
-            if not as_json:
-                if name:
-                    say(f"training {name}")
-                _show_plan(one, s)
-                if ranks > 1:
-                    _show_scaling(_work(name, one, s, reward_seconds or 0.0), cluster)
+        plans = _plans(s, gpu_gib, ranks, as_json)
+        work = {name: _work(name, one, s, reward_seconds or 0.0) for name, one in plans.items()}
         if as_json:
-            work = {name: _work(name, one, s, reward_seconds or 0.0) for name, one in plans.items()}
             _print_json(plans, work, cluster)
+            return
+        for name, one in plans.items():
+            if name:
+                say(f"training {name}")
+            _show_plan(one, s)
+            if ranks > 1:
+                _show_scaling(work[name], cluster)
         return
     if given or config or gpu_gib or ranks > 1 or on or reward_seconds is not None:
         raise UserError("settings are for a plan: give --plan as well")
@@ -141,7 +142,7 @@ def _work(name: str, plan: "Plan", s: Finetune, reward_seconds: float) -> "Round
 
     lora = s.lora or int("adapters" in name)
     s = s.model_copy(update={"lora": lora, "micro_batch": plan.micro_batch, "chunk": plan.chunk})
-    return RoundWork.of(s, plan.flops, plan.weights, plan.gradients, s.shard, reward_seconds)
+    return RoundWork.of(s, plan.flops, plan.weights, plan.gradients, reward_seconds)
 
 
 def _print_json(plans: dict[str, "Plan"], work: dict[str, "RoundWork"], cluster: "Cluster") -> None:
@@ -176,7 +177,7 @@ def _show_scaling(work: "RoundWork", cluster: "Cluster") -> None:
     columns = ["ranks", "rollout s", "anchors s", "steps s", "waiting s", "round s", "faster", "GiB received"]
     console.out.print(console.plain_table(columns + ["reward servers"] * (work.reward_seconds > 0), rows))
     if found := stops_at(times):
-        say(f"more than {found[0].ranks} do not pay: {why_it_stops(work, *found)}")
+        say(f"more than {found[0].ranks} do not pay: {why_it_stops(work, found[1])}")
 
 
 def _show_plan(found: "Plan", s: Finetune) -> None:

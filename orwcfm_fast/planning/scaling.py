@@ -6,7 +6,7 @@ set; nothing here is measured.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -80,13 +80,7 @@ class RoundWork:
 
     @classmethod
     def of(
-        cls,
-        s: Finetune,
-        forward: float,
-        weights: float,
-        gradients: float,
-        sharded: bool,
-        reward_seconds: float,
+        cls, s: Finetune, forward: float, weights: float, gradients: float, reward_seconds: float
     ) -> "RoundWork":
         """Of a run with these settings. With adapters nothing is spent on the gradient of frozen weights."""
         method = METHODS.get(s.method)
@@ -94,7 +88,7 @@ class RoundWork:
         anchors = method.old + method.has_reference(s.alpha)
         return cls(
             forward, backward, weights, gradients, s.rollout, s.batch, s.steps_per_round, s.nfe, s.chunk,
-            s.micro_batch or s.batch, anchors, reward_seconds, sharded, s.lora > 0,
+            s.micro_batch or s.batch, anchors, reward_seconds, s.shard, s.lora > 0,
         )  # fmt: skip
 
 
@@ -159,9 +153,7 @@ def round_time(work: RoundWork, cluster: Cluster) -> RoundTime:
 def ladder(work: RoundWork, cluster: Cluster) -> list[RoundTime]:
     """The round on 1, 2, 4, … and on all ranks of the cluster."""
     sizes = [2**k for k in range(cluster.ranks.bit_length()) if 2**k < cluster.ranks] + [cluster.ranks]
-    return [
-        round_time(work, Cluster(n, cluster.gpus_per_node, cluster.link_gbit, cluster.tflops)) for n in sizes
-    ]
+    return [round_time(work, replace(cluster, ranks=n)) for n in sizes]
 
 
 def stops_at(times: Sequence[RoundTime]) -> tuple[RoundTime, RoundTime] | None:
@@ -172,8 +164,8 @@ def stops_at(times: Sequence[RoundTime]) -> tuple[RoundTime, RoundTime] | None:
     return None
 
 
-def why_it_stops(work: RoundWork, here: RoundTime, there: RoundTime) -> str:
-    """In words: what does not fall from the one to the other."""
+def why_it_stops(work: RoundWork, there: RoundTime) -> str:
+    """In words: what does not fall any more where the round is no longer worth its ranks."""
     if there.exchange > there.steps:
         return "a step would wait longer for its exchange than it computes"
     if work.batch < there.ranks:

@@ -9,7 +9,7 @@ from types import FrameType
 from orwcfm_fast.method.callbacks import Callback
 
 DEADLINE = 45.0
-"""Seconds after SIGTERM in which a process of many must have saved and left: schedulers kill after about a minute."""
+"""Seconds after SIGTERM in which one process of many must come to where it can save."""
 SHOW_CURSOR = b"\x1b[?25h"  # a live progress bar hides it
 
 

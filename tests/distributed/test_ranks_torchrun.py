@@ -31,16 +31,18 @@ def torchrun():
         process.wait(60)
 
 
-KILLS = """
-import os, signal
+def reward_with_step(condition: str, action: str) -> str:
+    """Text of a reward whose import makes each rank do something before its sixth step where a condition holds."""
+    return f"""
+import os, signal, time
 from orwcfm_fast.method.step import PolicyOptimizer
 
 step, calls = PolicyOptimizer.step, []
 
 def counted(*args):
     calls.append(1)
-    if len(calls) == 6 and (os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT")) == ("1", "0"):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if len(calls) == 6 and {condition}:
+        {action}
     return step(*args)
 
 PolicyOptimizer.step = counted
@@ -48,6 +50,13 @@ PolicyOptimizer.step = counted
 def f(x):
     return x[:, 0]
 """
+
+
+KILLS = reward_with_step(
+    '(os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT")) == ("1", "0")',
+    "os.kill(os.getpid(), signal.SIGKILL)",
+)
+WAITS = reward_with_step('not os.path.exists("inside")', 'open("inside", "w").close(); time.sleep(3)')
 
 
 @pytest.mark.slow
@@ -64,26 +73,6 @@ def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(launch, run_cli, tor
     )
     assert out == "run run\n"
     assert difference(Path("whole"), Path("run")) == ""
-
-
-WAITS = """
-import os, time
-from orwcfm_fast.method.step import PolicyOptimizer
-
-step, calls = PolicyOptimizer.step, []
-
-def counted(*args):
-    calls.append(1)
-    if len(calls) == 6 and not os.path.exists("inside"):
-        open("inside", "w").close()
-        time.sleep(3)
-    return step(*args)
-
-PolicyOptimizer.step = counted
-
-def f(x):
-    return x[:, 0]
-"""
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_more_ranks_than_samples_do_not_pay():
     assert [t.ranks for t in times] == [2**k for k in range(11)]
     here, there = stops_at(times)
     assert here.ranks == 64 and here.total / there.total < 1.5
-    assert "minibatch of 64" in why_it_stops(WORK, here, there)
+    assert "minibatch of 64" in why_it_stops(WORK, there)
     assert ladder(WORK, Cluster(48))[-1].ranks == 48
 
 
