@@ -175,3 +175,22 @@ class FastUNet(nn.Module):
         if self.use_checkpoint and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(block, h, emb, use_reentrant=False))
         return cast(Tensor, block(h, emb))
+
+
+class PatchUNet(FastUNet):
+    """A FastUNet that sees each patch of p×p pixels as one pixel of p² times the channels.
+
+    Args:
+        dim: (C, H, W) of a sample; p divides H and W.
+        patch: p.
+        arguments: those of FastUNet, whose image is (C·p², H/p, W/p).
+    """
+
+    def __init__(self, dim: Sequence[int], patch: int, **arguments) -> None:
+        channels, height, width = dim
+        super().__init__((channels * patch**2, height // patch, width // patch), **arguments)
+        self.patch = patch
+
+    def forward(self, t: Tensor | float, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """As FastUNet's, of the whole image."""
+        return F.pixel_shuffle(super().forward(t, F.pixel_unshuffle(x, self.patch), y), self.patch)
