@@ -4,7 +4,7 @@
 
 digits, points: α of 0.1, 0.3, 1 and 3 by three τ, each after 8 and after 14 rounds; a summary says how often what was
 reached lies within the forecast's interval. rest: τ = 0, where the forecast says that nothing moves. Every run is
-measured on noise that neither the forecast nor the training has drawn.
+measured on noise that neither the forecast nor the training has drawn. Runs that FILE holds already are not repeated.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from orwcfm_fast.theory.prediction import draw_reference, forecast_grid
 
 CPU = torch.device("cpu")
 ALPHAS, TAUS, AFTER = (0.1, 0.3, 1.0, 3.0), (0.25, 0.5, 1.0), (8, 14)
-FIT: dict[str, dict[str, Any]] = {  # digits: what a user runs; points: steps enough that the network fits each round
+FIT: dict[
+    str, dict[str, Any]
+] = {  # digits: what a user runs; points: steps enough that the network fits each round
     "digits": {},
     "points": {"rollout": 8192, "batch": 512, "steps_per_round": 200, "lr": 2e-3, "warmup": 10, "probe": 64},
 }
@@ -138,12 +141,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     parts = arguments.parts or ["digits", "points", "rest"]
-    found: dict[str, Any] = {
+    about: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(CPU),
         "versions": checkpoint.versions(),
         "rows": [],
     }
+    found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else about
 
     def keep(row: dict[str, Any]) -> None:
         print(json.dumps(row), flush=True)
@@ -155,9 +159,10 @@ def main() -> None:
         base = model_of("digits" if data == "digits" else "two-gaussians")
         if data in parts:
             ahead = forecasts_of(data, base, arguments.method)
-            for tau in TAUS:
-                for alpha in ALPHAS:
-                    for row in calibrate(Case(data, alpha, tau, arguments.method), base, ahead[alpha, tau]):
+            for tau, alpha in product(TAUS, ALPHAS):
+                case = Case(data, alpha, tau, arguments.method)
+                if not any(vars(case).items() <= row.items() for row in found["rows"]):
+                    for row in calibrate(case, base, ahead[alpha, tau]):
                         keep(row)
         if "rest" in parts:
             for name in ("orw-centred", "orw"):

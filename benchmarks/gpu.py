@@ -52,12 +52,12 @@ def sizes(dry: bool) -> Sizes:
         shapes: tuple[tuple[int, ...], ...] = ((4, 1, 8, 8), (2, 3, 32, 32))
         collected = (*GPU_TESTS, "--collect-only")
         return Sizes(
-            torch.device("cpu"), 2**20, shapes, ((2, 32, 8, 8),), "digits", (2,), 4, 1, small, 1.0, collected
+            torch.device("cpu"), 2**20, shapes, ((2, 32, 8, 8),), "digits", (2,), 4, 1, small, 0.2, collected
         )
     shapes = (cases.DIGITS, cases.CIFAR, (16, 16, 128, 128), (2**28 // (3072 * 4), 3, 32, 32))
     maps = ((128, 128, 32, 32), (128, 256, 16, 16), (128, 384, 32, 32))
     return Sizes(
-        torch.device("cuda"), 2**28, shapes, maps, "cifar10", (64, 128, 512), 512, 3, {}, 40.0, GPU_TESTS
+        torch.device("cuda"), 2**28, shapes, maps, "cifar10", (64, 128, 512), 512, 3, {}, 8.0, GPU_TESTS
     )
 
 
@@ -120,8 +120,8 @@ def rounds(s: Sizes) -> dict[str, Any]:
 
 
 def race_on_digits(s: Sizes) -> dict[str, Any]:
-    """To a wanted reward, one seed."""
-    return race(seeds=1, limit=s.race_seconds, device=s.device)
+    """The default method and the plain loop, one seed."""
+    return race(device=s.device, seconds=s.race_seconds, names=("orw-centred", "plain"))
 
 
 PARTS: dict[str, Callable[[Sizes], dict[str, Any]]] = {

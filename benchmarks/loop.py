@@ -1,6 +1,5 @@
 """The online loop against the plain one, in one run, alternating, one ratio a rung: `orwcfm bench loop`."""
 
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -188,10 +187,9 @@ def run(
 
     Returns:
         machine, versions, date and rows as plain values; with `full` also pretraining and peak memory of the
-        CIFAR-10 UNet, and the race to a wanted reward. Full, it is at the paper's batch, on a GPU at one that fills it.
+        CIFAR-10 UNet. Full, it is at the paper's batch, on a GPU at one that fills it.
     """
     from orwcfm_fast.benchmarks import memory, pretraining
-    from orwcfm_fast.benchmarks.race import race
 
     report = watch or (lambda text: None)
     cuda = device.type == "cuda"
@@ -214,8 +212,6 @@ def run(
         found["pretraining"] = pretraining.measure(cifar, 3, device)
         report("peak memory")
         found["memory"] = memory.measure(cifar if cuda else 16, device)
-        report("race to a wanted reward on digits")
-        found["race"] = race(seeds=3, limit=120.0, device=device)
     return found
 
 
@@ -230,24 +226,6 @@ def extra_lines(found: dict[str, Any]) -> list[str]:
         f" optimiser and copies {row['held'] / 2**30:.2f} GiB, {row['held_ratio']:.2f}×"
         for row in found.get("memory", ())
     ]
-    return lines + (race_lines(found["race"]) if "race" in found else [])
-
-
-def race_lines(found: dict[str, Any]) -> list[str]:
-    """A line for each way of running the race: medians over the seeds."""
-    lines = []
-    late = any(f["seconds"] is None for f in found["finishes"] if f["way"] not in found["ratios"])
-    least = "at least " if late else ""  # the plain loop was stopped on its way
-    for way in dict.fromkeys(f["way"] for f in found["finishes"]):
-        runs = [f for f in found["finishes"] if f["way"] == way]
-        w2, confidence = (statistics.median(f[key] for f in runs) for key in ("w2_coupled", "confidence"))
-        seconds = statistics.median(f["seconds"] or math.inf for f in runs)
-        time = f"{seconds:.3g} s" if seconds < math.inf else f"not in {found['limit']:g} s"
-        ratio = f", {least}{found['ratios'][way]:.3g}×" if way in found["ratios"] else ""
-        lines.append(
-            f"to mean reward {found['goal']} on digits, {way}: {time}{ratio};"
-            f" coupled W2 {w2:.2f}, confidence {confidence:.3f}"
-        )
     return lines
 
 

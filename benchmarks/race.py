@@ -1,212 +1,183 @@
-"""Seconds to a wanted reward, ours against the plain loop: `python -m orwcfm_fast.benchmarks.race --out FILE.json`.
+"""Every method and the plain loop from the same pretrained model: reward by seconds, by drift and by diversity.
 
-The same pretrained digits model, reward, α, τ, raw weights, seed and device. Each loop is looked at every four
-gradient steps on 256 held-out samples, with the clock stopped; it is there at the first of three looks in a row that
-reach the reward. Then drift and confidence are measured on the same noise.
+    orwcfm bench race                                       short: settings as chosen before, one seed, minutes
+    orwcfm bench race --full --out FOLDER                   the same trials for each, then three other seeds
 
-`--tune` chooses the settings of both, from the same number of trials each, on seeds that the race does not use: those
-with the least median seconds of processor time.
+Settings are chosen on tuning seeds, from equally many trials each, once for much reward soon and once for much reward
+near the pretrained model; then the chosen ones run on seeds that nothing was chosen on (`entrants`).
 """
 
-import argparse
-import json
+import os
 import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from functools import cache
+from multiprocessing import get_context
+from typing import Any, NamedTuple
 
 import torch
 
-from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
+from orwcfm_fast.benchmarks import entrants
+from orwcfm_fast.benchmarks.entrants import GOALS, REWARD, TRIALS, Look, Looks, Trial
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
-from orwcfm_fast.evaluation.drift import coupled_w2
-from orwcfm_fast.method.callbacks import Progress, ReportProgress
-from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.rewards import make_reward
-from orwcfm_fast.rewards.digits import digit_classifier
-from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
-from orwcfm_fast.settings import Finetune, Sampling
 
-Clock = Callable[[], float]
-WALL = time.perf_counter
-CPU = torch.device("cpu")
-ALPHA, TAU, GOAL, HELD_OUT, IN_A_ROW = 1.0, 2.0, 0.65, 256, 3
-EPOCH = 24  # plain steps between hard copies
-EVERY = 4  # gradient steps between looks
-TUNED_ON = (3, 4, 5)
-# the best of --tune; the race is run on other seeds
-OURS: dict[str, Any] = dict(rollout=128, nfe=8, steps_per_round=4, batch=32, lr=1e-3)
-PLAIN: dict[str, Any] = dict(batch=16, lr=1e-3)
-SHORT: dict[str, Any] = dict(warmup=2, cooldown=0.9, probe=2)
-TRIALS: dict[str, list[dict[str, Any]]] = {
-    "ours": [
-        dict(rollout=rollout, nfe=nfe, steps_per_round=steps, batch=batch, lr=lr)
-        for rollout, batch in ((64, 32), (128, 32), (128, 64))
-        for nfe, steps in ((8, 4), (8, 8))
-        for lr in (1e-3, 2e-3)
-    ],
-    "plain": [dict(batch=n, lr=lr) for n in (8, 16, 32, 64) for lr in (5e-4, 1e-3, 2e-3)],
+TUNED_ON, RUN_ON = (3, 4, 5), (0, 1, 2)
+TUNING_SECONDS, SECONDS, SHORT_SECONDS = 10.0, 30.0, 8.0
+GROWTH = 1.3
+FOR_REWARDS, AFTER, AT_W2, AT_DIVERSITY = (0.65, 0.8), (3.0, 10.0, 30.0), (1.0, 1.5, 2.0), (0.97, 0.9)
+# what the full form chose (benchmarks/results): the short form's settings
+CHOSEN: dict[str, dict[str, Trial]] = {
+    name: {"soon": trials[1], "near": trials[6]} for name, trials in TRIALS.items()
 }
 
 
-@dataclass
-class Finish:
-    """seconds to the goal (None: not in time); the rest, gradient steps too, at the last look."""
+class Job(NamedTuple):
+    """One run of one entrant."""
 
-    way: str
+    name: str
+    trial: Trial
     seed: int
-    seconds: float | None
-    steps: int
-    reward: float
-    w2_coupled: float
-    confidence: float
+    limit: float
+    device: str
+    data: str
 
 
-class Looks:
-    """A clock that stops while the samples are looked at."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        reference: Policy,
-        seed: int,
-        limit: float,
-        clock: Clock = WALL,
-    ) -> None:
-        self.clock = clock
-        self.policy, self.seed, self.limit = policy, seed, limit
-        self.reward, self.classifier = make_reward("even-digits"), digit_classifier()
-        self.x0 = start_noise(policy, HELD_OUT, seed + 1000)
-        self.x_ref = sample(reference, self.x0, Sampling(), HELD_OUT)
-        self.running = 0.0
-        self.seen: list[tuple[float, float]] = []
-        self.began = self.clock()
-
-    def look(self) -> bool:
-        """Whether the race is over."""
-        if self.x0.is_cuda:
-            torch.cuda.synchronize()  # steps that are queued count too
-        self.running += self.clock() - self.began
-        self.x = sample(self.policy, self.x0, Sampling(), HELD_OUT)
-        self.seen.append((self.running, float(self.reward(self.policy.decode(self.x)).mean())))
-        over = self.there() is not None or self.running > self.limit
-        self.began = self.clock()
-        return over
-
-    def there(self) -> float | None:
-        last = self.seen[-IN_A_ROW:]
-        return last[0][0] if len(last) == IN_A_ROW and all(r >= GOAL for _, r in last) else None
-
-    def finish(self, way: str, steps: int) -> Finish:
-        confidence = float(self.classifier.probabilities(self.policy.decode(self.x)).max(1).values.mean())
-        drift = coupled_w2(self.x, self.x_ref)
-        return Finish(way, self.seed, self.there(), steps, self.seen[-1][1], drift, confidence)
+@cache
+def _base(device: str, data: str) -> Policy:
+    loader = Loader(torch.device(device), "auto" if device.startswith("cuda") else "fp32")
+    return loader.default().policy if data == "digits" else loader.load("unet-mnist-small").policy
 
 
-def race_plain(base: Policy, seed: int, limit: float, clock: Clock = WALL, **change: Any) -> Finish:
-    """The paper's loop from the same weights."""
-    torch.manual_seed(seed)
-    network = torchcfm_network(base.model, base.network.state_dict()).to(base.device)
-    loop = PlainLoop(network, make_reward("even-digits"), base.shape, ALPHA, TAU, **PLAIN | change)
-    looks = Looks(Policy(network, base.shape, base.model, base.data), base, seed, limit, clock)
-    for step in range(1, 100_000):
-        loop.step()
-        if step % EPOCH == 0:
-            loop.end_epoch()
-        if step % EVERY == 0 and looks.look():
-            break
-    return looks.finish("plain", step)
+def _run(job: Job) -> list[Look]:
+    device, base = torch.device(job.device), _base(job.device, job.data)
+
+    def looks(policy: Policy) -> Looks:
+        return Looks(policy, base, job.seed, job.limit, GROWTH, entrants.clock_of(device))
+
+    return entrants.run(job.name, base, job.trial, job.seed, looks)
 
 
-class Over(Exception):
-    """The goal is reached in the middle of a round."""
+def run_all(jobs: Sequence[Job], watch: Callable[[str], None]) -> list[list[Look]]:
+    """Every job's looks; on a CPU as many at once as it has cores, with a thread each."""
+    found: list[list[Look]] = []
+    _base(jobs[0].device, jobs[0].data)  # cached on disk before others look for it
+    if jobs[0].device.startswith("cuda"):
+        runs: Iterable[list[Look]] = map(_run, jobs)
+        return _watched(jobs, runs, watch, found)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return _watched(jobs, pool.map(_run, jobs), watch, found)
 
 
-def race_ours(way: str, base: Policy, seed: int, limit: float, clock: Clock = WALL, **change: Any) -> Finish:
-    """`finetune`'s trainer, in rounds short enough for a few minutes."""
-    policy = base.trainable_copy()
-    own = {"alpha": ALPHA, "tau": TAU, "seed": seed, "normalize_weights": False}
-    s = Finetune(**SHORT | OURS | own | change)
-    steps = 0
-
-    def watch(progress: Progress) -> None:
-        nonlocal steps
-        if progress.stage == "step":  # of which `progress.step` are done in this round
-            steps = progress.round * s.steps_per_round + progress.step
-            if steps and steps % EVERY == 0 and looks.look():
-                raise Over
-
-    trainer = build_trainer(
-        policy, make_reward("even-digits"), s, reference=base, callbacks=[ReportProgress(watch)]
-    )
-    looks = Looks(policy, base, seed, limit, clock)
-    try:
-        for _ in trainer.train(1000):
-            pass
-    except Over:
-        pass
-    return looks.finish(way, steps)
+def _watched(jobs, runs, watch, found):
+    for k, (job, looks) in enumerate(zip(jobs, runs, strict=True), 1):
+        found.append(looks)
+        watch(f"{k} of {len(jobs)}: {job.name}")
+    return found
 
 
-def tune(limit: float) -> dict[str, Any]:
-    """Every trial of both loops on the tuning seeds, the best first."""
-    base = Loader(CPU, "fp32").default().policy
+def race(
+    full: bool = False,
+    watch: Callable[[str], None] = lambda text: None,
+    device: torch.device | None = None,
+    data: str = "digits",
+    seconds: float = 0.0,
+    names: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The race, full or short.
 
-    def seconds(name: str, trial: dict[str, Any], seed: int) -> float:
-        if name == "plain":
-            found = race_plain(base, seed, limit, time.process_time, **trial)
-        else:
-            found = race_ours(name, base, seed, limit, time.process_time, **trial)
-        return found.seconds or limit
+    Args:
+        watch: told of every run that is over.
+        data: digits; mnist in the short form, where the plain loop has no network of its own.
+        seconds: of each run; 0: SECONDS, in the short form SHORT_SECONDS.
+        names: of the entrants; all where empty.
 
-    made: dict[str, Any] = {"seeds": TUNED_ON, "limit": limit, "versions": checkpoint.versions()}
-    for name, trials in TRIALS.items():
-        rows = [{**trial, "seconds": [seconds(name, trial, seed) for seed in TUNED_ON]} for trial in trials]
-        made[name] = sorted(rows, key=lambda row: statistics.median(row["seconds"]))
-    return made
-
-
-def race(seeds: int, limit: float, device: torch.device = CPU) -> dict[str, Any]:
-    """Ours in both precisions and the plain loop, alternating, seed by seed."""
-    bases = {p: Loader(device, p).default().policy for p in ("fp32", "bf16")}
-    finishes, ratios = [], defaultdict[str, list[float]](list)
-    for seed in range(seeds):
-        ours = [race_ours(f"ours, {p}", base, seed, limit) for p, base in bases.items()]
-        plain = race_plain(bases["fp32"], seed, limit)
-        finishes += [*ours, plain]
-        for one in ours:  # one that is not there in time counts as if it were at the limit
-            ratios[one.way].append((plain.seconds or limit) / (one.seconds or limit))
+    Returns:
+        date, device, versions, the trials and the settings chosen, and a row for every entrant and goal.
+    """
+    where = (str(device or "cpu"), data)
+    names = names or [name for name in TRIALS if data == "digits" or name != "plain"]
+    chosen, trials = choose(names, where, watch) if full else ({name: CHOSEN[name] for name in names}, [])
+    limit, seeds = seconds or (SECONDS if full else SHORT_SECONDS), RUN_ON if full else RUN_ON[:1]
+    plan = [(n, t) for n in names for t in {repr(t): t for t in chosen[n].values()}.values()]
+    runs = _runs(plan, seeds, limit, where, lambda text: watch(f"racing, {text}"))
+    rows = [
+        {"name": n, "goal": goal, "trial": t, **measures(r), "runs": [[asdict(x) for x in one] for one in r]}
+        for goal in GOALS
+        for (n, t), r in zip(plan, runs, strict=True)
+        if chosen[n][goal] == t
+    ]  # fmt: skip
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device_name(device),
+        "device": device_name(torch.device(where[0])),
         "versions": checkpoint.versions(),
-        "goal": GOAL, "alpha": ALPHA, "tau": TAU, "limit": limit, "ours": OURS, "plain": PLAIN,
-        "ratios": {way: statistics.median(found) for way, found in ratios.items()},
-        "finishes": [asdict(f) for f in finishes],
+        "data": data, "reward": REWARD, "limit": limit, "seeds": [*seeds], "tuned_on": [*TUNED_ON],
+        "chosen": chosen, "trials": trials, "rows": rows,
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=1200.0, help="seconds a loop may run")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tune", action="store_true", help="choose the settings instead of racing")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    found = tune(arguments.limit) if arguments.tune else race(arguments.seeds, arguments.limit)
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+def choose(names: Sequence[str], where: tuple[str, str], watch: Callable[[str], None]):
+    """({name: {goal: trial}}, every trial with what it scored for each goal, a mean over the tuning seeds)."""
+    plan = [(name, trial) for name in names for trial in TRIALS[name]]
+    runs = _runs(plan, TUNED_ON, TUNING_SECONDS, where, lambda text: watch(f"choosing settings, {text}"))
+    trials = [
+        {
+            "name": name,
+            "trial": trial,
+            **{g: statistics.mean(of(x, _patience(name) * TUNING_SECONDS) for x in own) for g, of in GOALS.items()},
+        }
+        for (name, trial), own in zip(plan, runs, strict=True)
+    ]  # fmt: skip
+    chosen = {
+        name: {goal: max((t for t in trials if t["name"] == name), key=lambda t: t[goal])["trial"] for goal in GOALS}
+        for name in names
+    }  # fmt: skip
+    return chosen, trials
 
 
-if __name__ == "__main__":
-    main()
+def _runs(plan, seeds, limit, where, watch) -> list[list[list[Look]]]:
+    """The runs of every (name, trial), a list over the seeds for each."""
+    jobs = [Job(n, t, seed, _patience(n) * limit, *where) for n, t in plan for seed in seeds]
+    runs = run_all(jobs, watch)
+    return [runs[k : k + len(seeds)] for k in range(0, len(runs), len(seeds))]
+
+
+def _patience(name: str) -> float:
+    return entrants.PATIENCE.get(name, 1.0)
+
+
+def measures(runs: Sequence[Sequence[Look]]) -> dict[str, Any]:
+    """Of the runs of one entrant: each measure as [mean, half of its 95 % interval over the seeds].
+
+    seconds_to: the median of the seeds; None where fewer than half of them came there.
+    """
+    limit = min(looks[-1].seconds for looks in runs)
+    found: dict[str, Any] = {"seconds_to": {}}
+    for reward in FOR_REWARDS:
+        times = [entrants.seconds_to(looks, reward) for looks in runs]
+        median = statistics.median(float("inf") if t is None else t for t in times)
+        found["seconds_to"][str(reward)] = None if median == float("inf") else median
+    found["reward_after"] = {
+        f"{s:g}": _interval(entrants.reward_after(looks, s) for looks in runs) for s in AFTER if s <= limit
+    }
+    found["reward_at_w2"] = {
+        f"{w:g}": _interval(entrants.reward_at_w2(looks, w) for looks in runs) for w in AT_W2
+    }
+    found["reward_at_diversity"] = {
+        f"{d:g}": _interval(entrants.reward_at_diversity(looks, d) for looks in runs) for d in AT_DIVERSITY
+    }
+    for key in ("reward", "w2", "confidence"):
+        found[key] = _interval(getattr(looks[-1], key) for looks in runs)
+    found["diversity"] = _interval(looks[-1].diversity / looks[0].diversity for looks in runs)
+    return found
+
+
+def _interval(values: Iterable[float]) -> list[float]:
+    """Mean, and twice its standard error; 0 for a single value."""
+    own = list(values)
+    return [statistics.mean(own), 2 * statistics.stdev(own) / len(own) ** 0.5 if len(own) > 1 else 0.0]

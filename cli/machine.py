@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from orwcfm_fast.cli.completion import REGISTRIES, choices, registry
 from orwcfm_fast.cli.console import say
 
 SECTION = "Machine"
+BENCHMARKS = ("kernels", "loop", "race")
 
 
 @command(SECTION, "list")
@@ -63,10 +64,10 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="kernels|loop",
-            help="what to measure  [default: both]",
+            metavar="|".join(BENCHMARKS),
+            help="what to measure  [default: kernels and loop]",
             show_default=False,
-            autocompletion=choices(("kernels", "loop")),
+            autocompletion=choices(BENCHMARKS),
         ),
     ] = "",
     full: Annotated[
@@ -78,44 +79,67 @@ def bench(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the fused ops and the loop against eager torch, torch.compile and the plain loop."""
+    """Measure the fused ops and the loop against eager torch, torch.compile and the plain loop, or race the methods."""
     import json
 
     from orwcfm_fast.registry import unknown
 
-    if what not in ("", "kernels", "loop"):
-        raise unknown("bench", what, ("kernels", "loop"))
+    if what not in ("", *BENCHMARKS):
+        raise unknown("bench", what, BENCHMARKS)
+    parts = {"kernels": _kernels, "loop": _loop, "race": _race}
+    found = {part: parts[part](full, out, as_json) for part in ([what] if what else ("kernels", "loop"))}
+    if as_json:
+        print(json.dumps(found, indent=1))
+
+
+def _kernels(full: bool, out: Path | None, quiet: bool) -> dict[str, Any]:
+    from orwcfm_fast.benchmarks import kernels
     from orwcfm_fast.benchmarks.record import save
     from orwcfm_fast.device import resolve_device
 
-    found = {}
-    if what != "loop":
-        from orwcfm_fast.benchmarks import kernels
+    with console.progress(1, "kernels", quiet) as bar:
+        found = kernels.run(
+            resolve_device("auto"), short=not full, compiled=shutil.which("c++") is not None,
+            on_case=lambda case: bar.at(0, case),
+        )  # fmt: skip
+    if not quiet:
+        rows = map(kernels.cells, found["rows"])
+        console.out.print(console.plain_table(list(kernels.COLUMNS.values()), rows))
+    if out:
+        say(str(save(found, out, kernels.plot)), quiet)
+    return found
 
-        with console.progress(1, "kernels", as_json) as bar:
-            found["kernels"] = kernels.run(
-                resolve_device("auto"), short=not full, compiled=shutil.which("c++") is not None,
-                on_case=lambda case: bar.at(0, case),
-            )  # fmt: skip
-        if not as_json:
-            console.out.print(
-                console.plain_table(
-                    list(kernels.COLUMNS.values()), map(kernels.cells, found["kernels"]["rows"])
-                )
-            )
-        if out:
-            say(str(save(found["kernels"], out, kernels.plot)), as_json)
-    if what != "kernels":
-        from orwcfm_fast.benchmarks import loop
 
-        with console.progress(1, "loop", as_json) as bar:
-            found["loop"] = loop.run(full, lambda case: bar.at(0, case), resolve_device("auto"))
-        if not as_json:
-            say(f"\nloop on {found['loop']['device']}; {found['loop']['solver']}; images/s and × plain")
-            console.out.print(console.plain_table(loop.COLUMNS, map(loop.cells, found["loop"]["rows"])))
-            for line in loop.extra_lines(found["loop"]):
-                say(line)
-        if out:
-            say(str(save(found["loop"], out, loop.plot, "loop-")), as_json)
-    if as_json:
-        print(json.dumps(found, indent=1))
+def _loop(full: bool, out: Path | None, quiet: bool) -> dict[str, Any]:
+    from orwcfm_fast.benchmarks import loop
+    from orwcfm_fast.benchmarks.record import save
+    from orwcfm_fast.device import resolve_device
+
+    with console.progress(1, "loop", quiet) as bar:
+        found = loop.run(full, lambda case: bar.at(0, case), resolve_device("auto"))
+    if not quiet:
+        say(f"\nloop on {found['device']}; {found['solver']}; images/s and × plain")
+        console.out.print(console.plain_table(loop.COLUMNS, map(loop.cells, found["rows"])))
+        for line in loop.extra_lines(found):
+            say(line)
+    if out:
+        say(str(save(found, out, loop.plot, "loop-")), quiet)
+    return found
+
+
+def _race(full: bool, out: Path | None, quiet: bool) -> dict[str, Any]:
+    from orwcfm_fast.benchmarks import race, race_report
+    from orwcfm_fast.benchmarks.record import save
+    from orwcfm_fast.device import resolve_device
+
+    with console.progress(1, "race", quiet) as bar:
+        found = race.race(full, lambda text: bar.at(0, text), resolve_device("auto"))
+    if not quiet:
+        for goal, columns in race_report.COLUMNS.items():
+            rows = race_report.ranked(found, goal)
+            console.out.print(console.plain_table(columns, map(race_report.cells, rows)))
+            for row in rows:
+                say(race_report.settings_of(row))
+    if out:
+        say(str(save(found, out, race_report.plot, "race-")), quiet)
+    return found

@@ -89,20 +89,6 @@ def test_bench_loop_prints_json(run_cli, monkeypatch):
     assert json.loads(kept.read_text())["rows"] == found["rows"] and kept.with_suffix(".png").exists()
 
 
-def test_the_race_is_told_a_line_a_way():
-    finishes = [
-        {"way": "ours, fp32", "seconds": 1.5, "w2_coupled": 1.2, "confidence": 0.96},
-        {"way": "plain", "seconds": None, "w2_coupled": 1.3, "confidence": 0.97},
-    ]
-    race = {"goal": 0.65, "limit": 120.0, "ratios": {"ours, fp32": 80.0}, "finishes": finishes}
-    assert loop.race_lines(race) == [
-        "to mean reward 0.65 on digits, ours, fp32: 1.5 s, at least 80×; coupled W2 1.20, confidence 0.960",
-        "to mean reward 0.65 on digits, plain: not in 120 s; coupled W2 1.30, confidence 0.970",
-    ]
-    finishes[1]["seconds"] = 100.0
-    assert ", 80×;" in loop.race_lines(race)[0]
-
-
 def test_the_full_form_tells_pretraining_and_memory():
     found = {
         "pretraining": [{"way": "bf16", "batch": 8, "images_per_s": 12.34, "ratio": 2.5}],

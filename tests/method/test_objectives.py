@@ -1,12 +1,10 @@
 """Every method's gradient is that of its published formula, and at τ = 0 all but three leave the policy alone."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from published import ALPHA, PUBLISHED, SETTINGS, TAU, advantage, squared, weights
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.method import noise
 from orwcfm_fast.method.anchors import blend, compute_anchors
 from orwcfm_fast.method.average import PolicyAverage
 from orwcfm_fast.method.coupling import Batch
@@ -15,8 +13,7 @@ from orwcfm_fast.method.rollout import Rollout
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 
-ALPHA, TAU, B, D = 0.7, 1.3, 24, 6
-SETTINGS = Finetune(adrpo_beta0=2.5, ram_m=0.3, nft_beta=0.4, kl=0.02, raft_best_of=3)
+B, D = 24, 6
 RESTING = ("orw-centred", "adrpo", "ram", "nft", "awm")
 
 
@@ -26,79 +23,6 @@ def drawn():
     x = {name: torch.randn(B, D, dtype=torch.float64) for name in ("u", "v", "v_old", "v_ref")}
     x["v"] = (x["v_old"] + 0.3 * x["v"]).requires_grad_(True)
     return x | {"r": torch.rand(B, dtype=torch.float64), "s": torch.rand(B, dtype=torch.float64)}
-
-
-def squared(a, b):
-    return (a - b).square().mean(1)
-
-
-def weights(r):
-    w = (TAU * r).exp()
-    return w / w.mean()
-
-
-def advantage(r):
-    return ((r - r.mean()) / r.std(correction=0)).clamp(-5, 5)
-
-
-def orw(x):
-    """Fan et al., ICLR 2025, the loss above its equation 10: w‖v − u‖² + α‖v − v_ref‖²."""
-    return weights(x["r"]) * squared(x["v"], x["u"]) + ALPHA * squared(x["v"], x["v_ref"])
-
-
-def orw_centred(x):
-    w = weights(x["r"]) - 1
-    return w * squared(x["v"], x["u"]) + squared(x["v"], x["v_old"]) + ALPHA * squared(x["v"], x["v_ref"])
-
-
-def rwr(x):
-    return x["r"] / x["r"].mean() * squared(x["v"], x["u"])
-
-
-def raft(x):
-    best = torch.zeros(B, dtype=torch.float64)
-    for k in range(0, B, 3):
-        best[k + int(x["r"][k : k + 3].argmax())] = 1
-    return best * squared(x["v"], x["u"])
-
-
-def adrpo(x):
-    """Fan et al., arXiv 2510.18053: A‖v − u‖² + (β₀ − A)‖v − v_ref‖²."""
-    a = advantage(x["r"])
-    return a * squared(x["v"], x["u"]) + (2.5 - a) * squared(x["v"], x["v_ref"])
-
-
-def ram(x):
-    """Bergmeister et al., arXiv 2605.10759: regress on v_ref + m·A·(u − v_old), the policy's own velocity detached."""
-    target = x["v_ref"] + 0.3 * advantage(x["r"])[:, None] * (x["u"] - x["v_old"])
-    return squared(x["v"], target)
-
-
-def nft(x):
-    """Zheng et al., arXiv 2509.16117: two branches around v_old, each endpoint's error over its detached mean."""
-    beta, s, share = 0.4, x["s"][:, None], 0.5 + advantage(x["r"]) / 10
-    x_t = torch.randn(B, D, dtype=torch.float64)
-    x1 = x_t + s * x["u"]
-    loss = 0.0
-    for sign, part in ((1, share), (-1, 1 - share)):
-        branch = (1 - sign * beta) * x["v_old"] + sign * beta * x["v"]
-        error = x_t + s * branch - x1
-        size = error.detach().abs().mean(1, keepdim=True).clamp_min(1e-5)
-        loss = loss + 5 * part / beta * (error.square() / size).mean(1)
-    return loss + 0.02 * squared(x["v"], x["v_ref"])
-
-
-def awm(x):
-    """Xue et al., arXiv 2509.25050: −A/5 · exp(log p − log p detached), log p = −s·4·(ℓ + 1e-10)^¼, and two anchors."""
-    log_p = -x["s"] * 4 * (squared(x["v"], x["u"]) + 1e-10) ** 0.25
-    policy = -advantage(x["r"]) / 5 * (log_p - log_p.detach()).exp()
-    return policy + squared(x["v"], x["v_old"]) + 0.02 * squared(x["v"], x["v_ref"])
-
-
-PUBLISHED = {
-    "orw": orw, "orw-centred": orw_centred, "rwr": rwr, "raft": raft,
-    "adrpo": adrpo, "ram": ram, "nft": nft, "awm": awm,
-}  # fmt: skip
 
 
 def our_gradient(name, x):
@@ -264,31 +188,3 @@ def test_the_average_follows_the_parameters_by_its_share():
     with average.in_place():
         assert p.tolist() == [1.5]
     assert p.tolist() == [3.0]
-
-
-def test_the_gradient_that_trains_is_the_rows(two_gaussians):
-    """From rollout and reward to the parameters' gradient, against autograd on the centred formula."""
-    policy = two_gaussians.trainable_copy()
-    s = Finetune(rollout=32, batch=32, steps_per_round=1, probe=4, alpha=ALPHA, tau=TAU)
-    reference = two_gaussians.trainable_copy()
-    with torch.no_grad():
-        for p in reference.network.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    trainer = build_trainer(policy, lambda x: x[:, 0], s, reference=reference)
-    state = trainer.draw_and_score()
-    batches = trainer.minibatches(state.rollout, trainer.signal(state.rollout))
-    anchors = trainer.anchors(batches)
-    batch = replace(batches[0], **anchors.of_step(0, policy.device))
-    trainer.optimizer.gradient(batch, trainer.seed, 32)
-    ours = torch.cat([p.grad.flatten() for p in trainer.optimizer.parameters])
-    policy.network.zero_grad()
-    u = batch.x1 - noise.normal((1,), trainer.seed, batch.index, noise.X0)
-    v = policy.velocity(batch.t, batch.x_t)
-    at = {"v": v, "u": u, "v_old": v.detach(), "v_ref": reference.velocity(batch.t, batch.x_t).detach()}
-    r = state.rollout.reward
-    pick = [int((state.rollout.x1[:, 0] == x).nonzero()[0]) for x in batch.x1[:, 0]]
-    w = (TAU * r).exp() / (TAU * r).exp().mean() - 1
-    loss = w[pick] * squared(v, at["u"]) + squared(v, at["v_old"]) + ALPHA * squared(v, at["v_ref"])
-    loss.mean().backward()
-    theirs = torch.cat([p.grad.flatten() for p in policy.network.parameters()])
-    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()

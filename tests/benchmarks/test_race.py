@@ -1,0 +1,88 @@
+"""The race: what is read off a run, and that everybody starts and is tried alike."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from orwcfm_fast.benchmarks import entrants, race, race_report
+from orwcfm_fast.benchmarks.entrants import COMMON, TRIALS, Look, Looks
+from orwcfm_fast.method.objectives import METHODS
+from orwcfm_fast.runs.load import Loader
+from orwcfm_fast.settings import Finetune
+
+CPU = torch.device("cpu")
+
+
+def looks(*points):
+    """Looks from (seconds, reward, W2, diversity)."""
+    return [Look(s, int(10 * s), r, w2, d, 0.96) for s, r, w2, d in points]
+
+
+RUN = looks(
+    (0, 0.5, 0, 50),
+    (1, 0.66, 1, 49),
+    (2, 0.6, 1.5, 48),
+    (4, 0.7, 2, 46),
+    (5, 0.8, 2.2, 45),
+    (6, 0.9, 2.5, 44),
+)
+
+
+def test_a_reward_is_reached_at_the_first_of_three_looks_in_a_row():
+    assert entrants.seconds_to(RUN, 0.65) == 4  # not at the single look after one second
+    assert entrants.seconds_to(RUN, 0.8) is None  # two looks are not three
+
+
+def test_rewards_at_equal_seconds_drift_and_diversity_lie_on_lines_between_looks():
+    assert entrants.reward_after(RUN, 3) == pytest.approx(0.65)
+    assert entrants.reward_after(RUN, 60) == 0.9
+    assert entrants.reward_at_w2(RUN, 0.5) == pytest.approx(0.58)
+    assert entrants.reward_at_w2(RUN, 9) == 0.9  # never that far
+    assert entrants.reward_at_diversity(RUN, 0.94) == pytest.approx(0.65)
+    assert entrants.mean_reward(looks((0, 0.4, 0, 1), (3, 0.8, 0, 1)), 4) == pytest.approx(0.5)
+
+
+def test_every_method_and_the_plain_loop_have_equally_many_trials_that_their_settings_allow():
+    assert {*TRIALS} == {*METHODS.names(), "plain"}
+    for name, trials in TRIALS.items():
+        assert len({repr(trial) for trial in trials}) == len(trials) == 12
+        for trial in trials if name != "plain" else ():
+            Finetune(**COMMON | {"method": name} | trial)
+        assert all(chosen in trials for chosen in race.CHOSEN[name].values())
+    assert not {*race.TUNED_ON} & {*race.RUN_ON}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TRIALS))
+def test_an_entrant_starts_from_the_same_samples_and_runs_to_the_limit(name):
+    base = Loader(CPU, "fp32").default().policy
+    ticks = iter(range(1000))
+    found = entrants.run(
+        name, base, TRIALS[name][0], 0,
+        lambda policy: Looks(policy, base, 0, limit=3, growth=1.0, clock=lambda: next(ticks)),
+    )  # fmt: skip
+    again = Looks(base, base, 0, 3, 1.0, lambda: 0.0).seen[0]
+    assert found[0] == again and again.w2 == 0
+    assert [look.steps for look in found] == [0, 1, 2, 3]
+    assert all(look.w2 > 0 for look in found[1:]), "the entrant did not move"
+
+
+@pytest.mark.slow
+def test_the_full_race_chooses_on_tuning_seeds_and_prints_whoever_wins_first(monkeypatch, tmp_path, run_cli):
+    monkeypatch.setattr(race, "TUNING_SECONDS", 0.05)
+    monkeypatch.setattr(race, "SECONDS", 0.05)
+    short = {name: TRIALS[name][:2] for name in ("raft", "plain")}
+    monkeypatch.setattr(race, "TRIALS", short)
+    shown = run_cli("bench", "race", "--full", "--out", "kept")
+    assert shown.code == 0 and "chosen for reward soon" in shown.out
+    (kept,) = Path("kept").glob("race-*.json")
+    found = json.loads(kept.read_text())
+    assert kept.with_suffix(".png").exists() and len(found["trials"]) == 4
+    for row in found["rows"]:
+        assert row["trial"] == found["chosen"][row["name"]][row["goal"]] and len(row["runs"]) == 3
+        best = max((t for t in found["trials"] if t["name"] == row["name"]), key=lambda t: t[row["goal"]])
+        assert best["trial"] == row["trial"]
+    winners = race_report.ranked(found, "near")
+    assert winners[0]["reward_at_w2"]["1.5"][0] >= winners[-1]["reward_at_w2"]["1.5"][0]
