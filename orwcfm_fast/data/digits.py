@@ -17,7 +17,7 @@ def digits(data_dir: Path, argument: str):
     return images, torch.as_tensor(found.target, dtype=torch.int64)
 
 
-@dataset("mnist", (1, 28, 28), "unet-mnist", "brightness")
+@dataset("mnist", (1, 28, 28), "unet-mnist-small", "even-digits")
 def mnist(data_dir: Path, argument: str):
     """MNIST, 60,000 images 1×28×28 (LeCun et al.), through torchvision"""
     from torchvision.datasets import MNIST

@@ -57,7 +57,7 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def features_for(choice: str, data: str, options: RewardOptions | None = None) -> Features:
-    """The features of that name; "auto" is the classifier's for digits, else the pixels.
+    """The features of that name; "auto" is the classifier's of the data, else the pixels.
 
     Args:
         data: the dataset that the samples resemble.
@@ -66,17 +66,19 @@ def features_for(choice: str, data: str, options: RewardOptions | None = None) -
     Raises:
         UserError: this data has no such features, or their weights cannot be loaded.
     """
-    digits = data.partition(":")[0] == "digits"
+    from orwcfm_fast.rewards.digits import TRAINING, classifier_of
+
     if choice == "auto":
-        choice = "classifier" if digits else "pixels"
+        choice = "classifier" if data.partition(":")[0] in TRAINING else "pixels"
     if choice == "pixels":
         return Features("pixels", _pixels)
     if choice == "classifier":
-        if not digits:
-            raise UserError(f"features 'classifier': knows digits, not {data}; use clip or pixels")
-        from orwcfm_fast.rewards.digits import digit_classifier
-
-        return Features("classifier", digit_classifier().features)
+        classifier = classifier_of(data, options.data_dir if options else "")
+        if classifier is None:
+            raise UserError(
+                f"features 'classifier': knows {' and '.join(TRAINING)}, not {data}; use clip or pixels"
+            )
+        return Features("classifier", classifier.features)
     if choice == "clip":
         return Features("clip", _clip(options or RewardOptions()))
     if choice == "inception":

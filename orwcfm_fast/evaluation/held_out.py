@@ -46,13 +46,13 @@ def evaluator_for(
     features: str = "auto",
     options: RewardOptions | None = None,
 ) -> Evaluator:
-    """The evaluator of samples like `data`; only digits have a classifier."""
-    found = features_for(features, data, options)
-    if data.partition(":")[0] != "digits":
-        return Evaluator(reward, name, found, holdout=holdout)
-    from orwcfm_fast.rewards.digits import digit_classifier
+    """The evaluator of samples like `data`; handwritten digits have a classifier."""
+    from orwcfm_fast.rewards.digits import classifier_of
 
-    classifier = digit_classifier()
+    found = features_for(features, data, options)
+    classifier = classifier_of(data, options.data_dir if options else "")
+    if classifier is None:
+        return Evaluator(reward, name, found, holdout=holdout)
     return Evaluator(reward, name, found, classifier.probabilities, classifier.accuracy, holdout)
 
 

@@ -1,14 +1,16 @@
-"""Small classifiers of handwritten digits, trained on first use, and the rewards they give."""
+"""Small classifiers of handwritten digits, and the rewards they give; MNIST's ships, the other is trained on first use."""
 
 import functools
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.checkpoints.shipped import shipped
 from orwcfm_fast.data.datasets import load_data
 from orwcfm_fast.device import cache_dir
 from orwcfm_fast.errors import UserError, WorkError
@@ -20,11 +22,15 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Training:
-    """How the classifier of one dataset is made: real digits held out to judge it, passes over the others."""
+    """How the classifier of one dataset is made: real digits held out to judge it, passes over the others.
+
+    cooldown: the learning rate falls to zero over all of the steps.
+    """
 
     shape: tuple[int, int, int]
     held_out: int
     passes: int
+    cooldown: bool = False
 
     def network(self) -> nn.Sequential:
         """At 28×28 the first layer halves the side, so that it costs little more than at 8×8."""
@@ -35,7 +41,7 @@ class Training:
         )  # fmt: skip
 
 
-TRAINING = {"digits": Training((1, 8, 8), 360, 40), "mnist": Training((1, 28, 28), 5000, 3)}
+TRAINING = {"digits": Training((1, 8, 8), 360, 40), "mnist": Training((1, 28, 28), 5000, 8, cooldown=True)}
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,12 @@ def _by(shape) -> str:
 
 @functools.cache
 def digit_classifier(data: str = "digits", data_dir: str = "") -> Classifier:
-    """The cached classifier of "digits" or "mnist"; trained first where there is none: seconds, or a minute.
+    """The classifier of "digits" or "mnist" that ships or is cached; trained first where there is none, in seconds.
 
     Fixed seed and split: of digits 1,437 train it and 360 judge it; of MNIST 55,000 and 5,000.
     """
-    folder = cache_dir() / f"{data}-classifier"
-    training = TRAINING[data]
+    name, training = f"{data}-classifier", TRAINING[data]
+    folder = shipped(name) or cache_dir() / name
     with torch.inference_mode(False):  # the first to ask may be scoring samples
         network = training.network()
         try:
@@ -79,12 +85,17 @@ def digit_classifier(data: str = "digits", data_dir: str = "") -> Classifier:
             checkpoint.load_weights(network, found.tensors["model"], str(folder))
             accuracy = float(found.state["accuracy"])
         except (UserError, KeyError, ValueError, TypeError):
-            accuracy = _train(network, data, data_dir)
-            checkpoint.save(folder, {"kind": "classifier", "accuracy": accuracy}, model=network.state_dict())
+            accuracy = train_classifier(network, data, data_dir)
+            save_classifier(folder, network, accuracy)
     return Classifier(network.eval().requires_grad_(False), accuracy, training.shape)
 
 
-def _train(network: nn.Sequential, data: str, data_dir: str) -> float:
+def save_classifier(folder: Path, network: nn.Sequential, accuracy: float) -> None:
+    checkpoint.save(folder, {"kind": "classifier", "accuracy": accuracy}, model=network.state_dict())
+
+
+def train_classifier(network: nn.Sequential, data: str, data_dir: str) -> float:
+    """Train the classifier of a dataset; its accuracy on the digits held out of it."""
     images, labels = load_data(data, data_dir)
     assert labels is not None
     name, held_out_size = f"{data}-classifier", min(TRAINING[data].held_out, len(images) // 4)
@@ -96,10 +107,14 @@ def _train(network: nn.Sequential, data: str, data_dir: str) -> float:
         order = torch.randperm(len(images))
         train, held_out = order[held_out_size:], order[:held_out_size]
         optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
-        for _ in range(TRAINING[data].passes):
+        steps, passes = 0, TRAINING[data].passes
+        for _ in range(passes):
             for pick in train[torch.randperm(len(train))].split(BATCH):
                 # noise as a sampler leaves it must not change the class
                 x = images[pick] + 0.1 * torch.randn_like(images[pick])
+                if TRAINING[data].cooldown:
+                    optimizer.param_groups[0]["lr"] = 1e-3 * (1 - steps * BATCH / len(train) / passes)
+                steps += 1
                 optimizer.zero_grad()
                 F.cross_entropy(network(x), labels[pick]).backward()
                 optimizer.step()
@@ -110,6 +125,14 @@ def _train(network: nn.Sequential, data: str, data_dir: str) -> float:
     return accuracy
 
 
+def classifier_of(data: str, data_dir: str = "") -> Classifier | None:
+    """The classifier of the dataset named NAME or NAME:ARGUMENT, None where it has none."""
+    name = data.partition(":")[0]
+    if name not in TRAINING:
+        return None
+    return digit_classifier() if name == "digits" else digit_classifier(name, data_dir)
+
+
 def classifier_for(images: Tensor, data_dir: str) -> Classifier:
     """The classifier of the dataset whose digits have this shape.
 
@@ -117,8 +140,8 @@ def classifier_for(images: Tensor, data_dir: str) -> Classifier:
         UserError: no dataset has.
     """
     for data, training in TRAINING.items():
-        if images.shape[1:] == training.shape:
-            return digit_classifier() if data == "digits" else digit_classifier(data, data_dir)
+        if images.shape[1:] == training.shape and (found := classifier_of(data, data_dir)):
+            return found
     shapes = " or ".join(_by(training.shape) for training in TRAINING.values())
     raise UserError(f"needs digits {shapes}, these samples are {_by(images.shape[1:])}")
 

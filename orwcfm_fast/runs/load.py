@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from orwcfm_fast.checkpoints import checkpoint, retention
+from orwcfm_fast.checkpoints.shipped import shipped
 from orwcfm_fast.checkpoints.torch_files import describe_weights, named_for, read_weights
 from orwcfm_fast.data.datasets import load_data, source
 from orwcfm_fast.device import cache_dir
@@ -23,7 +24,9 @@ from orwcfm_fast.runs.trainer_state import save_pretrainer
 from orwcfm_fast.settings import Conditioned, Finetune, Pretrain
 
 DEFAULT = "unet-digits"
-FOREIGN_DATA = {"unet-cifar10": "cifar10", "unet-mnist": "mnist", "unet-digits": "digits"}
+PRETRAINED = {DEFAULT: "digits", "unet-mnist-small": "mnist"}
+"""Presets that need no checkpoint, and their data: the first is trained on first use, the others ship."""
+FOREIGN_DATA = {"unet-cifar10": "cifar10", "unet-mnist": "mnist", **PRETRAINED}
 WEIGHTS = ("model", "ema", *chain(*LORA_FILES.values()))
 Watch = Callable[[int, int, float], None]
 
@@ -77,8 +80,8 @@ class Loader:
             raise UserError(f"checkpoint {spec}: this folder is neither a run nor a checkpoint of orwcfm")
         if path.is_file():
             return self.foreign(path)
-        if spec == DEFAULT:
-            return self.default()
+        if spec in PRETRAINED:
+            return self.pretrained(spec)
         if spec in MODELS.names():
             raise UserError(
                 f"model '{spec}': no pretrained weights ship with it; orwcfm pretrain --model {spec}, or name a file"
@@ -95,9 +98,10 @@ class Loader:
             peft()  # before anything is loaded or pretrained
         if is_pipeline(self.model):
             return self.load(checkpoint)
-        loaded, own = None, {"model": DEFAULT, "data": Pretrain().data}
-        if checkpoint:
-            loaded = self.load(checkpoint)
+        loaded = self.load(checkpoint) if checkpoint else None
+        preset = next((k for k, data in PRETRAINED.items() if self.model == k or self.data == data), DEFAULT)
+        own = {"model": preset, "data": PRETRAINED[preset]}
+        if loaded:
             own = {"model": loaded.policy.model, "data": loaded.policy.data}
         for key in (k for k in own if k in self.given):
             value = getattr(self, key)
@@ -111,7 +115,7 @@ class Loader:
                 f"--{key} {value}: needs a model trained on it: orwcfm pretrain --{key} {value} --out DIR, then "
                 "orwcfm finetune --checkpoint DIR"
             )
-        return loaded or self.default()
+        return loaded or self.pretrained(preset)
 
     def _run(self, path: Path) -> Loaded:
         found = retention.load_newest(path / "checkpoints", only=WEIGHTS)
@@ -200,6 +204,16 @@ class Loader:
             f"checkpoint {path}: {describe_weights(weights)}, which fits none of {', '.join(FOREIGN_DATA)}; "
             "name its preset with --model (orwcfm list models)"
         )
+
+    def pretrained(self, preset: str) -> Loaded:
+        """A model that needs no checkpoint."""
+        if folder := shipped(preset):
+            return Loaded(self._checkpoint(folder).policy, f"the {preset} model that ships")
+        if preset != DEFAULT:
+            raise UserError(
+                f"model '{preset}': its weights are missing from this installation; install it again"
+            )
+        return self.default()
 
     def default(self) -> Loaded:
         """The digits model, pretrained on first use (about a minute on two cores) and cached."""

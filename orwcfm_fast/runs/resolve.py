@@ -12,7 +12,7 @@ from orwcfm_fast.networks.flow.library import PREFIX, is_pipeline
 from orwcfm_fast.networks.lora import settings_of
 from orwcfm_fast.networks.models import defaults_of
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.runs.load import DEFAULT, Loaded
+from orwcfm_fast.runs.load import Loaded
 from orwcfm_fast.settings import Conditioned, Finetune, S, Settings
 
 FILLED = ("checkpoint", "reward", "model", "data", "precision", "guidance")  # by the model, where not given
@@ -95,7 +95,7 @@ def resolved(settings: Finetune, loaded: Loaded) -> Finetune:
     check_conditions(settings, policy, loaded.name)
     settings = with_model_defaults(settings, policy.model)
     filled = {
-        "checkpoint": settings.checkpoint or (policy.model if policy.pipeline else DEFAULT),
+        "checkpoint": settings.checkpoint or policy.model,
         "reward": settings.reward or [own_reward(policy)],
         "model": policy.model,
         "data": policy.data,

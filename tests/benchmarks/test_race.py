@@ -56,7 +56,8 @@ def test_every_method_and_the_plain_loop_have_equally_many_trials_that_their_set
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TRIALS))
-def test_an_entrant_starts_from_the_same_samples_and_runs_to_the_limit(name):
+def test_an_entrant_starts_from_the_same_samples_and_runs_to_the_limit(name, digits_model, monkeypatch):
+    monkeypatch.setattr(entrants, "HELD_OUT", 16)
     base = Loader(CPU, "fp32").default().policy
     ticks = iter(range(1000))
     found = entrants.run(
@@ -70,7 +71,9 @@ def test_an_entrant_starts_from_the_same_samples_and_runs_to_the_limit(name):
 
 
 @pytest.mark.slow
-def test_the_full_race_chooses_on_tuning_seeds_and_prints_whoever_wins_first(monkeypatch, tmp_path, run_cli):
+def test_the_full_race_chooses_on_tuning_seeds_and_prints_whoever_wins_first(
+    monkeypatch, run_cli, digits_model
+):
     monkeypatch.setattr(race, "TUNING_SECONDS", 0.05)
     monkeypatch.setattr(race, "SECONDS", 0.05)
     short = {name: TRIALS[name][:2] for name in ("raft", "plain")}

@@ -1,8 +1,8 @@
 """What the pages say agrees with the package, with each other and with the result files."""
 
+import importlib.util
 import json
 import re
-import statistics
 from importlib import import_module
 from pathlib import Path
 
@@ -95,67 +95,16 @@ def test_the_table_of_the_forecast_is_that_of_its_result_files(name):
         assert f"| {row['alpha']:g} | {row['rounds']} | {forecast} | {reached} |" in FORECAST
 
 
-def test_the_table_of_many_processes_is_that_of_its_result_file():
-    for row in results("ranks-cpu")["rows"]:
-        cells = [
-            f"{row[key]:.0f} (×{row[gain]:.2f})"
-            for key, gain in (("rollout", "rollout_gain"), ("train", "train_gain"))
-        ]
-        assert " | ".join(cells) in MANY
-
-
-def test_the_table_of_rounds_on_paper_is_that_of_its_result_file():
-    for row in results("scaling-on-paper")["rows"]:
-        at = {t["ranks"]: t for t in row["rounds"]}
-        trained = row["trained"] + ", sharded" * row["sharded"]
-        cells = [row["model"], trained, f"{row['velocity_tflop']:.0f}", f"{at[1]['total'] / 3600:.1f} h"]
-        for t in (at[8], at[64], at[256], at[1024]):
-            seconds = f"{t['total']:,.0f}" if t["total"] >= 100 else f"{t['total']:.3g}"
-            cells.append(f"{seconds} s (×{t['faster']:.0f})")
-        assert f"| {' | '.join(cells)} | {row['pays_to']} | {at[256]['reward_servers']} |" in MANY
-
-
-def test_the_table_of_methods_is_that_of_its_result_file():
-    groups = {}
-    for row in results("methods-digits")["runs"]:
-        after = row["after"] | {"share": row["after"]["w2_coupled"] / row["least_w2"][1]}
-        groups.setdefault((row["alpha"], row["method"]), []).append(after)
-    assert {(1, "orw-centred"), (0.3, "orw-centred")} <= groups.keys()
-    for (alpha, method), found in groups.items():
-        reward = statistics.median(after["reward"][0] for after in found)
-        w2, share, confidence, deviation = (
-            statistics.median(after[key] for after in found)
-            for key in ("w2_coupled", "share", "confidence", "deviation")
-        )
-        cells = (f"{alpha:g}", f"`{method}`", f"{len(found)}", f"{reward:.3f}", f"{w2:.2f}", f"{share:.2f}")
-        assert f"| {' | '.join(cells)} | {confidence:.3f} | {deviation:.3f} |" in FIGURES
-
-
-def test_rewards_at_equal_drift_are_those_of_the_result_file():
-    from orwcfm_fast.benchmarks.methods import EQUAL_W2, reward_at
-
-    runs = [row for row in results("methods-digits")["runs"] if row["rounds"] == 8]
-    for w2 in EQUAL_W2:
-        cells = [f"{w2:g}"]
-        for method in ("orw", "orw-centred"):
-            mean, error = reward_at([row for row in runs if row["method"] == method], w2)
-            cells.append(f"{mean:.3f} ± {2 * error:.3f}")
-        assert f"| {' | '.join(cells)} |" in FIGURES
-
-
-def test_the_table_of_what_was_tried_is_that_of_its_result_file():
-    groups = {}
-    for row in results("variants-digits")["runs"]:
-        groups.setdefault((row["alpha"], row["variant"]), []).append(row["after"])
-    assert len(groups) >= 8
-    for (alpha, change), found in groups.items():
-        reward = statistics.mean(after["reward"][0] for after in found)
-        w2, confidence, deviation = (
-            statistics.mean(after[key] for after in found)
-            for key in ("w2_coupled", "confidence", "deviation")
-        )
-        cells = (f"{alpha:g}", change, f"{len(found)}", f"{reward:.3f}", f"{w2:.2f}")
-        assert f"| {' | '.join(cells)} | {confidence:.3f} | {deviation:.3f} |" in FIGURES
+def test_the_tables_are_those_of_their_result_files():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    placed = []
+    for page in tables.PAGES:
+        text = page.read_text("utf-8")
+        assert tables.written(text) == text, f"{page.name}: run python docs/tables.py"
+        placed += [match[2] for match in tables.PLACE.finditer(text)]
+    assert sorted(placed) == sorted(tables.TABLES), "every table has its place"
 
 
 def test_memory_is_that_of_its_result_file():

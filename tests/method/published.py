@@ -9,9 +9,7 @@ import torch
 from orwcfm_fast.settings import Finetune
 
 ALPHA, TAU = 0.7, 1.3
-SETTINGS = Finetune(
-    alpha=ALPHA, tau=TAU, adrpo_beta0=2.5, ram_m=0.3, nft_beta=0.4, kl=0.02, raft_best_of=3
-)
+SETTINGS = Finetune(alpha=ALPHA, tau=TAU, adrpo_beta0=2.5, ram_m=0.3, nft_beta=0.4, kl=0.02, raft_best_of=3)
 
 
 def squared(a, b):

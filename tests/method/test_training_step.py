@@ -28,7 +28,9 @@ def test_two_training_steps_of_every_method_are_those_of_its_published_loss(name
         for p in reference.network.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     ours, theirs = two_gaussians.trainable_copy(), two_gaussians.trainable_copy()
-    more = dict(method=name, rollout=N, batch=N, steps_per_round=STEPS, probe=4, lr=LR, warmup=0, cooldown=0.0)
+    more = dict(
+        method=name, rollout=N, batch=N, steps_per_round=STEPS, probe=4, lr=LR, warmup=0, cooldown=0.0
+    )
     s = SETTINGS.model_copy(update=more | {"grad_clip": CLIP, "guard": "off"})
     trainer = build_trainer(ours, reward, s, reference=reference)
     state = trainer.draw_and_score()
@@ -41,7 +43,9 @@ def test_two_training_steps_of_every_method_are_those_of_its_published_loss(name
     for batch in drawn:
         v_old.append(theirs.velocity(batch.t.double(), batch.x_t.double()).detach())
     for batch, old in zip(drawn, v_old, strict=True):
-        order = (batch.x1 == state.rollout.x1.T).int().argmax(0)  # of the rollout, whose samples each step draws once
+        order = (
+            (batch.x1 == state.rollout.x1.T).int().argmax(0)
+        )  # of the rollout, whose samples each step draws once
         u = batch.x1 - noise.normal((1,), trainer.seed, batch.index, noise.X0)
         x = {
             "u": u.double(), "v": theirs.velocity(batch.t.double(), batch.x_t.double()), "v_old": old,

@@ -1,0 +1,154 @@
+"""Writes the manual's tables of measured figures from their result files: python docs/tables.py; measures nothing.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, and is made by the function of that name
+here. A test fails where a page differs from what this would write.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PLACE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.S)
+TABLES: dict[str, Callable[[], str]] = {}
+
+
+def results(name: str) -> Any:
+    """The newest result file whose name begins so."""
+    found = sorted((ROOT / "benchmarks/results").glob(f"{name}*.json"))
+    return json.loads(found[-1].read_text("utf-8"))
+
+
+def table(make: Callable[[], str]) -> Callable[[], str]:
+    """Registers a function under its name, with dashes."""
+    TABLES[make.__name__.replace("_", "-")] = make
+    return make
+
+
+def lines(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    heads = [*columns]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, *rows)).replace(
+        "\n", f"\n|{'---|' * len(heads)}\n", 1
+    )
+
+
+def written(text: str) -> str:
+    """The text of a page with all its tables made anew."""
+    return PLACE.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text)
+
+
+def signed(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def _methods() -> dict[tuple[float, str], list[dict[str, Any]]]:
+    """What each method came to at each α, a row a seed."""
+    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for row in results("methods-digits")["runs"]:
+        after = row["after"] | {"reward": row["after"]["reward"][0]}
+        after["over"] = after["w2_coupled"] / row["least_w2"][1]
+        groups.setdefault((row["alpha"], row["method"]), []).append(after)
+    return dict(sorted(groups.items(), key=lambda group: (-group[0][0], group[0][1])))
+
+
+def _median(rows: list[dict[str, Any]], key: str, digits: int) -> str:
+    return f"{statistics.median(row[key] for row in rows):.{digits}f}"
+
+
+MEASURES = (("reward", 3), ("w2_coupled", 2), ("over", 2), ("confidence", 3), ("deviation", 3))
+
+
+@table
+def methods() -> str:
+    rows = (
+        [f"{alpha:g}", f"`{name}`", f"{len(found)}", *(_median(found, *m) for m in MEASURES)]
+        for (alpha, name), found in _methods().items()
+    )
+    return lines(
+        ("α", "method", "seeds", "reward", "coupled W2", "over the least", "confidence", "deviation"), rows
+    )
+
+
+@table
+def alphas() -> str:
+    groups = _methods()
+    chosen = [a for a, name in groups if name == "orw-centred" and a in (2, 1, 0.5, 0.3, 0)]
+    rows = (
+        [f"{a:g}", *(_median(groups[a, "orw-centred"], *m) for m in MEASURES if m[0] in ("reward", "w2_coupled", "confidence"))]
+        for a in chosen
+    )  # fmt: skip
+    return lines(("α", "reward, from 0.494", "coupled W2", "classifier confidence, from 0.967"), rows)
+
+
+@table
+def equal_drift() -> str:
+    from orwcfm_fast.benchmarks.methods import EQUAL_W2, reward_at
+
+    runs = [row for row in results("methods-digits")["runs"] if row["rounds"] == 8]
+    rows = []
+    for w2 in EQUAL_W2:
+        rows.append([f"{w2:g}"])
+        for method in ("orw", "orw-centred"):
+            found = reward_at([row for row in runs if row["method"] == method], w2)
+            assert found
+            rows[-1].append(f"{found[0]:.3f} ± {2 * found[1]:.3f}")
+    return lines(("coupled W2", "`orw`", "`orw-centred`"), rows)
+
+
+@table
+def variants() -> str:
+    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for row in results("variants-digits")["runs"]:
+        after = row["after"] | {"reward": row["after"]["reward"][0]}
+        groups.setdefault((row["alpha"], row["variant"]), []).append(after)
+    rows = (
+        [f"{alpha:g}", change, f"{len(found)}"]
+        + [f"{statistics.mean(row[key] for row in found):.{d}f}" for key, d in MEASURES if key != "over"]
+        for (alpha, change), found in sorted(groups.items(), key=lambda g: (-g[0][0], g[0][1] != "as it is"))
+    )
+    return lines(("α", "change", "seeds", "reward", "coupled W2", "confidence", "deviation"), rows)
+
+
+@table
+def ranks() -> str:
+    rows = []
+    for row in results("ranks-cpu")["rows"]:
+        cells = [f"{row[k]:.0f} (×{row[gain]:.2f})" for k, gain in (("rollout", "rollout_gain"), ("train", "train_gain"))]  # fmt: skip
+        exchange = "none" if row["ranks"] == 1 else f"{row['exchange_ms']:.1f}"
+        rows.append([f"{row['ranks']}{', on 2 cores' if row['ranks'] > 2 else ''}", *cells, exchange])
+    return lines(("processes", "rollout, images/s", "training, images/s", "exchange of a gradient, ms"), rows)
+
+
+@table
+def scaling() -> str:
+    rows = []
+    for row in results("scaling-on-paper")["rows"]:
+        at = {t["ranks"]: t for t in row["rounds"]}
+        trained = row["trained"] + ", sharded" * row["sharded"]
+        cells = [row["model"], trained, f"{row['velocity_tflop']:.0f}", f"{at[1]['total'] / 3600:.1f} h"]
+        for t in (at[8], at[64], at[256], at[1024]):
+            seconds = f"{t['total']:,.0f}" if t["total"] >= 100 else f"{t['total']:.3g}"
+            cells.append(f"{seconds} s (×{t['faster']:.0f})")
+        rows.append([*cells, f"{row['pays_to']}", f"{at[256]['reward_servers']}"])
+    return lines(
+        ("model", "trained", "TFLOP a velocity", "1 GPU", "8", "64", "256", "1,024", "pays up to", "servers at 256"),
+        rows,
+    )  # fmt: skip
+
+
+@table
+def families() -> str:
+    rows = (
+        [name, r["pipeline"], r["kind"], f"{r['velocity']:.0e}", f"{r['picture']:.0e}", "yes" if r["rows_share"] else "no"]
+        for name, r in results("families").items()
+    )  # fmt: skip
+    return lines(("family", "pipeline", "makes", "velocity", "picture", "rows share calls"), rows)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(written(page.read_text("utf-8")), "utf-8")
