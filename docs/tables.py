@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLACE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.S)
+NO_YES = ("no", "yes")
 TABLES: dict[str, Callable[[], str]] = {}
 
 
@@ -77,10 +78,8 @@ def methods() -> str:
 def alphas() -> str:
     groups = _methods()
     chosen = [a for a, name in groups if name == "orw-centred" and a in (2, 1, 0.5, 0.3, 0)]
-    rows = (
-        [f"{a:g}", *(_median(groups[a, "orw-centred"], *m) for m in MEASURES if m[0] in ("reward", "w2_coupled", "confidence"))]
-        for a in chosen
-    )  # fmt: skip
+    shown = [m for m in MEASURES if m[0] in ("reward", "w2_coupled", "confidence")]
+    rows = ([f"{a:g}", *(_median(groups[a, "orw-centred"], *m) for m in shown)] for a in chosen)
     return lines(("α", "reward, from 0.494", "coupled W2", "classifier confidence, from 0.967"), rows)
 
 
@@ -117,7 +116,7 @@ def variants() -> str:
 def ranks() -> str:
     rows = []
     for row in results("ranks-cpu")["rows"]:
-        cells = [f"{row[k]:.0f} (×{row[gain]:.2f})" for k, gain in (("rollout", "rollout_gain"), ("train", "train_gain"))]  # fmt: skip
+        cells = [f"{row[k]:.0f} (×{row[f'{k}_gain']:.2f})" for k in ("rollout", "train")]
         exchange = "none" if row["ranks"] == 1 else f"{row['exchange_ms']:.1f}"
         rows.append([f"{row['ranks']}{', on 2 cores' if row['ranks'] > 2 else ''}", *cells, exchange])
     return lines(("processes", "rollout, images/s", "training, images/s", "exchange of a gradient, ms"), rows)
@@ -143,9 +142,16 @@ def scaling() -> str:
 @table
 def families() -> str:
     rows = (
-        [name, r["pipeline"], r["kind"], f"{r['velocity']:.0e}", f"{r['picture']:.0e}", "yes" if r["rows_share"] else "no"]
+        [
+            name,
+            r["pipeline"],
+            r["kind"],
+            f"{r['velocity']:.0e}",
+            f"{r['picture']:.0e}",
+            NO_YES[r["rows_share"]],
+        ]
         for name, r in results("families").items()
-    )  # fmt: skip
+    )
     return lines(("family", "pipeline", "makes", "velocity", "picture", "rows share calls"), rows)
 
 

@@ -1,4 +1,4 @@
-"""Small classifiers of handwritten digits, and the rewards they give; MNIST's ships, the other is trained on first use."""
+"""Small classifiers of handwritten digits, and the rewards they give; MNIST's ships, the other is made on first use."""
 
 import functools
 import hashlib
