@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orwcfm_fast.checkpoints.shipped import shipped
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.registry import Registry
 from orwcfm_fast.runs.run import newest_run
@@ -35,12 +36,14 @@ class Recipe:
         object.__setattr__(self, "__doc__", f"{self.title}; {swept}")
 
     def pretrained(self) -> str:
-        """The newest run of this recipe's pretraining under ./runs.
+        """The newest run of this recipe's pretraining under ./runs, else its model where that ships.
 
         Raises:
-            UserError: there is none.
+            UserError: there is neither.
         """
         run = newest_run(f"pretrain-{self.pretrain['data']}-*")
+        if run is None and shipped(model := self.pretrain["model"]):
+            return model
         if run is None:
             raise UserError(
                 f"recipe '{self.name}': no pretrained model under ./runs; first orwcfm pretrain --recipe {self.name}, "
