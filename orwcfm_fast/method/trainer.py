@@ -1,7 +1,7 @@
 """The online loop: draw, score, weigh, step, record."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from orwcfm_fast.method.objectives import METHODS, Method, Point, check_bounded,
 from orwcfm_fast.method.rollout import Rollout, draw, start_conditions
 from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.method.weighting import check_positive, effective_sample_size
+from orwcfm_fast.networks.inference import InferenceCopy, can_hold
 from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state, trained_parameters
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import Reward, RewardSum, RolloutScoring, Scores, make_reward
@@ -93,11 +94,13 @@ class Trainer:
             policy.checkpoint_gradients()
         if settings.lora:
             add_lora(policy.network, settings)
-        self.reference = reference or policy.frozen_copy()
+        # under --shard FSDP casts the shards as it gathers them
+        self.reference = reference or policy.frozen_copy(exact=settings.shard)
         trained_parameters(policy.network)
         sharded = ShardedNetworks([policy, self.reference], ranks) if settings.shard else None
         self.sizes.fixed = settings.shard
-        self.start = {k: v.clone() for k, v in lora_state(policy.network).items()}
+        self.inference = InferenceCopy(policy, off=settings.shard)
+        self.start = self.initial_weights(exact=reference is not None or settings.shard)
         self.optimizer = PolicyOptimizer(policy, settings, self.sizes, ranks, sharded)
         self.method: Method = METHODS.get(settings.method)
         self.average = PolicyAverage(self.optimizer.parameters) if self.method.averages else None
@@ -149,9 +152,11 @@ class Trainer:
         if self.policy.pipeline and condition is not None:
             self.policy.pipeline.read_ahead(condition)
         with ExitStack() as stack:
-            with self.sampled_policy(), self.stage("rollout"):  # a rank joins calls of the others at its end
+            averaged = self.method.samples_average
+            # a rank joins calls of the others at the stage's end
+            with self.without_gradient(averaged) as policy, self.stage("rollout"):
                 part, scoring = self.sizes.fit(
-                    "chunk", lambda chunk: self.draw(chunk, mine, condition), s.rollout
+                    "chunk", lambda chunk: self.draw(policy, chunk, mine, condition), s.rollout
                 )
                 stack.callback(scoring.close)
             self.phases.add({"rollout": -scoring.waited, "reward": scoring.waited})
@@ -163,7 +168,9 @@ class Trainer:
         index = noise.indices(first, s.rollout, self.policy.device)
         return RoundState(Rollout(x1, index, self.trained_on(scores), condition), scores, held_out)
 
-    def draw(self, chunk: int, mine: slice, condition: Tensor | None) -> tuple[Rollout, RolloutScoring]:
+    def draw(
+        self, policy: Policy, chunk: int, mine: slice, condition: Tensor | None
+    ) -> tuple[Rollout, RolloutScoring]:
         """This process's part of the rollout, `chunk` samples at a time, and its scoring, which may have begun."""
         s = self.settings
         # odd: a CPU's generator takes the low 32 bits
@@ -176,7 +183,7 @@ class Trainer:
             self.boundary_here()
 
         try:
-            return draw(self.policy, s.rollout, self.round, s.seed, s, chunk, each, mine), scoring
+            return draw(policy, s.rollout, self.round, s.seed, s, chunk, each, mine), scoring
         except BaseException:
             scoring.close()
             raise
@@ -203,23 +210,26 @@ class Trainer:
 
     def anchors(self, batches: Minibatches) -> Anchors:
         """The velocities that the round holds the policy to, from the policy as it drew the round."""
-        with self.phases("reference"), self.old_policy(), self.ranks.together():
+        with self.phases("reference"), self.without_gradient(averaged=True) as old, self.ranks.together():
+            reference = replace(old, base_only=True) if self.reference.base_only else self.reference
             return compute_anchors(
                 batches,
-                (lambda batch: velocities(self.policy, batch, self.sizes)) if self.method.old else None,
-                (lambda batch: velocities(self.reference, batch, self.sizes))
+                (lambda batch: velocities(old, batch, self.sizes)) if self.method.old else None,
+                (lambda batch: velocities(reference, batch, self.sizes))
                 if self.method.has_reference(self.alpha)
                 else None,
                 blended=not self.method.reads_velocity,
             )
 
-    def old_policy(self) -> AbstractContextManager[None]:
-        """Inside, the policy is the one that v_old is taken from."""
-        return self.average.in_place() if self.average else nullcontext()
+    @contextmanager
+    def without_gradient(self, averaged: bool) -> Iterator[Policy]:
+        """The policy as it is now, for passes without gradient.
 
-    def sampled_policy(self) -> AbstractContextManager[None]:
-        """Inside, the policy is the one that rollouts are drawn from."""
-        return self.old_policy() if self.method.samples_average else nullcontext()
+        Args:
+            averaged: the average of past policies instead, where the method has one.
+        """
+        with self.average.in_place() if self.average and averaged else nullcontext():
+            yield self.inference.refresh()
 
     def measure(self, done: RoundState, signal: Tensor) -> dict[str, Any]:
         """The record of a round; the only place where a round reads from the device."""
@@ -325,12 +335,24 @@ class Trainer:
         self.optimizer.go_on_from(self.steps_taken)
         self.notify("on_restore")
 
+    def initial_weights(self, exact: bool) -> dict[str, Tensor]:
+        """What is trained, as it is before the first round.
+
+        Args:
+            exact: the reference has the policy's weights to their last bit.
+        """
+        if self.settings.lora:
+            return {k: v.clone() for k, v in lora_state(self.policy.network).items()}
+        if exact or not can_hold(self.policy):
+            return self.reference.network.state_dict()
+        return {k: v.to("cpu", copy=True) for k, v in self.policy.network.state_dict().items()}
+
     def reset(self) -> None:
         """Back to before the first round."""
         if self.settings.lora:
             load_lora(self.policy.network, self.start, "the start")
         else:
-            self.policy.network.load_state_dict(self.reference.network.state_dict())
+            self.policy.network.load_state_dict(self.start)
         self.optimizer.reset()
         if self.average:
             self.average.reset()

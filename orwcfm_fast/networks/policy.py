@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from orwcfm_fast.device import resolve_precision
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.networks import lora
+from orwcfm_fast.networks.inference import can_hold, hold
 from orwcfm_fast.networks.models import build_network
 from orwcfm_fast.networks.prompts import Conditions, Prompt
 
@@ -135,11 +136,18 @@ class Policy:
                 f"warning: the {name}'s own gradient checkpointing is wrong; it is left off", file=sys.stderr
             )
 
-    def frozen_copy(self) -> "Policy":
-        """The reference: this policy with weights that never train, its own or those under its adapters."""
+    def frozen_copy(self, exact: bool = False) -> "Policy":
+        """The reference: this policy with weights that never train, its own or those under its adapters.
+
+        Args:
+            exact: its weights are those of the policy; else they are held in its precision, with the same velocities.
+        """
         if lora.has_adapter(self.network):
             return replace(self, base_only=True)
-        return replace(self, network=copy.deepcopy(self.network).requires_grad_(False).eval())
+        network = copy.deepcopy(self.network).requires_grad_(False).eval()
+        return replace(
+            self, network=network if exact or not can_hold(self) else hold(network, self.precision)
+        )
 
     def trainable_copy(self) -> "Policy":
         """The same policy with weights of its own, to be trained."""

@@ -108,7 +108,7 @@ class ResBlock(nn.Module):
             if emb.shape[0] == 1 and isinstance(
                 conv_in, nn.Conv2d
             ):  # not adapted; one time for the batch is a bias
-                h = F.conv2d(h, conv_in.weight, conv_in.bias + emb[0], padding=1)
+                h = F.conv2d(h, conv_in.weight, conv_in.bias.to(emb.dtype) + emb[0], padding=1)
             else:
                 h = conv_in(h).add_(emb[..., None, None])
             h = norm_out(h, silu=True)

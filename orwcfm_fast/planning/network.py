@@ -16,6 +16,7 @@ from orwcfm_fast.method.objectives import METHODS
 from orwcfm_fast.method.rollout import draw, start_noise
 from orwcfm_fast.method.samplers import times as solver_times
 from orwcfm_fast.method.step import PolicyOptimizer
+from orwcfm_fast.networks.inference import InferenceCopy
 from orwcfm_fast.networks.lora import add_lora
 from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.planning.allocations import profile_allocations
@@ -59,6 +60,10 @@ def plan_run(s: Finetune, ranks: int = 1) -> Plan:
     return make_plan(policy, reward, with_model_defaults(s, policy.model), ranks=ranks)
 
 
+def _size(policy: Policy) -> int:
+    return sum(x.nbytes for x in policy.network.state_dict().values())
+
+
 def _stop_halving(text: str) -> None:
     raise MemoryError(text)
 
@@ -77,8 +82,9 @@ def make_plan(
     limit = available_bytes(device) if limit is None else limit
     if s.lora:
         add_lora(policy.network, s)
-    reference = policy.frozen_copy()
+    reference = policy.frozen_copy(exact=s.shard)
     optimizer = PolicyOptimizer(policy, s)
+    inference = InferenceCopy(policy, off=s.shard)
     optimizer.graph = None  # a CUDA graph holds what the step that it records allocates
     seed = noise.seed_on(s.seed, device)
 
@@ -93,8 +99,11 @@ def make_plan(
     least = 2 if s.coupling == "ot" else 1
     step(least)  # creates the optimizer's state
     reward(policy.decode(draw(policy, 2, 0, s.seed, s, 2).x1))
-    weights = sum(x.numel() * x.element_size() for x in policy.network.state_dict().values())
-    anchor = 0 if reference.network is policy.network else weights  # adapters share the policy's own network
+    weights = _size(policy)
+    anchor = (
+        0 if reference.network is policy.network else _size(reference)
+    )  # adapters share the policy's network
+    copied = 0 if inference.policy is policy else _size(inference.policy)
     moments = sum(
         x.numel() * x.element_size()
         for v in optimizer.optimizer.state.values()
@@ -102,7 +111,7 @@ def make_plan(
         if isinstance(x, Tensor)
     )
     # measured before recording, which takes memory of its own
-    process = 0 if device.type == "cuda" else max(0, resident_bytes() - weights - anchor - moments)
+    process = 0 if device.type == "cuda" else max(0, resident_bytes() - weights - anchor - copied - moments)
     one = profile_allocations(lambda size: step(max(size, least)), batch, device)
     several = profile_allocations(lambda size: step(size, 2), batch // 2, device) if batch > 1 else one
     drawn = profile_allocations(
@@ -119,12 +128,14 @@ def make_plan(
     held = {
         "weights": training.shard(weights),
         "reference": training.shard(anchor),
+        "bf16 copy of the policy": copied,
         "optimizer": training.shard(moments),
         "stored rollout": s.rollout * one_sample,
     }
     gradients = sum(p.numel() * p.element_size() for p in optimizer.parameters)
     velocity = one_sample * policy.precision.itemsize // 4
-    if device.type == "cpu":  # with a GPU the copy lies in host memory, which this plan does not count
+    if device.type == "cpu":  # with a GPU what follows lies in host memory, which this plan does not count
+        held["initial weights"] = 0 if s.lora or not copied else weights
         saved = sum(x.numel() * x.element_size() for file in policy.tensors().values() for x in file.values())
         held["checkpoint being written"] = (
             moments + saved + (gradients if METHODS.get(s.method).averages else 0)

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,8 @@ class Finetuning:
 
     def _begin(self) -> None:
         """Write what a new run must hold before its first round."""
-        policy = self.reference
+        # the policy is at its start, in float32; the reference may be held in less
+        policy = replace(self.trainer.policy, base_only=self.reference.base_only)
         own = policy.tensors()
         if policy.pipeline:
             own.pop("model", None)  # lies in the pipeline's own folder

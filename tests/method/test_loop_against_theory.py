@@ -218,7 +218,7 @@ def test_seen_alpha_on_the_wrong_term(base, monkeypatch):
 
 
 def test_seen_reference_that_learns_with_the_policy(base, monkeypatch):
-    monkeypatch.setattr(Policy, "frozen_copy", lambda self: self)
+    monkeypatch.setattr(Policy, "frozen_copy", lambda self, exact: self)
     x, exact = run(base, alpha=1.0, rounds=4)
     assert miss(x, exact) > 2 * CLOSE
 

@@ -26,7 +26,7 @@ SHORT = dict(steps_per_round=2, nfe=4, probe=8)
 
 def made(model: str, data: str, **settings):
     s = Finetune(**SHORT | settings)
-    policy = make_policy(model, data, source(data)[0].shape, CPU, "fp32")
+    policy = make_policy(model, data, source(data)[0].shape, CPU, settings.get("precision", "fp32"))
     return policy, make_reward([source(data)[0].reward], s), s
 
 
@@ -67,6 +67,7 @@ def test_a_profile_extrapolates_the_peak_even_where_it_moves():
 CASES = [
     *[("mlp", "moons", dict(batch=b, rollout=b, chunk=512)) for b in (1024, 4096, 16384)],
     *[("unet-digits", "digits", dict(batch=b, rollout=64, chunk=32)) for b in (16, 32, 64)],
+    *[("unet-digits", "digits", dict(batch=8, rollout=32, chunk=8, precision="bf16", lora=r)) for r in (0, 4)],
     *[
         pytest.param("unet-mnist", "mnist", dict(batch=b, rollout=16, chunk=8), marks=pytest.mark.soak)
         for b in (6, 8, 16)
