@@ -14,7 +14,7 @@ from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.runs.run import Run, resume_command
 from orwcfm_fast.runs.trainer_state import restore_trainer, trained_files, trainer_contents
-from orwcfm_fast.sharding import gathered
+from orwcfm_fast.sharding import Files, gathered
 
 
 class CheckpointManager:
@@ -31,7 +31,6 @@ class CheckpointManager:
         self.folder = run.checkpoints
         self.closing: dict[str, float] = {}  # metrics of the final policy, once it is evaluated
         self.writer = BackgroundWriter()
-        self.gathered: dict[str, checkpoint.Tensors] | None = None  # what `gather` brought together
         self.every = self.settings.steps_per_round * self.settings.save_every  # an interruption writes others
 
     def newest(self, set_aside: bool = False, every: int = 1) -> checkpoint.Checkpoint | None:
@@ -50,16 +49,18 @@ class CheckpointManager:
         with self.ranks.together():
             return checkpoint.load(path) if path and not self.ranks.first else found
 
-    def gather(self) -> None:
-        """Bring shards together for the checkpoint that is written next; called on all ranks."""
-        if self.settings.shard:
-            self.gathered = gathered(trained_files(self.trainer), keep=self.ranks.first)
+    def gather(self) -> Files | None:
+        """Copies of what is trained, brought together where it is in shards, else None; called on all ranks."""
+        return gathered(trained_files(self.trainer), keep=self.ranks.first) if self.settings.shard else None
 
-    def start(self) -> None:
+    def start(self, whole: Files | None) -> None:
         """Copy what is trained so far and begin to write it, once the checkpoint before it is written.
 
         The thread touches nothing but the copy and its own new folder: code of users changes the working directory
         and the module path meanwhile.
+
+        Args:
+            whole: from `gather`.
 
         Raises:
             WorkError: the one before it could not be written.
@@ -67,9 +68,8 @@ class CheckpointManager:
         self.wait()
         path = self.path.absolute()
         if self.ranks.first and not checkpoint.is_checkpoint(path):
-            copied = self.gathered is not None
-            state, files = self._contents()
-            files = files if copied else checkpoint.copied(files)
+            state, files = self._contents(whole)
+            files = checkpoint.copied(files) if whole is None else files
 
             def write() -> None:
                 os.stat(path.parent)  # a run that is taken away meanwhile is not made again
@@ -77,10 +77,11 @@ class CheckpointManager:
 
             self.writer.start(write)
 
-    def save(self, anew: bool = False) -> Path:
+    def save(self, whole: Files | None, anew: bool = False) -> Path:
         """Write what is trained so far before anything else happens; the path of the checkpoint.
 
         Args:
+            whole: from `gather`.
             anew: in place of one that is there.
 
         Raises:
@@ -89,7 +90,7 @@ class CheckpointManager:
         self.settle()  # a failure of the checkpoint before this one counts no more
         path = self.path
         if self.ranks.first and (anew or not checkpoint.is_checkpoint(path)):
-            state, files = self._contents()
+            state, files = self._contents(whole)
             with self._failures():
                 checkpoint.save(path, state, **files)
             self._written()
@@ -121,14 +122,13 @@ class CheckpointManager:
         """Where a checkpoint of what is trained so far lies."""
         return self.folder / f"step_{self.trainer.steps_taken}"
 
-    def _contents(self) -> tuple[dict[str, Any], dict[str, checkpoint.Tensors]]:
+    def _contents(self, whole: Files | None) -> tuple[dict[str, Any], Files]:
         """State and files of a checkpoint; the state is a copy, the tensors are those that are trained."""
         with self._failures():
             self.folder.mkdir(exist_ok=True)  # its parent gone: the run was taken away
         controller, s = self.trainer.find(RunController), self.settings
         more = {"settings": s.model_dump(), "seed": s.seed, **controller.to_state()}
-        state, files = trainer_contents(self.trainer, more, self.gathered)
-        self.gathered = None
+        state, files = trainer_contents(self.trainer, more, whole)
         return json.loads(json.dumps(state)), files
 
     def _written(self) -> None:
@@ -154,9 +154,9 @@ class CheckpointManager:
     def save_together(self) -> Path:
         """`save`, for which all ranks wait: a launcher ends the others as soon as one leaves."""
         self.trainer.gather_anchors()
-        self.gather()
+        whole = self.gather()
         with self.ranks.together():
-            return self.save()
+            return self.save(whole)
 
     def prune(self) -> None:
         """Keep what `--keep` and `--best` say."""

@@ -30,7 +30,7 @@ from orwcfm_fast.runs.result import Result
 from orwcfm_fast.runs.resume import MAY_CHANGE, restarted_settings
 from orwcfm_fast.runs.run import ReadOnlyRun, Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.sharding import gathered
+from orwcfm_fast.sharding import Files, gathered
 
 
 class Finetuning:
@@ -269,12 +269,13 @@ class Finetuning:
 
     def _train(self, log: Log, on_round: Log | None, on_line: Callable[[str], None]) -> None:
         for record in self._accepted_rounds():
+            whole = None
             if self._saves:
                 with self.trainer.phases("checkpoint"):
-                    self.checkpoints.gather()
+                    whole = self.checkpoints.gather()
             with self.ranks.together():
                 if self.ranks.first:
-                    self._record_round(record, log, on_round, on_line)
+                    self._record_round(record, whole, log, on_round, on_line)
                 self.trainer.boundary_here()
         began = time.perf_counter()
         with self.ranks.together():
@@ -282,9 +283,14 @@ class Finetuning:
         self.last_wait = time.perf_counter() - began
 
     def _record_round(
-        self, record: dict[str, Any], log: Log, on_round: Log | None, on_line: Callable[[str], None]
+        self,
+        record: dict[str, Any],
+        whole: Files | None,
+        log: Log,
+        on_round: Log | None,
+        on_line: Callable[[str], None],
     ) -> None:
-        """Write and show what a round leaves."""
+        """Write and show what a round leaves; whole: from `CheckpointManager.gather`."""
         self.run.append(record)
         log(record)
         # all that a round leaves is there before its checkpoint, or a kill between the two would lose it
@@ -292,7 +298,7 @@ class Finetuning:
         lines = self.artifacts.first_round_messages(record) if self.trainer.round == 1 else []
         if self._saves:
             with self.trainer.phases("checkpoint"):
-                self.checkpoints.start()
+                self.checkpoints.start(whole)
         else:
             self.checkpoints.check()
         if on_round:
@@ -316,10 +322,10 @@ class Finetuning:
                     if self.settings.guard != "rollback":
                         raise
                     self.controller.roll_back(fault, self._return)
-                    self.checkpoints.gather()
+                    whole = self.checkpoints.gather()
                     with self.ranks.together():
                         if self.trainer.round:
-                            self.checkpoints.save(anew=True)  # with the α and τ that hold from here on
+                            self.checkpoints.save(whole, anew=True)  # with the α and τ that hold from here on
                 except Fault:
                     self.run.append(fault.record)
                     with self.ranks.together():  # its files are written before anyone leaves

@@ -84,7 +84,7 @@ def test_sweep_keeps_what_is_done_goes_on_and_widens(run_cli, tiny_run, monkeypa
         begun.append(self.run.path.name)
         if self.run.path.name == "a1-t0.5" and len(begun) == 2:
             next(self.trainer.train(1))
-            self.checkpoints.save()
+            self.checkpoints.save(None)
             raise KeyboardInterrupt
         return train(self, *rest)
 
