@@ -56,7 +56,7 @@ PATIENCE = {"plain": 4.0}
 
 @dataclass(frozen=True)
 class Look:
-    """What 256 held-out samples show; seconds and gradient steps since the start, with the looks taken out."""
+    """What held-out samples show; seconds and gradient steps since the start, with the looks taken out."""
 
     seconds: float
     steps: int
@@ -72,6 +72,7 @@ class Looks:
 
     Args:
         limit: seconds until the race is over.
+        held_out: how many samples are looked at.
         growth: each look comes after so many times the seconds of the one before.
     """
 
@@ -81,13 +82,14 @@ class Looks:
     limit: float
     growth: float
     clock: Callable[[], float]
+    held_out: int = HELD_OUT
     first: float = 0.25
     seen: list[Look] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.reward = make_reward(REWARD)
-        self.x0 = start_noise(self.base, HELD_OUT, self.seed + HELD_OUT_SEED)
-        self.x_ref = sample(self.base, self.x0, Sampling(), HELD_OUT)
+        self.x0 = start_noise(self.base, self.held_out, self.seed + HELD_OUT_SEED)
+        self.x_ref = sample(self.base, self.x0, Sampling(), self.held_out)
         self.running, self.next = 0.0, self.first
         self.seen.append(self._look(self.x_ref, 0))
         self.began = self.clock()
@@ -99,7 +101,7 @@ class Looks:
         self.running += self.clock() - self.began
         over = self.running >= self.limit
         if over or self.running >= self.next:
-            self.seen.append(self._look(sample(self.policy, self.x0, Sampling(), HELD_OUT), steps))
+            self.seen.append(self._look(sample(self.policy, self.x0, Sampling(), self.held_out), steps))
             self.next = self.running * self.growth
         self.began = self.clock()
         return over

@@ -19,9 +19,10 @@ import torch
 
 from orwcfm_fast.benchmarks import cases, kernels, loop
 from orwcfm_fast.benchmarks.race import race
-from orwcfm_fast.benchmarks.ways import alternate, forward_flop, matrix_rate
+from orwcfm_fast.benchmarks.ways import alternate, bench_policy, forward_flop, matrix_rate
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
+from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune
@@ -42,8 +43,9 @@ class Sizes:
     rollout: int
     repeats: int
     round: dict[str, Any]
-    race_seconds: float
+    race: dict[str, Any]
     test_arguments: tuple[str, ...]
+    pretrained: bool = True  # the digits model; else it is as initialised
 
 
 def sizes(dry: bool) -> Sizes:
@@ -52,13 +54,21 @@ def sizes(dry: bool) -> Sizes:
         shapes: tuple[tuple[int, ...], ...] = ((4, 1, 8, 8), (2, 3, 32, 32))
         collected = (*GPU_TESTS, "--collect-only")
         return Sizes(
-            torch.device("cpu"), 2**20, shapes, ((2, 32, 8, 8),), "digits", (2,), 4, 1, small, 0.2, collected
-        )
+            torch.device("cpu"), 2**20, shapes, ((2, 32, 8, 8),), "digits", (2,), 4, 1, small,
+            dict(seconds=0.5, held_out=4), collected, pretrained=False,
+        )  # fmt: skip
     shapes = (cases.DIGITS, cases.CIFAR, (16, 16, 128, 128), (2**28 // (3072 * 4), 3, 32, 32))
     maps = ((128, 128, 32, 32), (128, 256, 16, 16), (128, 384, 32, 32))
     return Sizes(
-        torch.device("cuda"), 2**28, shapes, maps, "cifar10", (64, 128, 512), 512, 3, {}, 8.0, GPU_TESTS
-    )
+        torch.device("cuda"), 2**28, shapes, maps, "cifar10", (64, 128, 512), 512, 3, {},
+        dict(seconds=8.0), GPU_TESTS,
+    )  # fmt: skip
+
+
+def digits_model(s: Sizes, precision: str) -> Policy:
+    if s.pretrained:
+        return Loader(s.device, precision).default().policy
+    return bench_policy("digits", precision, s.device)
 
 
 def machine(s: Sizes) -> dict[str, Any]:
@@ -110,8 +120,8 @@ def rollouts(s: Sizes) -> dict[str, Any]:
 def rounds(s: Sizes) -> dict[str, Any]:
     """Seconds of a second round of digits, and of the network of `data`, phase by phase."""
     found = {}
-    digits = Loader(s.device, "auto").default().policy
-    for name, policy in {"digits": digits, s.data: loop.bench_policy(s.data, "auto", s.device)}.items():
+    policies = {"digits": digits_model(s, "auto"), s.data: bench_policy(s.data, "auto", s.device)}
+    for name, policy in policies.items():
         policy = policy.trainable_copy()
         trainer = build_trainer(policy, lambda x: x.flatten(1).mean(1), Finetune(**s.round))
         records = [*trainer.train(2)]
@@ -121,7 +131,8 @@ def rounds(s: Sizes) -> dict[str, Any]:
 
 def race_on_digits(s: Sizes) -> dict[str, Any]:
     """The default method and the plain loop, one seed."""
-    return race(device=s.device, seconds=s.race_seconds, names=("orw-centred", "plain"))
+    own = None if s.pretrained else digits_model(s, "fp32")
+    return race(device=s.device, names=("orw-centred", "plain"), base=own, **s.race)
 
 
 PARTS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
@@ -142,6 +153,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.dry_run or torch.cuda.is_available()):
         parser.error("no NVIDIA GPU here; try --dry-run")
+    if arguments.dry_run:
+        torch.set_num_threads(1)  # of so small tensors, on a machine that may do other things
     run(arguments.out, sizes(arguments.dry_run))
 
 

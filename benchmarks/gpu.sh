@@ -30,6 +30,7 @@ if [ -n "$gather" ]; then
     "${fetch[@]}" --no-deps 'torchcfm>=1.0.7' 'POT>=0.9.5'
     "$python" -m pip wheel -q --no-deps -w "$wheels" .
     du -sh "$wheels"
+    echo "wheels: done in $SECONDS s"
 fi
 [ -n "$out" ] || exit 0
 
@@ -42,3 +43,4 @@ if [ -z "$dry" ]; then # a wheel of another Python version would not import
 fi
 # -P: the folder orwcfm_fast here is without kernels, cli and benchmarks, which only an installed package has
 env -u TRITON_INTERPRET "$python" -P -m orwcfm_fast.benchmarks.gpu --out "$out" $dry
+echo "all: done in $SECONDS s"

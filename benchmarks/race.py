@@ -45,6 +45,7 @@ class Job(NamedTuple):
     limit: float
     device: str
     data: str
+    held_out: int
 
 
 @cache
@@ -53,22 +54,21 @@ def _base(device: str, data: str) -> Policy:
     return loader.default().policy if data == "digits" else loader.load("unet-mnist-small").policy
 
 
-def _run(job: Job) -> list[Look]:
-    device, base = torch.device(job.device), _base(job.device, job.data)
+def _run(job: Job, base: Policy | None = None) -> list[Look]:
+    own, clock = base or _base(job.device, job.data), entrants.clock_of(torch.device(job.device))
 
     def looks(policy: Policy) -> Looks:
-        return Looks(policy, base, job.seed, job.limit, GROWTH, entrants.clock_of(device))
+        return Looks(policy, own, job.seed, job.limit, GROWTH, clock, job.held_out)
 
-    return entrants.run(job.name, base, job.trial, job.seed, looks)
+    return entrants.run(job.name, own, job.trial, job.seed, looks)
 
 
-def run_all(jobs: Sequence[Job], watch: Callable[[str], None]) -> list[list[Look]]:
-    """Every job's looks; on a CPU as many at once as it has cores, with a thread each."""
+def run_all(jobs: Sequence[Job], base: Policy | None, watch: Callable[[str], None]) -> list[list[Look]]:
+    """Every job's looks; on a CPU as many at once as it has cores, with a thread each, unless the base is given."""
     found: list[list[Look]] = []
+    if base or jobs[0].device.startswith("cuda"):
+        return _watched(jobs, (_run(job, base) for job in jobs), watch, found)
     _base(jobs[0].device, jobs[0].data)  # cached on disk before others look for it
-    if jobs[0].device.startswith("cuda"):
-        runs: Iterable[list[Look]] = map(_run, jobs)
-        return _watched(jobs, runs, watch, found)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         return _watched(jobs, pool.map(_run, jobs), watch, found)
@@ -88,6 +88,8 @@ def race(
     data: str = "digits",
     seconds: float = 0.0,
     names: Sequence[str] = (),
+    held_out: int = entrants.HELD_OUT,
+    base: Policy | None = None,
 ) -> dict[str, Any]:
     """The race, full or short.
 
@@ -96,11 +98,13 @@ def race(
         data: digits; mnist in the short form, where the plain loop has no network of its own.
         seconds: of each run; 0: SECONDS, in the short form SHORT_SECONDS.
         names: of the entrants; all where empty.
+        held_out: samples of each look.
+        base: start from this model instead of the pretrained one.
 
     Returns:
         date, device, versions, the trials and the settings chosen, and a row for every entrant and goal.
     """
-    where = (str(device or "cpu"), data)
+    where = (str(device or "cpu"), data, held_out, base)
     names = names or [name for name in TRIALS if data == "digits" or name != "plain"]
     chosen, trials = choose(names, where, watch) if full else ({name: CHOSEN[name] for name in names}, [])
     limit, seeds = seconds or (SECONDS if full else SHORT_SECONDS), RUN_ON if full else RUN_ON[:1]
@@ -121,7 +125,7 @@ def race(
     }  # fmt: skip
 
 
-def choose(names: Sequence[str], where: tuple[str, str], watch: Callable[[str], None]):
+def choose(names: Sequence[str], where: tuple, watch: Callable[[str], None]):
     """({name: {goal: trial}}, every trial with what it scored for each goal, a mean over the tuning seeds)."""
     plan = [(name, trial) for name in names for trial in TRIALS[name]]
     runs = _runs(plan, TUNED_ON, TUNING_SECONDS, where, lambda text: watch(f"choosing settings, {text}"))
@@ -142,8 +146,9 @@ def choose(names: Sequence[str], where: tuple[str, str], watch: Callable[[str], 
 
 def _runs(plan, seeds, limit, where, watch) -> list[list[list[Look]]]:
     """The runs of every (name, trial), a list over the seeds for each."""
-    jobs = [Job(n, t, seed, _patience(n) * limit, *where) for n, t in plan for seed in seeds]
-    runs = run_all(jobs, watch)
+    *same, base = where
+    jobs = [Job(n, t, seed, _patience(n) * limit, *same) for n, t in plan for seed in seeds]
+    runs = run_all(jobs, base, watch)
     return [runs[k : k + len(seeds)] for k in range(0, len(runs), len(seeds))]
 
 

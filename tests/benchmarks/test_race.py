@@ -56,15 +56,14 @@ def test_every_method_and_the_plain_loop_have_equally_many_trials_that_their_set
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TRIALS))
-def test_an_entrant_starts_from_the_same_samples_and_runs_to_the_limit(name, digits_model, monkeypatch):
-    monkeypatch.setattr(entrants, "HELD_OUT", 16)
+def test_an_entrant_starts_from_the_same_samples_and_runs_to_the_limit(name, digits_model):
     base = Loader(CPU, "fp32").default().policy
     ticks = iter(range(1000))
     found = entrants.run(
         name, base, TRIALS[name][0], 0,
-        lambda policy: Looks(policy, base, 0, limit=3, growth=1.0, clock=lambda: next(ticks)),
+        lambda policy: Looks(policy, base, 0, limit=3, growth=1.0, clock=lambda: next(ticks), held_out=16),
     )  # fmt: skip
-    again = Looks(base, base, 0, 3, 1.0, lambda: 0.0).seen[0]
+    again = Looks(base, base, 0, 3, 1.0, lambda: 0.0, held_out=16).seen[0]
     assert found[0] == again and again.w2 == 0
     assert [look.steps for look in found] == [0, 1, 2, 3]
     assert all(look.w2 > 0 for look in found[1:]), "the entrant did not move"
