@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from orwcfm_fast.benchmarks import cases, kernels, loop
+from orwcfm_fast.benchmarks.clock import copying, seconds_of
 from orwcfm_fast.benchmarks.race import race
 from orwcfm_fast.benchmarks.ways import alternate, bench_policy, forward_flop, matrix_rate
 from orwcfm_fast.checkpoints import checkpoint
@@ -73,7 +74,7 @@ def digits_model(s: Sizes, precision: str) -> Policy:
 
 def machine(s: Sizes) -> dict[str, Any]:
     """Versions, and the ceilings: bytes a second of a copy, FLOP/s of matrix products and convolutions."""
-    copy = kernels.seconds_of(kernels.copying(s.copied, s.device), s.device)
+    copy = seconds_of(copying(s.copied, s.device), s.device)
     return {
         "copy_gb_per_s": s.copied / copy / 1e9,
         "tf32": torch.backends.cuda.matmul.allow_tf32,

@@ -2,8 +2,6 @@
 
 import math
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -14,6 +12,14 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.benchmarks.cases import CIFAR, OPS, Case, Inputs, cases
+from orwcfm_fast.benchmarks.clock import (
+    copying,
+    host_seconds_of,
+    kernels_alone,
+    peak_bytes,
+    seconds_in_turn,
+    seconds_of,
+)
 from orwcfm_fast.device import device_name
 
 BY_HAND = "compile, gradient by hand"
@@ -48,77 +54,6 @@ class Row:
     peak_bytes: int | None = None
     error: float | None = None
     step_share: float | None = None
-
-
-def seconds_of(function: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
-    """Median seconds of a call, after warming up; about `budget` seconds of calls."""
-    return seconds_in_turn([function], device, budget)[0]
-
-
-def seconds_in_turn(
-    functions: list[Callable[[], object]], device: torch.device, budget: float = 0.5
-) -> list[float]:
-    """`seconds_of` each function, called in turn: what slows the machine for a while slows them all."""
-    found: list[list[float]] = [[] for _ in functions]
-    for function in functions * 3:
-        function()
-    end = time.perf_counter() + budget * len(functions)
-    while len(found[0]) < 5 or (time.perf_counter() < end and len(found[0]) < 1000):
-        for function, seconds in zip(functions, found, strict=True):
-            seconds.append(_seconds(function, device))
-    return [statistics.median(seconds) for seconds in found]
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        function()
-        events[1].record()
-        events[1].synchronize()
-        return events[0].elapsed_time(events[1]) / 1000
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
-
-
-def kernels_alone(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Replays the call's kernels from a CUDA graph; the call itself on a CPU, or where it cannot be captured."""
-    if device.type != "cuda":
-        return call
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return call
-    return graph.replay
-
-
-def host_seconds_of(call: Callable[[], object], device: torch.device) -> float | None:
-    """Median seconds of the host in issuing the call; None on a CPU, which does the work itself."""
-    if device.type != "cuda":
-        return None
-    found = []
-    for _ in range(20):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
-
-
-def copying(moved: int, device: torch.device) -> Callable[[], object]:
-    """A copy that reads and writes `moved` bytes together: caches serve it as they serve an op of that size."""
-    x = torch.zeros(max(moved // 2, 1), dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    return lambda: y.copy_(x)
 
 
 def _call(case: Case, inputs: Inputs, implementation: str, passes: str) -> Callable[[], Any]:
@@ -179,16 +114,6 @@ def _result(case: Case, implementation: str, passes: str, output) -> Tensor | No
     if implementation == "ours":
         return OPS[case.op].result(*_tuple(output))
     return output if passes == "forward+backward" else None  # eager's x_t has another x0
-
-
-def _peak(call: Callable[[], object], device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def training_step_seconds(device: torch.device) -> tuple[int, float]:
@@ -279,7 +204,7 @@ def _measure(case: Case, device: torch.device, compiled: bool, step: float) -> l
             try:
                 row.error = _error(case, inputs, _result(case, implementation, passes, call()))
                 if fine:
-                    row.peak_bytes = _peak(call, device)
+                    row.peak_bytes = peak_bytes(call, device)
                     row.host_seconds = host_seconds_of(call, device)
                     calls.append((row, kernels_alone(call, device)))
             except torch.OutOfMemoryError:
