@@ -2,17 +2,16 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orwcfm_fast.checkpoints import checkpoint, retention
+from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.control.controller import RunController
-from orwcfm_fast.control.guard import Fault
 from orwcfm_fast.device import resolve_device
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
-from orwcfm_fast.errors import Interrupted, RewardError, UserError, WorkError
+from orwcfm_fast.errors import Interrupted, RewardError, UserError
 from orwcfm_fast.evaluation.held_out import Evaluator, evaluator_for
 from orwcfm_fast.method.callbacks import Progress, ReportProgress
 from orwcfm_fast.method.samplers import times as solver_times
@@ -28,9 +27,10 @@ from orwcfm_fast.runs.load import Loaded, Loader, Watch
 from orwcfm_fast.runs.resolve import anchored, resolved, run_name
 from orwcfm_fast.runs.result import Result
 from orwcfm_fast.runs.resume import MAY_CHANGE, restarted_settings
+from orwcfm_fast.runs.rounds import Rounds
 from orwcfm_fast.runs.run import ReadOnlyRun, Run, next_run_path, resume_command, resumed_settings
 from orwcfm_fast.settings import Finetune
-from orwcfm_fast.sharding import Files, gathered
+from orwcfm_fast.sharding import gathered
 
 
 class Finetuning:
@@ -245,7 +245,8 @@ class Finetuning:
                     self.trainer.callbacks.append(signals)
                     logs = s.log if self.ranks.first else []
                     with loggers(logs, self.run.path, self.run.path.name, s.model_dump()) as log:
-                        self._train(log, on_round, on_line)
+                        rounds = Rounds(self.run, self.trainer, self.checkpoints, self.artifacts)
+                        self.last_wait = rounds.train(log, on_round, on_line)
                 except StopRequested:
                     where = f"interrupted {self.trainer.where()}, saved at {self.checkpoints.save_together()}"
                     raise Interrupted(f"{where}; {resume}", signals.exit_code) from None
@@ -266,84 +267,6 @@ class Finetuning:
                     self.checkpoints.settle()
                 finally:
                     self.run.unlock()
-
-    def _train(self, log: Log, on_round: Log | None, on_line: Callable[[str], None]) -> None:
-        for record in self._accepted_rounds():
-            whole = None
-            if self._saves:
-                with self.trainer.phases("checkpoint"):
-                    whole = self.checkpoints.gather()
-            with self.ranks.together():
-                if self.ranks.first:
-                    self._record_round(record, whole, log, on_round, on_line)
-                self.trainer.boundary_here()
-        began = time.perf_counter()
-        with self.ranks.together():
-            self.checkpoints.wait()
-        self.last_wait = time.perf_counter() - began
-
-    def _record_round(
-        self,
-        record: dict[str, Any],
-        whole: Files | None,
-        log: Log,
-        on_round: Log | None,
-        on_line: Callable[[str], None],
-    ) -> None:
-        """Write and show what a round leaves; whole: from `CheckpointManager.gather`."""
-        self.run.append(record)
-        log(record)
-        # all that a round leaves is there before its checkpoint, or a kill between the two would lose it
-        self.artifacts.save_round_samples()
-        lines = self.artifacts.first_round_messages(record) if self.trainer.round == 1 else []
-        if self._saves:
-            with self.trainer.phases("checkpoint"):
-                self.checkpoints.start(whole)
-        else:
-            self.checkpoints.check()
-        if on_round:
-            on_round(record)
-        for line in lines:
-            on_line(line)
-
-    @property
-    def _saves(self) -> bool:
-        """Whether a checkpoint is written after the round that was just trained."""
-        s = self.settings
-        return self.trainer.round % s.save_every == 0 or self.trainer.round == s.rounds
-
-    def _accepted_rounds(self) -> Iterator[dict[str, Any]]:
-        """The records of the rounds that stand; the others are taken back or end the run, as --guard says."""
-        while self.trainer.round < self.settings.rounds:
-            try:
-                yield self.trainer.one_round()
-            except Fault as fault:
-                try:
-                    if self.settings.guard != "rollback":
-                        raise
-                    self.controller.roll_back(fault, self._return)
-                    whole = self.checkpoints.gather()
-                    with self.ranks.together():
-                        if self.trainer.round:
-                            self.checkpoints.save(whole, anew=True)  # with the α and τ that hold from here on
-                except Fault:
-                    self.run.append(fault.record)
-                    with self.ranks.together():  # its files are written before anyone leaves
-                        self.checkpoints.wait()
-                        self.run.delete_replaced()
-                        good = retention.steps(self.run.checkpoints)
-                    where = f"the last good checkpoint is {good[0]}" if good else "no round was good yet"
-                    raise WorkError(f"{fault}; stopped, {where}") from None
-
-    def _return(self) -> int:
-        """To the newest checkpoint, or the start where there is none; the round it holds."""
-        newest = self.checkpoints.newest(every=self.checkpoints.every)
-        if newest:
-            self.checkpoints.restore(newest)
-        else:
-            self.trainer.reset()
-        self.run.truncate_metrics(self.trainer.round)
-        return self.trainer.round
 
     def finish(self, began: float, watch: Callable[[Progress], None] | None = None) -> Result | None:
         """Held-out evaluation before and after, the pictures and summary.json; None on all ranks but the first.
