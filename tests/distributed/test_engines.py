@@ -91,6 +91,14 @@ def test_a_rank_without_samples_takes_part_in_every_exchange(launch, settings, s
     same(launch.loop(1, **s)[0], launch.loop(4, **s | {"shard": shard}))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["nft", "awm"])
+def test_a_rank_without_samples_averages_its_shard_as_all_do(launch, settings, method):
+    """Of three samples a step the fourth rank has none, and a quarter of the average of past policies."""
+    s = settings("digits") | {"batch": 3, "method": method}
+    same(launch.loop(1, **s)[0], launch.loop(4, **s | {"shard": True}))
+
+
 def test_buckets_are_exchanged_while_the_backward_pass_goes_on_and_in_its_last_part_alone(launch, settings):
     for rank in launch.loop(2, "noting exchanges", **settings("digits") | {"rounds": 1, "micro_batch": 2}):
         assert len(rank["events"]) == 3
