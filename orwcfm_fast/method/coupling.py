@@ -76,6 +76,7 @@ def couple(
     index: Tensor,
     coupling: str = "independent",
     late: bool = False,
+    pairs: Tensor | None = None,
 ) -> Batch:
     """Couple samples x1 [B, *shape] of weights w [B] with the noise x0 of draws `index` [B].
 
@@ -86,12 +87,13 @@ def couple(
 
     Args:
         late: t has density 2t in place of 1.
+        pairs: of ot, `weighted_plan_draw` of these arguments, where it is known.
 
     Raises:
         UserError: ot with a weight that is not positive.
     """
     if coupling == "ot":
-        pick = _weighted_plan_draw(x1, w, seed, index)
+        pick = weighted_plan_draw(x1, w, seed, index) if pairs is None else pairs
         mean = w.mean()
         x1, a, w = x1[pick], alpha * mean / w[pick], mean.expand(len(w)).contiguous()
     else:
@@ -100,7 +102,7 @@ def couple(
     return Batch(x1, t, x_t, index, w, a)
 
 
-def _weighted_plan_draw(x1: Tensor, w: Tensor, seed: Tensor, index: Tensor) -> Tensor:
+def weighted_plan_draw(x1: Tensor, w: Tensor, seed: Tensor, index: Tensor) -> Tensor:
     """For each x0 one x1 drawn from the optimal plan with target marginal ∝ w, int64 [B]."""
     check_positive(w)
     import ot

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from orwcfm_fast.distributed import ProcessGroup
 from orwcfm_fast.method import noise
-from orwcfm_fast.method.coupling import Batch, couple
+from orwcfm_fast.method.coupling import Batch, couple, weighted_plan_draw
 from orwcfm_fast.method.objectives import Method, Point
+from orwcfm_fast.method.plans import PlannedPairs
 from orwcfm_fast.method.rollout import Rollout
 from orwcfm_fast.settings import Finetune
 
@@ -45,6 +46,19 @@ class Minibatches:
         n = len(signal)
         passes = math.ceil(settings.steps_per_round * settings.batch / n)
         self.order = torch.cat([noise.permutation(n, seed, number * passes + p) for p in range(passes)])
+        self.pairs = self.planned() if settings.coupling == "ot" else None
+
+    def planned(self) -> PlannedPairs:
+        """The pairs of each minibatch under the optimal plan."""
+        x1, signal, seed, order = (x.cpu() for x in (self.rollout.x1, self.signal, self.seed, self.order))
+        size, first = self.settings.batch, self.number * len(self) * self.settings.batch
+
+        def solve(k: int) -> Tensor:
+            pick = order[k * size : (k + 1) * size]
+            index = noise.indices(first + k * size, size, "cpu")
+            return weighted_plan_draw(x1[pick], signal[pick], seed, index)
+
+        return PlannedPairs(solve, len(self))
 
     def __len__(self) -> int:
         return self.settings.steps_per_round
@@ -60,7 +74,10 @@ class Minibatches:
         pick = self.order[k * s.batch : (k + 1) * s.batch]
         index = noise.indices((self.number * len(self) + k) * s.batch, s.batch, self.seed.device)
         late = self.row.late if s.times == "own" else s.times == "late"
-        batch = couple(rollout.x1[pick], self.signal[pick], self.alpha, self.seed, index, s.coupling, late)
+        pairs = [self.pairs[k].to(pick.device)] if self.pairs else []
+        batch = couple(
+            rollout.x1[pick], self.signal[pick], self.alpha, self.seed, index, s.coupling, late, *pairs
+        )
         if rollout.condition is not None:
             batch = replace(batch, condition=rollout.condition[pick])
         if s.coupling == "independent" and not self.row.reads_velocity:

@@ -191,7 +191,7 @@ def test_at_rest_it_stays_at_rest(base):
 
 def plain_ot(weights_follow):
     def couple_by_plan(x1, w, alpha, seed, index, kind, late):
-        pick = coupling._weighted_plan_draw(x1, torch.ones_like(w), seed, index)
+        pick = coupling.weighted_plan_draw(x1, torch.ones_like(w), seed, index)
         kept = couple(x1[pick], w[pick] if weights_follow else w, alpha, seed, index, late=late)
         return kept
 

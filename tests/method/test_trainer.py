@@ -42,7 +42,7 @@ def reward_after(policy, couple_with, monkeypatch, **settings) -> float:
 
 def plain_ot(x1, w, alpha, seed, index, weights_follow):
     """The published pairing: an unweighted plan resamples x1; the weights stay behind or follow."""
-    pick = coupling._weighted_plan_draw(x1, torch.ones_like(w), seed, index)
+    pick = coupling.weighted_plan_draw(x1, torch.ones_like(w), seed, index)
     t = noise.uniform((1,), seed, index, noise.T)[:, 0]
     x1 = x1[pick]
     w = w[pick] if weights_follow else w
