@@ -61,7 +61,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        with torch.autocast(x.device.type, enabled=False):  # which would copy the map to float32 and back
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(x)
 
 
 class ResBlock(nn.Module):
@@ -108,7 +110,8 @@ class ResBlock(nn.Module):
             if emb.shape[0] == 1 and isinstance(
                 conv_in, nn.Conv2d
             ):  # not adapted; one time for the batch is a bias
-                h = F.conv2d(h, conv_in.weight, conv_in.bias.to(emb.dtype) + emb[0], padding=1)
+                bias = cast(Tensor, conv_in.bias).to(emb.dtype) + emb[0]
+                h = F.conv2d(h, conv_in.weight, bias, padding=1)
             else:
                 h = conv_in(h).add_(emb[..., None, None])
             h = norm_out(h, silu=True)
