@@ -26,6 +26,7 @@ from orwcfm_fast.method.anchors import blend, velocities
 from orwcfm_fast.method.coupling import Batch, couple
 from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.method.step import PolicyOptimizer
+from orwcfm_fast.networks.inference import InferenceCopy
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.settings import Finetune
 
@@ -98,6 +99,7 @@ class LoopBenchmark:
         if device.type == "cuda":
             self.learners["bf16 graph"] = self.learner(self.policies["bf16"], graph=True)
         self.references = {way: one.policy.frozen_copy() for way, one in self.learners.items()}
+        self.inference = {way: InferenceCopy(one.policy) for way, one in self.learners.items()}
         self.x0 = start_noise(first, batch, 0)
         self.x1 = torch.randn(batch, *first.shape, device=device).clamp(-1, 1)
         self.seed = torch.tensor(0, device=device)
@@ -113,7 +115,7 @@ class LoopBenchmark:
     def anchored(self, way: str) -> Batch:
         """A minibatch with its anchor, at the cost that a round has for it: v_old and v_ref."""
         batch, optimizer = self.coupled(), self.learners[way]
-        policies = (optimizer.policy, self.references[way])
+        policies = (self.inference[way].refresh(), self.references[way])
         v_old, v_ref = (velocities(policy, batch, optimizer.sizes) for policy in policies)
         return replace(batch, anchor=blend(v_old, v_ref, torch.ones_like(batch.a), batch.a))
 
@@ -121,7 +123,8 @@ class LoopBenchmark:
         self.learners[way].step(self.anchored(way), self.seed)
         return self.batch
 
-    def draw(self, policy: Policy) -> int:
+    def draw(self, way: str) -> int:
+        policy = self.torchcfm if way == "solver" else self.inference[way].refresh()
         sample(policy, self.x0, self.settings, self.batch)
         return self.batch
 
@@ -135,8 +138,8 @@ class LoopBenchmark:
 
     def rollouts(self) -> dict[str, Callable[[], int]]:
         ways: dict[str, Callable[[], int]] = {"plain": self.plain_rollout}
-        for way, policy in {"solver": self.torchcfm, **self.policies}.items():
-            ways[way] = lambda policy=policy: self.draw(policy)  # type: ignore[misc]
+        for way in ("solver", *self.policies):
+            ways[way] = lambda way=way: self.draw(way)  # type: ignore[misc]
         return ways
 
     def trainings(self) -> dict[str, Callable[[], int]]:

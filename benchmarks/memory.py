@@ -29,6 +29,7 @@ from orwcfm_fast.method.anchors import velocities
 from orwcfm_fast.method.coupling import couple
 from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.method.step import PolicyOptimizer
+from orwcfm_fast.networks.inference import InferenceCopy
 from orwcfm_fast.networks.lora import add_lora, peft
 from orwcfm_fast.settings import Finetune
 
@@ -79,13 +80,14 @@ def ours(way: str, batch: int, device: torch.device) -> int:
     s = Finetune(batch=batch, rollout=batch, solver="euler", nfe=EVALUATIONS)
     reference = policy.frozen_copy()
     learner = PolicyOptimizer(policy, s)
+    inference = InferenceCopy(policy)
     seed = torch.tensor(0, device=device)
     for step in range(2):
-        x1 = sample(policy, start_noise(policy, batch, 0), s, batch).clone()
+        x1 = sample(inference.refresh(), start_noise(policy, batch, 0), s, batch).clone()
         index = noise.indices(step * batch, batch, device)
         drawn = couple(x1, torch.ones(batch, device=device), 1.0, seed, index)
         learner.step(replace(drawn, anchor=velocities(reference, drawn, learner.sizes)), seed)
-    copies = [*policy.network.parameters(), *reference.network.parameters()]
+    copies = [p for one in (policy, reference, inference.policy) for p in one.network.parameters()]
     return bytes_of([*copies, *optimizer_state(learner.optimizer)]) + bytes_of(learner.parameters)
 
 
