@@ -1,5 +1,6 @@
 """Evaluation on held-out samples: reward, W2 measured in three ways, diversity, fidelity; models side by side."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -278,7 +279,9 @@ def lipschitz(policy: Policy, x0: Tensor, how: Sampling, iterations: int = 6) ->
     """
     generator = torch.Generator().manual_seed(0)
     epsilon, largest = 1e-2, 0.0
-    exact = replace(policy, precision=torch.float32)  # finite differences are small
+    # finite differences are small; weights held in bf16 are those that the policy computes with
+    network = policy.network if policy.precision == torch.float32 else copy.deepcopy(policy.network).float()
+    exact = replace(policy, network=network, precision=torch.float32)
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         x = x0
         for k in range(steps := 10):

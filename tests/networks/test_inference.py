@@ -12,8 +12,9 @@ from many_ranks import base
 
 from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.checkpoints import checkpoint
+from orwcfm_fast.evaluation.evaluate import lipschitz
 from orwcfm_fast.method.anchors import velocities
-from orwcfm_fast.method.rollout import draw
+from orwcfm_fast.method.rollout import draw, start_noise
 from orwcfm_fast.networks.inference import InferenceCopy
 from orwcfm_fast.networks.lora import add_lora, trained_parameters
 from orwcfm_fast.networks.policy import make_policy
@@ -118,9 +119,22 @@ def test_resumed_and_reset_runs_have_the_float32_weights(settings, tmp_path):
 def test_a_run_writes_its_reference_in_float32(run_cli):
     base(run_cli, steps=20)
     small = ("--rounds", 1, "--rollout", 8, "--batch", 4, "--steps-per-round", 1, "--probe", 4, "--eval-n", 8)
-    run_cli("finetune", "--checkpoint", "base", "--precision", "bf16", *small, "--nfe", 2, "--out", "run")
+    ended = run_cli(
+        "finetune", "--checkpoint", "base", "--precision", "bf16", *small, "--nfe", 2, "--out", "run"
+    )
+    assert ended.code == 0, ended.err
     found = weights(Loader(CPU, "fp32").load("run/reference").policy)
     assert equal(found, weights(Loader(CPU, "fp32").load("base").policy))
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_the_slope_of_a_reference_held_in_bf16_is_measured_in_float32(model):
+    policy = disturbed(model)
+    x0 = start_noise(policy, 16, 0)
+    held, exact = (
+        lipschitz(p, x0, Finetune()) for p in (policy.frozen_copy(), policy.frozen_copy(exact=True))
+    )
+    assert held == pytest.approx(exact, rel=0.02)
 
 
 @pytest.mark.parametrize("lora", [0, 4])
