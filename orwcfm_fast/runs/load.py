@@ -24,9 +24,12 @@ from orwcfm_fast.runs.trainer_state import save_pretrainer
 from orwcfm_fast.settings import Conditioned, Finetune, Pretrain
 
 DEFAULT = "unet-digits"
-PRETRAINED = {DEFAULT: "digits", "unet-mnist-small": "mnist"}
+SHIPPED = {name: data for name, data in {"unet-mnist-small": "mnist"}.items() if shipped(name)}
+PRETRAINED = {DEFAULT: "digits", **SHIPPED}
 """Presets that need no checkpoint, and their data: the first is trained on first use, the others ship."""
-FOREIGN_DATA = {"unet-cifar10": "cifar10", "unet-mnist": "mnist", **PRETRAINED}
+FOREIGN_DATA = {
+    "unet-cifar10": "cifar10", "unet-mnist": "mnist", "unet-mnist-small": "mnist", DEFAULT: "digits",
+}  # fmt: skip
 WEIGHTS = ("model", "ema", *chain(*LORA_FILES.values()))
 Watch = Callable[[int, int, float], None]
 
