@@ -22,6 +22,7 @@ from orwcfm_fast.method.weighting import effective_sample_size
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import Scores
 from orwcfm_fast.settings import Sampling
+from orwcfm_fast.sharding import is_sharded
 
 EXACT_W2_SAMPLES = 2048
 DIVERSITY_SAMPLES = 2048
@@ -177,8 +178,12 @@ def evaluate(
         floor = slope = None
         if reference and x_ref is not None and other is not None:
             floor = exact_w2(x_ref[:EXACT_W2_SAMPLES], other[:EXACT_W2_SAMPLES])
-            # its 70 evaluations of 64 samples in float32 take too long with a network that takes prompts
-            if not reference.conditions:
+            # its 70 evaluations of 64 samples in float32 take too long with a network that takes prompts; FSDP
+            # gathers weights in the policy's precision alone
+            bf16_shards = reference.precision != torch.float32 and any(
+                map(is_sharded, reference.network.parameters())
+            )
+            if not reference.conditions and not bf16_shards:
                 slope = lipschitz(reference, start_noise(first, min(n, 64), how.seed, noise.HELD_OUT), how)
         if real is not None:
             target = FidelityTarget("reference", strict=True)
@@ -280,7 +285,8 @@ def lipschitz(policy: Policy, x0: Tensor, how: Sampling, iterations: int = 6) ->
     generator = torch.Generator().manual_seed(0)
     epsilon, largest = 1e-2, 0.0
     # finite differences are small; weights held in bf16 are those that the policy computes with
-    network = policy.network if policy.precision == torch.float32 else copy.deepcopy(policy.network).float()
+    network, held = policy.network, any(p.dtype != torch.float32 for p in policy.network.parameters())
+    network = copy.deepcopy(network).float() if held else network
     exact = replace(policy, network=network, precision=torch.float32)
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         x = x0

@@ -65,6 +65,17 @@ def test_memory_that_runs_out_where_ranks_share_a_call_ends_the_run_with_one_lin
     assert "out of memory with --shard; lower --micro-batch (it is 6)" in error
 
 
+@pytest.mark.slow
+def test_a_run_in_bfloat16_ends_in_shards_as_on_one_rank(launch, run_cli):
+    base(run_cli)
+    for world, out, how in ((1, "one", ()), (2, "sharded", ("--shard",)), (2, "replicated", ())):
+        ended = launch(world, *LOOP, out, "--precision", "bf16", *how)
+        assert not any(ended.codes), ended.err
+        for mine, theirs in zip(records("one"), records(out), strict=True):
+            for key in ("reward_mean", "loss_fm", "w2_coupled"):
+                assert mine[key] == pytest.approx(theirs[key], rel=0.02), key
+
+
 def test_one_process_has_nothing_to_shard(launch, run_cli):
     base(run_cli, steps=2)
     refused = launch(1, *LOOP, "run", "--shard")
