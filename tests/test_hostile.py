@@ -196,7 +196,7 @@ def test_caches_that_were_replaced_by_pickles_are_made_anew_and_never_opened(mon
     cache = Path("cache").absolute()
     monkeypatch.setenv("ORWCFM_CACHE", str(cache))
     signed(cache / "digits-classifier", HOSTILE_PT["torch's zip"])
-    monkeypatch.setattr(digits, "_train", lambda network, data, data_dir: 0.99)
+    monkeypatch.setattr(digits, "train_classifier", lambda network, data, data_dir: 0.99)
     digits.digit_classifier.__wrapped__()
     assert checkpoint.load(cache / "digits-classifier").state["accuracy"] == 0.99
     signed(cache / "pretrained" / "unet-digits", HOSTILE_PT["a bare pickle"])

@@ -143,7 +143,7 @@ def test_evaluate_compares_models_in_chosen_features_with_intervals(run_cli, tin
 
 def test_a_wrong_argument_is_one_clear_line(run_cli, tiny_run):
     for arguments, message in {
-        ("run", "--features", "classifier"): "knows digits, not two-gaussians",
+        ("run", "--features", "classifier"): "knows digits and mnist, not two-gaussians",
         ("run", "--features", "vgg"): "features = 'vgg'",
         ("run", "--against", "data", "-n", 6): "need 8 samples",
         ("base", "--against", "reference"): "name one with --reference",
