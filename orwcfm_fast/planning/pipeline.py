@@ -22,15 +22,9 @@ from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.rollout import sample
 from orwcfm_fast.method.samplers import SOLVERS
 from orwcfm_fast.method.step import PolicyOptimizer
+from orwcfm_fast.networks.flow.description import Description, describe_pipeline, telling
 from orwcfm_fast.networks.flow.inputs import common_arguments, read_files
-from orwcfm_fast.networks.flow.loading import (
-    Description,
-    describe_pipeline,
-    inputs_of,
-    requested,
-    sizes_explained,
-    telling,
-)
+from orwcfm_fast.networks.flow.loading import inputs_of, requested, sizes_explained
 from orwcfm_fast.networks.flow.published import load_published
 from orwcfm_fast.networks.lora import add_lora, settings_of
 from orwcfm_fast.networks.policy import Policy

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from orwcfm_fast.networks.flow.batching import main_input
 from orwcfm_fast.networks.flow.call import Condition, DenoiserCall, leaves
+from orwcfm_fast.networks.flow.description import Description
 from orwcfm_fast.networks.flow.field import PipelineVelocity
 from orwcfm_fast.networks.flow.learning import CHECKED_TIME, Traits, learn_shapes
-from orwcfm_fast.networks.flow.loading import Description
 from orwcfm_fast.networks.flow.without_weights import PartCall, for_rows, without_weights
 from orwcfm_fast.torch_private import FakeTensorMode
 

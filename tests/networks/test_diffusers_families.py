@@ -1,12 +1,11 @@
 """Tiny random pipelines of many families: our velocities and pictures are those of the pipeline itself."""
 
-import copy
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from recording import recorded
 from tiny_pipelines import EDIT, FAMILIES, SOUND, VIDEO, build
 
 from orwcfm_fast.networks.flow.field import PipelineVelocity
@@ -22,43 +21,9 @@ TAKING_TURNS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def results():
-    """Figures by family; written to the file that the manual's table is of where ORWCFM_RECORD is set."""
-    found = {}
-    yield found
-    if os.environ.get("ORWCFM_RECORD"):
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-
-
 def kind_of(name):
     kind = "video" if name in VIDEO else "sound" if name in SOUND else "image"
     return f"{kind}, from inputs" if name in EDIT else kind
-
-
-def recorded(pipe, call, prompt, guidance):
-    """What the pipeline itself gives to its scheduler's step, [(time, x, v, x after)], and its output."""
-    pipe = copy.copy(pipe)
-    own = copy.deepcopy(pipe.scheduler)
-    seen = []
-    step, kind = type(own).step, type(own)
-
-    def recording(v, time, sample, *more, **named):
-        found = step(own, v, time, sample, *more, **named)
-        after = found[0] if isinstance(found, tuple) else found.prev_sample
-        seen.append((float(time), sample.clone(), v.clone(), after.clone()))
-        return found
-
-    own.step = recording
-    assert isinstance(own, kind)
-    pipe.__dict__["scheduler"] = own
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        output = pipe(
-            prompt=prompt, num_inference_steps=STEPS, output_type="pt", generator=generator, **call | guidance
-        )
-    return seen, output
 
 
 def guidances(pipe, call):
@@ -78,7 +43,7 @@ def test_velocities_and_pictures_are_the_pipelines_own(name, results):
     pipe, call = build(name)
     worst, picture = 0.0, 0.0
     for guidance in guidances(pipe, call):
-        theirs = [recorded(pipe, call, prompt, guidance) for prompt in PROMPTS]
+        theirs = [recorded(pipe, STEPS, prompt=prompt, **call | guidance) for prompt in PROMPTS]
         field = PipelineVelocity(pipe, call | guidance)
         with torch.no_grad():
             for prompt in PROMPTS:
@@ -88,12 +53,12 @@ def test_velocities_and_pictures_are_the_pipelines_own(name, results):
             for row, (seen, output) in enumerate(theirs):
                 for k in range(0, len(seen), traits.streams):
                     part = seen[k : k + traits.streams]
-                    sigma = field.sigma_of(part[0][0])  # of the time that the model is told; some round it
+                    sigma = field.sigma_of(part[0].time)  # of the time that the model is told; some round it
                     t = sigma if traits.ascending else 1 - sigma
-                    x, v = (field.join([s[i] for s in part]) for i in (1, 2))
-                    v = field.join([sign * s[2] for sign, s in zip(traits.signs, part, strict=True)])
+                    x = field.join([s.x for s in part])
+                    v = field.join([sign * s.v for sign, s in zip(traits.signs, part, strict=True)])
                     points.append((t, x, v, row))
-                last = field.join([s[3] for s in seen[-traits.streams :]])
+                last = field.join([s.after for s in seen[-traits.streams :]])
                 ours = field.decode(last.float(), torch.tensor([row]))
                 picture = max(picture, float((ours - field.decoded(output)).abs().max()))
             t = torch.tensor([p[0] for p in points], dtype=torch.float64)

@@ -1,9 +1,11 @@
-"""Pipelines of many families learn, resume, and export adapters that the pipeline itself reads."""
+"""Pipelines of eight families learn, stay at τ = 0, resume, and export adapters that the pipeline itself reads."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from recording import recorded
 from tiny_pipelines import build
 
 from orwcfm_fast.checkpoints import checkpoint
@@ -12,13 +14,21 @@ from orwcfm_fast.method.rollout import sample, start_conditions, start_noise
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks import lora
 from orwcfm_fast.networks.flow.field import PipelineVelocity
+from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.settings import Finetune
 
 CPU = torch.device("cpu")
 EIGHT = ("FLUX.1 Kontext", "FLUX.1 Fill", "Chroma", "AuraFlow", "Bria", "Wan 2.1", "LTX", "Z-Image")
-ROUNDS, HELD_OUT = 10, 48
+IN_SLOW_TESTS = ("FLUX.1 Fill", "Wan 2.1")
+TAKING_TURNS = [
+    pytest.param(name, marks=pytest.mark.slow if name in IN_SLOW_TESTS else pytest.mark.soak)
+    for name in EIGHT
+]
+ROUNDS, HELD_OUT = 10, 128
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/families-learning.json"
+PAGE = RESULTS.parents[2] / "docs/large-models.md"
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +55,10 @@ def saved(tmp_path_factory):
 
 
 def settings(folder, **more):
+    # all layers: the output layer, drawn small, lets through a tenth of what the layers before it learn
     small = dict(
-        rollout=24, batch=24, steps_per_round=8, rounds=ROUNDS, lr=1e-2, warmup=0, alpha=0.0, tau=1.0,
-        weights="advantage", solver="euler", grid="own", nfe=3, probe=4, lora=4, chunk=24,
+        rollout=64, batch=64, steps_per_round=8, rounds=ROUNDS, lr=3e-2, warmup=0, alpha=0.0, tau=1.0,
+        weights="advantage", solver="euler", grid="own", nfe=3, probe=4, lora=4, lora_targets=["all"], chunk=64,
     )  # fmt: skip
     return Finetune(prompts=str(folder / "prompts.jsonl"), **small | more)
 
@@ -66,7 +77,7 @@ def held_out(policy, s):
     x = sample(policy, start_noise(policy, HELD_OUT, s.seed), s, s.chunk, condition=rows)
     r = mean(policy.decode(x, rows))
     half = 1.96 * float(r.std()) / HELD_OUT**0.5
-    return float(r.mean()) - half, float(r.mean()), float(r.mean()) + half
+    return [float(r.mean()) + k * half for k in (-1, 0, 1)]
 
 
 class Leave(Callback):
@@ -78,9 +89,8 @@ class Leave(Callback):
             raise self.Left
 
 
-@pytest.mark.soak  # not yet seen green for all of them
-@pytest.mark.parametrize("name", EIGHT)
-def test_a_family_learns_and_the_fresh_pipeline_reads_its_adapters(name, saved, tmp_path):
+@pytest.mark.parametrize("name", TAKING_TURNS)
+def test_a_family_learns_and_the_fresh_pipeline_reads_its_adapters(name, saved, results, tmp_path):
     folder = saved(name)
     s = settings(folder)
     policy = policy_of(folder, s)
@@ -90,35 +100,52 @@ def test_a_family_learns_and_the_fresh_pipeline_reads_its_adapters(name, saved, 
         pass
     after = held_out(policy, s)
     print(f"{name}: reward {before} before, {after} after {ROUNDS} rounds")
-    assert after[0] > before[2]
     save_trainer(trainer, tmp_path / "step", {})
-    check_export(folder, tmp_path / "step", policy, s)
+    exported = export_error(folder, tmp_path / "step", policy, s)
+    results.setdefault(name, {}).update(before=before, after=after, export_error=exported)
+    assert after[0] > before[2]
 
 
-def check_export(folder, exported, policy, s):
+def export_error(folder, exported, policy, s):
+    """Largest difference between our pictures and those of the pipeline itself with the exported adapters."""
     import diffusers
 
     fresh = diffusers.DiffusionPipeline.from_pretrained(folder / "pipeline")
+    fresh.set_progress_bar_config(disable=True)
+    own, row = policy.pipeline, torch.tensor([1])
+    call = own.arguments | own.conditions[1].inputs
+    _, untuned = recorded(fresh, s.nfe, **call)
     if hasattr(fresh, "load_lora_weights"):
         fresh.load_lora_weights(exported, weight_name="pytorch_lora_weights.safetensors")
     else:
         fresh.transformer.load_lora_adapter(
             exported, prefix="transformer", weight_name="pytorch_lora_weights.safetensors"
         )
-    own = policy.pipeline
-    theirs = PipelineVelocity(fresh, own.arguments, conditions=own.conditions)
-    theirs.traits = own.traits
-    x, rows = start_noise(policy, 2, 0), torch.arange(2)
-    t = torch.tensor([0.2, 0.7])
-    with torch.no_grad():
-        ours, read, base = (f(t, x, rows) for f in (policy.velocity, theirs, policy.frozen_copy().velocity))
-    scale = ours.abs().max()
-    assert (ours - read).abs().max() <= 1e-4 * scale < (ours - base).abs().max()
+    steps, output = recorded(fresh, s.nfe, **call)
+    ours = policy.decode(sample(policy, steps[0].x.float(), s, 1, condition=row), row)
+    theirs, base = (PipelineVelocity.decoded(out) for out in (output, untuned))
+    error, moved = (ours - theirs).abs().max(), (base - theirs).abs().max()
+    assert error <= 1e-3 and error <= 0.02 * moved, (error, moved)
+    return float(error)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EIGHT)
-def test_a_run_that_was_left_ends_as_one_that_was_not(name, saved, tmp_path):
+def test_at_no_temperature_nothing_moves(name, saved, results):
+    folder = saved(name)
+    s = settings(folder, rounds=2, rollout=6, batch=6, steps_per_round=2, chunk=4, tau=0.0)
+    assert s.method == Finetune.model_fields["method"].default
+    trainer = build_trainer(policy_of(folder, s), mean, s)
+    before = {key: value.clone() for key, value in lora.lora_state(trainer.policy.network).items()}
+    drift = max(record["w2_coupled"] for record in trainer.train(2))
+    results.setdefault(name, {}).update(drift_at_no_temperature=drift)
+    after = lora.lora_state(trainer.policy.network)
+    assert all(torch.equal(before[key], after[key]) for key in before) and drift <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EIGHT)
+def test_a_run_that_was_left_ends_as_one_that_was_not(name, saved, results, tmp_path):
     folder = saved(name)
     s = settings(folder, rounds=2, rollout=6, batch=6, steps_per_round=2, chunk=4)
     whole, left, again = (Trainer(policy_of(folder, s), mean, s) for _ in range(3))
@@ -130,4 +157,19 @@ def test_a_run_that_was_left_ends_as_one_that_was_not(name, saved, tmp_path):
     restore_trainer(again, checkpoint.load(tmp_path / "step"))
     list(again.train(2))
     one, two = (lora.lora_state(t.policy.network) for t in (whole, again))
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    difference = max(float((one[key] - two[key]).abs().max()) for key in one)
+    results.setdefault(name, {}).update(difference_after_resuming=difference)
+    assert difference == 0
+
+
+def test_the_manuals_table_of_learning_is_that_of_the_result_file():
+    found = json.loads(RESULTS.read_text())
+    assert set(found) == set(EIGHT)
+    for name, r in found.items():
+        assert r["after"][0] > r["before"][2] and r["difference_after_resuming"] == 0
+        assert r["drift_at_no_temperature"] <= 1e-6
+        before, after = (
+            f"{mean:.4g} ({low:.4g} to {high:.4g})" for low, mean, high in (r["before"], r["after"])
+        )
+        row = f"| {name} | {before} | {after} | {r['export_error']:.0e} |"
+        assert row in PAGE.read_text("utf-8")

@@ -34,6 +34,8 @@ def test_bad_input_is_one_line(run_cli, pipeline_folder, prompts_file, tmp_path,
     odd["scheduler"] = ["diffusers", "DDIMScheduler"]
     assert "DDIMScheduler is no flow" in refused(*model("odd", {"model_index.json": odd}))
     assert "model_index.json" in refused(*model("empty", {"x.json": {}}))
+    modular = {"_class_name": "ZImageModularPipeline", "_blocks_class_name": "ZImageAutoBlocks"}
+    assert "a modular pipeline of diffusers" in refused(*model("m", {"modular_model_index.json": modular}))
     damaged = {"model_index.json": json.loads((pipeline_folder("sd3") / "model_index.json").read_text())}
     assert "transformer/config.json" in refused(*model("damaged", damaged))
     assert "no such folder" in refused(*model("sd1", {})[:2], "diffusers:some/where", *sd3[3:])
