@@ -9,7 +9,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -92,25 +92,31 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None, ranks: int = 1) -> 
     Raises:
         UserError: there is no such pipeline, prompts file or image size.
     """
+    (plans,) = plan_pipeline_for(s, (gpu_gib,), ranks)
+    return plans
+
+
+def plan_pipeline_for(s: Finetune, gpus: Sequence[float | None], ranks: int = 1) -> list[dict[str, Plan]]:
+    """`plan_pipeline` for devices of several sizes: for GPUs alone, or for this device alone."""
     found = describe_pipeline(s.model, weights=False)
     saved = {} if s.prompts else {"prompts": [Prompt("").to_json()]}
     prompts, options = requested(found, s, saved)
     arguments = common_arguments(found.kind, **options)
-    where, limit = ("cuda", int(gpu_gib * 2**30)) if gpu_gib else (None, 0)
-    if where is None:
-        device = resolve_device(s.device)
-        where, limit = device.type, available_bytes(device)
-        precision = resolve_precision(s.precision, device, found.parameters)
-    else:
+    devices = {f"a GPU of {gib:g} GiB": int(gib * 2**30) for gib in gpus if gib}
+    where = "cuda"
+    if devices:
         precision = torch.float32 if s.precision == "fp32" else torch.bfloat16
-    label = f"a GPU of {gpu_gib:g} GiB" if gpu_gib else str(where)
+    else:
+        device = resolve_device(s.device)
+        where, devices = device.type, {device.type: available_bytes(device)}
+        precision = resolve_precision(s.precision, device, found.parameters)
     width = 2 if where == "cuda" else 4  # the encoders are there only while prompts are encoded
     encoding = {
         name: width * sum(p.numel() for p in shell.parameters()) for name, shell in found.encoders.items()
     }
     with telling(found.model, "cannot be planned"), sizes_explained(found, arguments, prompts[0], options):
         network = recorded(found, arguments, read_files(inputs_of(prompts[0])))
-    plans = {}
+    plans: list[dict[str, Plan]] = [{} for _ in devices]
     for rank in (0, s.lora or RANK):
         own = s.model_copy(update={"lora": rank})
         with telling(found.model, "cannot be planned"), warnings.catch_warnings():
@@ -126,7 +132,9 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None, ranks: int = 1) -> 
                 own = own.model_copy(update=(brought := settings_of(held)))
                 rank = brought["lora"]
             name = f"adapters of rank {rank}" if rank else "all weights"
-            plans[name] = _plan(found, policy, own, label, limit, encoding, ranks, weights)
+            own_plans = _plans(found, policy, own, devices, encoding, ranks, weights)
+            for on_device, plan in zip(plans, own_plans, strict=True):
+                on_device[name] = plan
     return plans
 
 
@@ -142,24 +150,25 @@ def _size(module: torch.nn.Module) -> int:
     return sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
 
 
-def _plan(
+def _plans(
     found: Description,
     policy: Policy,
     s: Finetune,
-    label: str,
-    limit: int,
+    devices: dict[str, int],
     encoding: dict[str, int],
     ranks: int,
     weights: int,
-) -> Plan:
+) -> list[Plan]:
+    """One for each device, by its name and its bytes."""
+    on_cpu = "cpu" in devices
     batch, rolled = (-(-n // ranks) for n in (s.batch, s.rollout))
     shape, network = policy.shape, cast(RecordedVelocity, policy.network)
     if s.gradient_checkpointing:
-        network.enable_gradient_checkpointing(None if label == "cpu" else recompute)
+        network.enable_gradient_checkpointing(None if on_cpu else recompute)
     if s.lora:
         add_lora(policy.network, s)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    as_there = nullcontext if label == "cpu" else CudaAutocastRules
+    as_there = nullcontext if on_cpu else CudaAutocastRules
     with fake, as_there():
         network.to_empty(device=CPU)
         optimizer = PolicyOptimizer(policy, s)
@@ -199,7 +208,7 @@ def _plan(
         4 * math.prod(x) for x in (network.decoded_shape, _feature(network.decoded_shape))
     )
     memory = EvaluationMemory(
-        s, ranks, one_latent, one_image, one_feature, drawn.peak, decoded.peak, True, label == "cpu"
+        s, ranks, one_latent, one_image, one_feature, drawn.peak, decoded.peak, True, on_cpu
     )
     held = {
         "transformer": training.shard(weights),
@@ -211,7 +220,7 @@ def _plan(
         "stored rollout": s.rollout * one_latent,
         "stored probe samples": memory.stored_probe_samples,
         # with a GPU the copy lies in host memory, which this plan does not count
-        "checkpoint being written": 3 * trained if label == "cpu" else 0,
+        "checkpoint being written": 3 * trained if on_cpu else 0,
     } | held_by_method(
         s, s.steps_per_round * batch, math.prod(shape) * policy.precision.itemsize, training.shard(trained)
     )
@@ -230,27 +239,31 @@ def _plan(
     decoding = decoded.peak(chunked)  # of the last chunk; after it all images are concatenated
     images = max((rolled - chunked) * one_image, 2 * rolled * one_image - decoding)
     reward = {"decoding": decoding, "images": images}
-    room = int(HEADROOM * limit) - sum(held.values())
-    micro_batch = largest_fitting(min(s.micro_batch or batch, batch), room, step_at)
-    chunk = largest_fitting(min(s.chunk, rolled), room, rollout_at)
-    return Plan(
-        label,
-        micro_batch,
-        chunk,
-        held,
-        step_at(micro_batch),
-        rollout_at(chunk),
-        reward,
-        0,
-        limit,
-        {},
-        encoding,
-        memory.probe(chunk),
-        memory.evaluation(chunk),
-        flops=flops,
-        weights=policy.precision.itemsize * sum(p.numel() for p in policy.network.parameters()),
-        gradients=trained,
-    )
+
+    def plan(label: str, limit: int) -> Plan:
+        room = int(HEADROOM * limit) - sum(held.values())
+        micro_batch = largest_fitting(min(s.micro_batch or batch, batch), room, step_at)
+        chunk = largest_fitting(min(s.chunk, rolled), room, rollout_at)
+        return Plan(
+            label,
+            micro_batch,
+            chunk,
+            held,
+            step_at(micro_batch),
+            rollout_at(chunk),
+            reward,
+            0,
+            limit,
+            {},
+            encoding,
+            memory.probe(chunk),
+            memory.evaluation(chunk),
+            flops=flops,
+            weights=policy.precision.itemsize * sum(p.numel() for p in policy.network.parameters()),
+            gradients=trained,
+        )
+
+    return [plan(label, limit) for label, limit in devices.items()]
 
 
 def _course(work: Callable[[int], object]) -> AllocationProfile:

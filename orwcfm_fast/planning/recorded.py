@@ -1,6 +1,7 @@
 """A pipeline's calls of its denoisers and its VAE, recorded for one sample and made again for any number."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +60,8 @@ class RecordedVelocity(PipelineVelocity):
         else:
             flat = torch.nn.functional.pad(flat, (0, times * x.numel() - len(flat)))
         parts = flat.view(times, *x.shape)
-        v = parts[0] if times == 1 else parts.sum(0)  # guidance adds up what several rows give
+        # guidance adds up what several rows give; autocast would make a sum float32
+        v = functools.reduce(torch.add, parts.unbind())
         return torch.cat([-part for part in v.split(1)])
 
     def decode(self, x: Tensor, rows: Tensor, at_once: int = 1) -> Tensor:

@@ -168,8 +168,6 @@ def test_the_manuals_table_of_learning_is_that_of_the_result_file():
     for name, r in found.items():
         assert r["after"][0] > r["before"][2] and r["difference_after_resuming"] == 0
         assert r["drift_at_no_temperature"] <= 1e-6
-        before, after = (
-            f"{mean:.4g} ({low:.4g} to {high:.4g})" for low, mean, high in (r["before"], r["after"])
-        )
-        row = f"| {name} | {before} | {after} | {r['export_error']:.0e} |"
+        cells = [f"{mean:.4f} ({low:.4f} to {high:.4f})" for low, mean, high in (r["before"], r["after"])]
+        row = f"| {name} | {' | '.join(cells).replace('-', '−')} | {r['export_error']:.0e} |"
         assert row in PAGE.read_text("utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_pipelines import build
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orwcfm_fast.batch_sizes import BatchSizes
@@ -86,6 +87,35 @@ def test_predicted_memory_is_what_torch_then_allocates(kind, sizes, pipeline_fol
             "fits with",
         ):
             assert word in table, word
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Z-Image", "Qwen-Image", "Wan 2.1"])
+def test_a_family_is_planned_as_it_is_called(name, tmp_path):
+    """Transformers that take lists of samples, or one of two experts, are called so for a whole batch."""
+    pipe, call = build(name)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a cat", **call, "guidance_scale": 3.0}))
+    short = {key: value for key, value in SHORT.items() if key != "prompt_tokens"}
+    s = Finetune(
+        model=f"diffusers:{tmp_path / 'pipeline'}", prompts=str(tmp_path / "prompts.jsonl"), batch=8, rollout=4,
+        lora=8, **short,
+    )  # fmt: skip
+    plan = plan_pipeline(s)["adapters of rank 8"]
+    ours = max(bytes for phase, bytes in plan.phases.items() if phase not in ("encoding", "evaluation"))
+    theirs = measured(s)
+    print(f"{name}: predicted {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB")
+    assert abs(ours / theirs - 1) <= 0.15
+
+
+def test_classifier_free_guidance_is_planned_for_a_gpu(pipeline_folder, prompts_file):
+    s = Finetune(model=f"diffusers:{pipeline_folder('sd3')}", prompts=str(prompts_file), lora=8, **SHORT)
+    without, guided = (
+        plan_pipeline(s.model_copy(update={"guidance": g, "precision": "auto"}), 24) for g in (1.0, 2.0)
+    )
+    for name, plan in guided.items():
+        assert plan.flops == 2 * without[name].flops
+        assert plan.phases["step"] > without[name].phases["step"]
 
 
 def test_the_closing_evaluation_and_a_ranks_share_are_in_the_plan(pipeline_folder, prompts_file):

@@ -64,12 +64,25 @@ def _zeros(
 
 
 def for_rows(values: Any, own: int, n: int) -> Any:
-    """Arguments of a call for a single sample, `own` rows, as they are for n samples; without values."""
+    """Arguments of a call for a single sample, `own` rows, as they are for n samples; without values.
+
+    As in `batching.stack`, the rows of a tensor are its first dimension, those of a list its elements.
+    """
 
     def grown(x: Tensor) -> Tensor:
         rows = n * own if x.ndim and len(x) == own else None
         return torch.empty(x.shape if rows is None else (rows, *x.shape[1:]), dtype=x.dtype)
 
+    if isinstance(values, dict):
+        return {key: for_rows(value, own, n) for key, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(for_rows(value, own, n) for value in values)
+    if isinstance(values, list) and len(values) == own:
+        return [
+            mapped(value, lambda x: torch.empty(x.shape, dtype=x.dtype), CPU)
+            for _ in range(n)
+            for value in values
+        ]
     return mapped(values, grown, CPU)
 
 
