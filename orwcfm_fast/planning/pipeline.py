@@ -47,7 +47,9 @@ from orwcfm_fast.settings import Finetune
 from orwcfm_fast.torch_private import FakeTensorMode, TorchDispatchMode, tree_leaves
 
 RANK = 16  # of the adapters in the second plan, unless --lora gives one
-EVALUATIONS = 6  # velocity evaluations of a rollout: enough to fill every solver's history
+EVALUATIONS = (
+    6  # velocity evaluations of a rollout: enough to fill every solver's history; Euler's method has none
+)
 CPU = torch.device("cpu")
 
 
@@ -96,8 +98,14 @@ def plan_pipeline(s: Finetune, gpu_gib: float | None = None, ranks: int = 1) -> 
     return plans
 
 
-def plan_pipeline_for(s: Finetune, gpus: Sequence[float | None], ranks: int = 1) -> list[dict[str, Plan]]:
-    """`plan_pipeline` for devices of several sizes: for GPUs alone, or for this device alone."""
+def plan_pipeline_for(
+    s: Finetune, gpus: Sequence[float | None], ranks: int = 1, all_weights: bool = True
+) -> list[dict[str, Plan]]:
+    """`plan_pipeline` for devices of several sizes: for GPUs alone, or for this device alone.
+
+    Args:
+        all_weights: plan training all weights too, not adapters alone.
+    """
     found = describe_pipeline(s.model, weights=False)
     saved = {} if s.prompts else {"prompts": [Prompt("").to_json()]}
     prompts, options = requested(found, s, saved)
@@ -117,7 +125,7 @@ def plan_pipeline_for(s: Finetune, gpus: Sequence[float | None], ranks: int = 1)
     with telling(found.model, "cannot be planned"), sizes_explained(found, arguments, prompts[0], options):
         network = recorded(found, arguments, read_files(inputs_of(prompts[0])))
     plans: list[dict[str, Plan]] = [{} for _ in devices]
-    for rank in (0, s.lora or RANK):
+    for rank in (0, s.lora or RANK) if all_weights else (s.lora or RANK,):
         own = s.model_copy(update={"lora": rank})
         with telling(found.model, "cannot be planned"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of slower kernels on a CPU
@@ -188,13 +196,18 @@ def _plans(
         def rollout(size: int) -> None:
             # in place of an adaptive solver, which branches on values, one that stores as many slopes
             name = "rk4" if SOLVERS.get(s.solver).adaptive else s.solver
-            how = s.model_copy(update={"solver": name, "nfe": EVALUATIONS, "grid": "uniform"})
+            nfe = EVALUATIONS if SOLVERS.get(name).order > 1 else 2
+            how = s.model_copy(update={"solver": name, "nfe": nfe, "grid": "uniform"})
             rows = torch.zeros(size, dtype=torch.int64)
             sample(policy, torch.empty(size, *shape), how, size, condition=rows)
 
         def decode(size: int) -> None:
             policy.decode(torch.empty(size, *shape), torch.zeros(size, dtype=torch.int64))
 
+        with (
+            torch.no_grad()
+        ):  # what modules build at their first call, e.g. tables of positions, is no part of a course
+            policy.velocity(torch.empty(1), torch.empty(1, *shape), torch.zeros(1, dtype=torch.int64))
         one, drawn, decoded = _course(step), _course(rollout), _course(decode)
         flops = velocity_flops(policy)
 

@@ -12,8 +12,10 @@ sys.path.append(str(Path(__file__).parent))
 
 @pytest.fixture(scope="module")
 def results(request):
-    """Figures by family; written to the module's RESULTS where ORWCFM_RECORD is set."""
+    """Figures by family; where ORWCFM_RECORD is set they replace those in the module's RESULTS, others stay."""
     found = {}
     yield found
     if os.environ.get("ORWCFM_RECORD"):
-        request.module.RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        path = request.module.RESULTS
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(kept | found, indent=1) + "\n")

@@ -3,10 +3,22 @@
 import json
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from published_loras import (
+    CPU,
+    HOW,
+    SMALL,
+    WEIGHTS,
+    by_diffusers,
+    by_kohya,
+    by_peft,
+    name_of,
+    plain,
+    randomised,
+    start,
+)
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import build
 
@@ -18,76 +30,10 @@ from orwcfm_fast.networks.flow.field import PipelineVelocity
 from orwcfm_fast.planning.pipeline import plan_pipeline
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
-from orwcfm_fast.runs.resolve import resolved
 from orwcfm_fast.runs.resume import restarted_settings
 from orwcfm_fast.runs.run import Run
 from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
 from orwcfm_fast.settings import Finetune, Sample
-
-CPU = torch.device("cpu")
-HOW = dict(solver="euler", grid="own", nfe=3, prompt_tokens=6, chunk=4, image_size=16)
-SMALL = dict(rollout=12, batch=6, steps_per_round=2, probe=4, rounds=2, lr=1e-2, warmup=0)
-WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-def randomised(network):
-    """Every adapter of it with random A and B."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for key, p in network.named_parameters():
-            if "lora_A" in key or "lora_B" in key:
-                p.normal_(std=0.3, generator=generator)
-
-
-def plain(folder):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def by_diffusers(folder, out, **config):
-    """`add_adapter` and `save_lora_weights`, as a user of diffusers does."""
-    from diffusers.training_utils import _collate_lora_metadata
-
-    pipe = plain(folder)
-    wanted = {"r": 4, "lora_alpha": 6, "target_modules": ["to_q", "to_v", "ff.net.2"]} | config
-    pipe.transformer.add_adapter(LoraConfig(**wanted))
-    randomised(pipe.transformer)
-    layers = lora.peft().get_peft_model_state_dict(pipe.transformer)
-    header = _collate_lora_metadata({"transformer": pipe.transformer})
-    type(pipe).save_lora_weights(out, transformer_lora_layers=layers, **header)
-    return out / WEIGHTS
-
-
-def by_peft(folder, out):
-    """PeftModel.save_pretrained: keys "base_model.model.…", and its settings in a file beside."""
-    model = get_peft_model(
-        plain(folder).transformer, LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["to_k"])
-    )
-    randomised(model)
-    model.save_pretrained(out)
-    return out / "adapter_model.safetensors"
-
-
-def by_kohya(folder, out):
-    """Keys of kohya's scripts for FLUX, with an alpha that is not the rank."""
-    generator = torch.Generator().manual_seed(4)
-    tensors = {}
-    for block, width in (("double_blocks_0_img_attn_proj", 32), ("double_blocks_0_txt_attn_proj", 32)):
-        key = f"lora_unet_{block}"
-        tensors[f"{key}.lora_down.weight"] = torch.randn(4, width, generator=generator) * 0.5
-        tensors[f"{key}.lora_up.weight"] = torch.randn(32, 4, generator=generator) * 0.5
-        tensors[f"{key}.alpha"] = torch.tensor(2.0)
-    out.mkdir(exist_ok=True)
-    save_file(tensors, out / "kohya.safetensors")
-    return out / "kohya.safetensors"
-
-
-def start(folder, prompts_file, file, **more):
-    named = dict(prompts=str(prompts_file), lora_init=[str(file)], reward=["brightness"])
-    s = Finetune(**named | HOW | SMALL | more)
-    loaded = Loader(CPU, "fp32", f"diffusers:{folder}", how=s).load()
-    return resolved(s, loaded), loaded.policy
 
 
 def images(policy, how):
@@ -111,10 +57,6 @@ CASES = [
     ("sd3", by_diffusers, {"rank_pattern": {"to_v": 2}, "alpha_pattern": {"to_v": 8}, "use_rslora": True}),
     ("flux", by_kohya, {}),
 ]
-
-
-def name_of(value):
-    return getattr(value, "__name__", str(value))
 
 
 @pytest.mark.parametrize(("kind", "make", "config"), CASES, ids=name_of)
@@ -213,80 +155,6 @@ def test_what_the_file_says_of_text_encoders_is_left_out_with_a_warning(
     save_file(tensors, file)
     start(folder, prompts_file, file)
     assert "its adapters of text_encoder are left out" in capsys.readouterr().err
-
-
-def foreign(folder, out):
-    save_file({"transformer.blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 8)}, out / "f.safetensors")
-    return out / "f.safetensors"
-
-
-def of_another_width(folder, out):
-    file = by_diffusers(folder, out)
-    save_file({k: torch.zeros(8, 7) if "lora_A" in k else torch.zeros(5, 8) for k in load_file(file)}, file)
-    return file
-
-
-def no_safetensors(folder, out):
-    (out / "f.safetensors").write_text("nothing of the kind")
-    return out / "f.safetensors"
-
-
-def weights_of_a_vae(folder, out):
-    save_file({"encoder.conv_in.weight": torch.zeros(3, 3)}, out / "f.safetensors")
-    return out / "f.safetensors"
-
-
-def with_a_wrong_alpha(folder, out):
-    file = by_peft(folder, out)
-    beside = out / "adapter_config.json"
-    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"lora_alpha": "much"}))
-    return file
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (with_a_wrong_alpha, "no LoRA of"),
-        (foreign, "adapters of another network or rank"),
-        (of_another_width, "adapters of another network or rank"),
-        (no_safetensors, "its header"),
-        (weights_of_a_vae, "holds no low-rank adapter"),
-        (lambda folder, out: out / "missing.safetensors", "No such file"),
-    ],
-    ids=name_of,
-)
-def test_a_wrong_file_is_one_line(make, message, pipeline_folder, prompts_file, tmp_path):
-    folder = pipeline_folder("sd3")
-    with pytest.raises(UserError, match=message) as error:
-        start(folder, prompts_file, make(folder, tmp_path))
-    assert str(error.value).startswith("--lora-init ") and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"lora": 8}, r"^--lora 8: the published adapter has 4; leave --lora out$"),
-        ({"lora_alpha": 4.0}, r"^--lora-alpha 4.0: the published adapter has 6"),
-        ({"lora_kind": "dora"}, r"^--lora-kind dora: the published adapter has plain"),
-    ],
-    ids=str,
-)
-def test_a_setting_that_the_file_contradicts_is_one_line(
-    change, message, pipeline_folder, prompts_file, tmp_path
-):
-    folder = pipeline_folder("sd3")
-    file = by_diffusers(folder, tmp_path)
-    with pytest.raises(UserError, match=message):
-        start(folder, prompts_file, file, **change)
-    s, _ = start(folder, prompts_file, file, lora=4)
-    assert (s.lora, s.lora_alpha, s.lora_kind) == (4, 6.0, "plain")
-
-
-def test_more_files_than_transformers_are_refused(pipeline_folder, prompts_file, tmp_path):
-    folder = pipeline_folder("sd3")
-    file = str(by_diffusers(folder, tmp_path))
-    with pytest.raises(UserError, match="2 files, but the pipeline has 1 transformer"):
-        start(folder, prompts_file, file, lora_init=[file, file])
 
 
 def test_a_continued_run_is_resumed_and_evaluated_against_the_published_model(
