@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from orwcfm_fast.cli import console, effects
 from orwcfm_fast.cli.app import command
-from orwcfm_fast.cli.common import Config, Debug, Json, option, settings
+from orwcfm_fast.cli.common import Config, Debug, Json, Recipe, option, settings
 from orwcfm_fast.cli.console import say
 from orwcfm_fast.cli.effects import check_effect
 from orwcfm_fast.cli.options import options_of
@@ -75,6 +75,7 @@ def doctor(
             min=0,
         ),
     ] = None,
+    recipe: Recipe = "",
     config: Config = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -85,7 +86,9 @@ def doctor(
     on: dict[str, Any] = {"gpus_per_node": gpus_per_node, "link_gbit": link_gbit, "tflops": tflops}
     on = {key: value for key, value in on.items() if value is not None}
     if plan:
-        s = settings(Finetune, config, given)
+        from orwcfm_fast.runs.recipe import RECIPES
+
+        s = settings(Finetune, config, given, RECIPES.get(recipe).finetune if recipe else {})
         check_effect((*effects.FINETUNE, *effects.PLAN), given, s, ranks=ranks)
         if ranks == 1 and (on or reward_seconds is not None):
             raise UserError("--gpus-per-node, --link-gbit, --tflops, --reward-seconds: give --ranks as well")
@@ -104,7 +107,7 @@ def doctor(
             if ranks > 1:
                 _show_scaling(work[name], cluster)
         return
-    if given or config or gpu_gib or ranks > 1 or on or reward_seconds is not None:
+    if given or recipe or config or gpu_gib or ranks > 1 or on or reward_seconds is not None:
         raise UserError("settings are for a plan: give --plan as well")
     from orwcfm_fast.planning.doctor import examine
 

@@ -39,7 +39,7 @@ def pretrain(
     from orwcfm_fast.runs.recipe import RECIPES
     from orwcfm_fast.runs.run import Run
 
-    ingredients = RECIPES.get(recipe).pretrain if recipe else {}
+    ingredients = RECIPES.get(recipe).pretraining() if recipe else {}
     if resume:
         _only_resume(config, out, overwrite, recipe)
         task = PretrainRun.resume(Run(resume), given)
@@ -167,7 +167,9 @@ def _finetune_settings(recipe: str, config: Path | None, given: dict[str, Any]) 
 
     found = RECIPES.get(recipe)
     s = settings(Finetune, config, given, found.finetune)
-    return s if s.checkpoint else s.model_copy(update={"checkpoint": found.pretrained()})
+    return (
+        s if s.checkpoint or not found.pretrain else s.model_copy(update={"checkpoint": found.pretrained()})
+    )
 
 
 def _only_resume(config: Path | None, out: Path | None, overwrite: bool, recipe: str) -> None:

@@ -19,7 +19,7 @@ class Recipe:
     """One experiment: the settings of its commands, as far as they are not the defaults.
 
     Attributes:
-        pretrain, finetune: settings by name.
+        pretrain, finetune: settings by name; no `pretrain` where a published pipeline is fine-tuned.
         sweep: lists of settings to compare.
     """
 
@@ -33,7 +33,20 @@ class Recipe:
         swept = "; ".join(
             f"{key} {', '.join(f'{v:g}' for v in values)}" for key, values in self.sweep.items()
         )
-        object.__setattr__(self, "__doc__", f"{self.title}; {swept}")
+        object.__setattr__(self, "__doc__", f"{self.title}; {swept}" if swept else self.title)
+
+    def pretraining(self) -> dict[str, Any]:
+        """Settings of its pretraining.
+
+        Raises:
+            UserError: it has none.
+        """
+        if not self.pretrain:
+            raise UserError(
+                f"recipe '{self.name}': fine-tunes a published pipeline; nothing is pretrained, "
+                f"start with orwcfm finetune --recipe {self.name}"
+            )
+        return self.pretrain
 
     def pretrained(self) -> str:
         """The newest run of this recipe's pretraining under ./runs, else its model where that ships.
@@ -54,10 +67,10 @@ class Recipe:
 
 def _read(file: Path) -> Recipe:
     found = tomllib.loads(file.read_text("utf-8"))
-    pretrain = found["pretrain"]
+    pretrain = found.get("pretrain", {})
     if isinstance(pretrain, str):  # that of another recipe
         pretrain = tomllib.loads((FOLDER / f"{pretrain}.toml").read_text("utf-8"))["pretrain"]
-    return Recipe(file.stem, found["title"], pretrain, found["finetune"], found["sweep"])
+    return Recipe(file.stem, found["title"], pretrain, found["finetune"], found.get("sweep", {}))
 
 
 for _file in sorted(FOLDER.glob("*.toml")):

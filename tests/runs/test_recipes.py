@@ -1,17 +1,21 @@
 """Every recipe from pretraining to the closing table, at reduced size, on files of the true format."""
 
 import hashlib
+import inspect
 import json
 import pickle
+import re
 import struct
 import tomllib
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from orwcfm_fast.benchmarks.published import MODELS
 from orwcfm_fast.runs.recipe import FOLDER, RECIPES
 from orwcfm_fast.settings import Finetune, Pretrain, build
 
@@ -103,9 +107,10 @@ def finished(run: str) -> dict:
 
 
 def test_every_recipe_is_tested_listed_and_made_of_known_settings(run_cli):
-    assert set(RECIPES.names()) == {"mnist-even", "cifar10-compress", "cifar10-clip"}
+    of_the_paper = {"mnist-even", "cifar10-compress", "cifar10-clip"}
+    assert set(RECIPES.names()) == {*of_the_paper, *MODELS}
     listed = run_cli("list", "recipes").out
-    for name in RECIPES.names():
+    for name in of_the_paper:
         recipe = RECIPES.get(name)
         assert not build(Finetune, recipe.finetune).normalize_weights, "raw weights, as in the paper"
         assert build(Pretrain, recipe.pretrain).data == recipe.finetune["data"]
@@ -115,6 +120,37 @@ def test_every_recipe_is_tested_listed_and_made_of_known_settings(run_cli):
     assert clip.pretrain == RECIPES.get("cifar10-compress").pretrain
     torchcfm = {"steps": 400001, "batch": 128, "lr": 2e-4, "warmup": 5000, "ema": 0.9999, "grad_clip": 1.0}
     assert torchcfm.items() <= clip.pretrain.items() and clip.pretrain["flip"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recipes_of_published_pipelines_have_the_defaults_of_their_calls(name, run_cli):
+    recipe, text = RECIPES.get(name), (FOLDER / f"{name}.toml").read_text()
+    s = build(Finetune, recipe.finetune)
+    assert recipe.title in run_cli("list", "recipes").out and "Nothing is claimed" in text
+    named = re.search(r"default.* of (\w+Pipeline) in diffusers", text).group(1)
+    call = inspect.signature(inspect.unwrap(getattr(diffusers, named).__call__)).parameters
+    assert s.nfe == call["num_inference_steps"].default and (s.solver, s.grid) == ("euler", "own")
+    if "guidance" in recipe.finetune:
+        assert s.guidance == call["guidance_scale"].default
+    for command in re.findall(r"^#   orwcfm (.*)$", text, re.M):
+        assert f"--recipe {name}" in command
+    refused = run_cli("pretrain", "--recipe", name)
+    assert refused.code == 2 and "nothing is pretrained" in refused.err and refused.err.count("\n") == 1
+
+
+def test_a_recipe_of_a_published_pipeline_trains_and_is_planned(run_cli, pipeline_folder, prompts_file):
+    tiny = ("--model", f"diffusers:{pipeline_folder('sd3')}", "--image-size", 8, "--prompt-tokens", 6)
+    recipe = ("--recipe", "sd35-medium", *tiny, "--prompts", prompts_file, "--lora", 4, "--nfe", 3)
+    planned = run_cli("doctor", "--plan", "--gpu-gib", 24, *recipe)
+    assert planned.code == 0 and "adapters of rank 4" in planned.out, planned.err
+    cheap = (
+        "--rounds", 1, "--steps-per-round", 1, "--rollout", 8, "--probe", 2, "--eval-n", 4, "--precision", "fp32",
+        "--quiet",
+    )  # fmt: skip
+    made = run_cli("finetune", *recipe, *cheap, "--reward", "brightness", "--out", "run")
+    assert made.code == 0, made.err
+    config = tomllib.loads(Path("run/config.toml").read_text())
+    assert (config["guidance"], config["group"], config["weights"]) == (7.0, 8, "advantage")
 
 
 @pytest.mark.slow
