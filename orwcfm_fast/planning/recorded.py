@@ -68,13 +68,16 @@ class RecordedVelocity(PipelineVelocity):
         return torch.cat([self._decoded(part) for part in x.split(at_once)])
 
     def _decoded(self, x: Tensor) -> Tensor:
+        entries = len(x) * math.prod(self.decoded_shape)
         with torch.no_grad():
             for call in self.decoding:
                 args, named = for_rows((call.args, call.named), 1, len(x))
-                found = call.method(*args, **named)
-            kept = [y for y in leaves(found) if isinstance(y, Tensor)]
-            image = kept[-1].float().flatten()[: len(x) * math.prod(self.decoded_shape)]
-            return image.clamp(-1, 1).view(len(x), *self.decoded_shape)
+                for y in leaves(call.method(*args, **named)):
+                    if (
+                        isinstance(y, Tensor) and y.numel() >= entries
+                    ):  # not the sound that comes with a video
+                        image = y
+            return image.float().flatten()[:entries].clamp(-1, 1).view(len(x), *self.decoded_shape)
 
 
 def recorded(found: Description, arguments: dict[str, Any], inputs: dict[str, Any]) -> RecordedVelocity:

@@ -16,6 +16,7 @@ from tiny_pipelines import build
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orwcfm_fast.batch_sizes import BatchSizes
+from orwcfm_fast.benchmarks.large_models import rows
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.cli.doctor import _show_plan
 from orwcfm_fast.evaluation.evaluate import evaluate
@@ -174,6 +175,20 @@ def test_the_manuals_plan_needs_configurations_alone(run_cli, pipeline_folder, t
         assert one["rounds"][0]["rollout"] == pytest.approx(1536 * 14 * one["flops"] / 400e12)
     refused = run_cli("doctor", "--plan", "--model", "mlp", "--gpu-gib", 24)
     assert refused.code == 2 and "--gpu-gib" in refused.err and refused.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_committed_memory_of_a_recipe_is_what_the_plan_says():
+    kept = json.loads(
+        (Path(__file__).parents[2] / "benchmarks/results/large-models-on-paper.json").read_text("utf-8")
+    )
+    for own, row in zip(rows("sd35-medium"), kept["sd35-medium"], strict=True):
+        assert (own["gpu_gib"], own["fits"], own["micro_batch"]) == (
+            row["gpu_gib"],
+            row["fits"],
+            row["micro_batch"],
+        )
+        assert own["peak"] == pytest.approx(row["peak"], rel=0.02)
 
 
 def flash(query, key, value, *args, **more):

@@ -216,12 +216,20 @@ def test_the_manuals_commands_work(run_cli, pipeline_folder, clip_folder):
     cheap = ("--image-size", 16, "--prompt-tokens", 6)
     run = ("--rounds", 1, "--steps-per-round", 1, "--probe", 2, "--eval-n", 4, "--precision", "fp32", "--lora", 2,
            "--clip-model", f"local-dir:{clip_folder()}")  # fmt: skip
-    cheap = {"finetune": (*cheap, *run, "--nfe", 2), "sample": ("--nfe", 2)}
+    cheap = {
+        "finetune": (*cheap, *run, "--nfe", 2),
+        "sample": ("--nfe", 2),
+        "doctor": (*cheap, "--lora", 2),
+        "list": (),
+    }
     commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("orwcfm ")]
     # the first is that of test_diffusers_plan.py
-    assert [c[0] for c in commands] == ["doctor", "finetune", "sample", "finetune", "finetune"]
+    in_order = ["doctor", "finetune", "sample", "finetune", "finetune", "list", "doctor", "finetune"]
+    assert [c[0] for c in commands] == in_order
     for command in commands[1:]:
         named = [f"diffusers:{pipeline_folder('sd3')}" if c.startswith("diffusers:") else c for c in command]
+        if "--recipe" in command:
+            named += ["--model", f"diffusers:{pipeline_folder('flux')}"]
         ended = run_cli(*named, *cheap[command[0]])
         assert ended.code == 0, (command, ended.err)
         if not Path("published.safetensors").exists():
