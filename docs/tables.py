@@ -19,8 +19,9 @@ TABLES: dict[str, Callable[[], str]] = {}
 
 
 def results(name: str) -> Any:
-    """The newest result file whose name begins so."""
-    found = sorted((ROOT / "benchmarks/results").glob(f"{name}*.json"))
+    """The result file of that name, else the newest whose name begins so and ends with its date."""
+    folder = ROOT / "benchmarks/results"
+    found = [*sorted(folder.glob(f"{name}*-20??-??-??.json")), *folder.glob(f"{name}.json")]
     return json.loads(found[-1].read_text("utf-8"))
 
 
@@ -123,7 +124,16 @@ def _calibration(data: str) -> str:
             forecast = f"{row['w2_low']:.2f} to {row['w2_high']:.2f}"
             cells += [forecast, _bold(f"{row['w2_reached']:.2f}", not row["w2_inside"])]
     return lines(
-        ("τ", "α", "forecast, 8 rounds", "reached", "forecast, 14 rounds", "reached", "W2 forecast", "reached"),
+        (
+            "τ",
+            "α",
+            "forecast, 8 rounds",
+            "reached",
+            "forecast, 14 rounds",
+            "reached",
+            "W2 forecast",
+            "reached",
+        ),
         [rows[key] for key in sorted(rows)],
     )
 
@@ -132,12 +142,10 @@ def _bold(text: str, so: bool) -> str:
     return f"**{text}**" if so else text
 
 
-@table
 def calibration_digits() -> str:
     return _calibration("digits")
 
 
-@table
 def calibration_points() -> str:
     return _calibration("points")
 
@@ -183,6 +191,29 @@ def families() -> str:
         for name, r in results("families").items()
     )
     return lines(("family", "pipeline", "makes", "velocity", "picture", "rows share calls"), rows)
+
+
+@table
+def learning() -> str:
+    rows = []
+    for name, r in results("families-learning").items():
+        cells = [
+            f"{signed(m, 4)} ({signed(low, 4)} to {signed(high, 4)})"
+            for low, m, high in (r["before"], r["after"])
+        ]
+        rows.append([name, *cells, f"{r['export_error']:.0e}"])
+    return lines(("family", "reward before", "after 10 rounds", "pictures"), rows)
+
+
+@table
+def large_models() -> str:
+    rows = []
+    for recipe, planned in results("large-models-on-paper").items():
+        rows.append([f"`{recipe}`", f"{planned[0]['weights'] / 2**30:.0f}"])
+        for row in planned:
+            how = f" ({row['micro_batch']}, {row['chunk']})" if row["fits"] else " needed"
+            rows[-1].append(f"{row['peak'] / 2**30:.0f}{how}")
+    return lines(("recipe", "transformer", "of 24", "of 80", "of 141"), rows)
 
 
 if __name__ == "__main__":

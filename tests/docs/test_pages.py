@@ -11,8 +11,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FIGURES = (ROOT / "docs/figures.md").read_text("utf-8")
 FORECAST = (ROOT / "docs/forecast.md").read_text("utf-8")
-LARGE = (ROOT / "docs/large-models.md").read_text("utf-8")
-MANY = (ROOT / "docs/many-gpus.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
 OF_OTHER_TOOLS = {
     "--help",

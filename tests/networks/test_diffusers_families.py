@@ -13,7 +13,6 @@ from orwcfm_fast.networks.flow.learning import NotAFlow
 
 STEPS = 4
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/families.json"
-PAGE = RESULTS.parents[2] / "docs/large-models.md"
 PROMPTS = ("a cat", "dog 3 by the blue sea")
 IN_EVERY_RUN = ("Wan 2.1", "FLUX.1 Kontext", "ACE-Step")
 TAKING_TURNS = [
@@ -90,12 +89,5 @@ def test_a_pipeline_whose_scheduler_is_no_flows_is_refused():
         field.traits  # noqa: B018
 
 
-def test_the_manuals_table_is_that_of_the_result_file():
-    found = json.loads(RESULTS.read_text())
-    rows = [
-        f"| {name} | {r['pipeline']} | {r['kind']} | {r['velocity']:.0e} | {r['picture']:.0e} | "
-        f"{'yes' if r['rows_share'] else 'no'} |"
-        for name, r in found.items()
-    ]
-    assert found.keys() <= FAMILIES.keys()
-    assert "\n".join(rows) in PAGE.read_text("utf-8")
+def test_the_result_file_is_of_families_that_are_tested():
+    assert json.loads(RESULTS.read_text()).keys() <= FAMILIES.keys()

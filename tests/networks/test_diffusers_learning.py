@@ -28,7 +28,6 @@ TAKING_TURNS = [
 ]
 ROUNDS, HELD_OUT = 10, 128
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/families-learning.json"
-PAGE = RESULTS.parents[2] / "docs/large-models.md"
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +161,9 @@ def test_a_run_that_was_left_ends_as_one_that_was_not(name, saved, results, tmp_
     assert difference == 0
 
 
-def test_the_manuals_table_of_learning_is_that_of_the_result_file():
+def test_the_result_file_holds_what_the_tests_demand():
     found = json.loads(RESULTS.read_text())
     assert set(found) == set(EIGHT)
-    for name, r in found.items():
+    for r in found.values():
         assert r["after"][0] > r["before"][2] and r["difference_after_resuming"] == 0
         assert r["drift_at_no_temperature"] <= 1e-6
-        cells = [f"{mean:.4f} ({low:.4f} to {high:.4f})" for low, mean, high in (r["before"], r["after"])]
-        row = f"| {name} | {' | '.join(cells).replace('-', '−')} | {r['export_error']:.0e} |"
-        assert row in PAGE.read_text("utf-8")

@@ -108,7 +108,7 @@ def finished(run: str) -> dict:
 
 def test_every_recipe_is_tested_listed_and_made_of_known_settings(run_cli):
     of_the_paper = {"mnist-even", "cifar10-compress", "cifar10-clip"}
-    assert set(RECIPES.names()) == {*of_the_paper, *MODELS}
+    assert set(RECIPES.names()) == {*of_the_paper, "mnist-small", *MODELS}
     listed = run_cli("list", "recipes").out
     for name in of_the_paper:
         recipe = RECIPES.get(name)
@@ -163,7 +163,34 @@ def test_mnist_even(run_cli, mnist, cache):
     assert found["model"] == "unet-mnist" and found["lr"] == 2e-4 and found["normalize_weights"] is False
     assert found["checkpoint"] == "runs/pretrain-mnist-001" and found["alpha"] == 0.2
     assert 0 <= found["after"]["reward"]["mean"] <= 1
-    assert (cache / "mnist-classifier" / "model.safetensors").exists()
+    assert not (cache / "mnist-classifier").exists(), "the classifier ships"
+
+
+@pytest.mark.slow
+def test_mnist_on_a_laptop(run_cli, mnist):
+    made = run_cli("pretrain", "--recipe", "mnist-small", "--data-dir", mnist, *FEW)
+    assert made.code == 0, made.err
+    made = run_cli("finetune", "--recipe", "mnist-small", *SMALL)
+    assert made.code == 0, made.err
+    found = finished("runs/mnist-even-digits-a1-t0.5-001")
+    assert found["model"] == "unet-mnist-small" and found["method"] == "orw-centred"
+    assert 0 < found["after"]["confidence"] <= 1, "by the classifier of MNIST"
+
+
+@pytest.mark.slow
+def test_the_classifier_of_mnist_is_trained_from_files_of_its_format(mnist):
+    from orwcfm_fast.rewards.digits import TRAINING, train_classifier
+
+    assert train_classifier(TRAINING["mnist"].network(), "mnist", str(mnist)) > 0.95
+
+
+def test_the_classifier_of_mnist_ships(cache):
+    from orwcfm_fast.rewards.digits import digit_classifier
+
+    classifier = digit_classifier("mnist")
+    assert classifier.accuracy > 0.99 and classifier.shape == (1, 28, 28)
+    assert torch.allclose(classifier.probabilities(torch.zeros(2, 1, 28, 28)).sum(1), torch.ones(2))
+    assert not (cache / "mnist-classifier").exists()
 
 
 @pytest.mark.slow
