@@ -38,9 +38,9 @@ def complete(monkeypatch, capsys):
         ("orwcfm evaluate --holdout-reward bright", ["brightness"]),
         ("orwcfm pretrain --data 8", ["8gaussians"]),
         ("orwcfm sample --model unet-ci", ["unet-cifar10"]),
-        ("orwcfm pretrain --recipe mnist", ["mnist-even"]),
+        ("orwcfm pretrain --recipe mnist", ["mnist-even", "mnist-small"]),
         ("orwcfm list sol", ["solvers"]),
-        ("orwcfm bench ", ["kernels", "loop"]),
+        ("orwcfm bench ", ["kernels", "loop", "race"]),
     ],
 )
 def test_the_shell_is_offered_commands_options_and_values(complete, words, offered):
