@@ -198,7 +198,7 @@ TABLE = {
     },
     "list": {"--debug": ALWAYS, "--help": ALWAYS, "KIND": ALWAYS},
     "doctor": {
-        **dict.fromkeys(FINETUNE.keys() - {"--resume", "--out", "--overwrite", "--quiet"}, ALWAYS),
+        **{k: ALWAYS for k in FINETUNE if k not in ("--resume", "--out", "--overwrite", "--quiet")},
         "--alpha": [("--alpha", 1, "give --plan as well"), ("--plan", *FINETUNE["--alpha"][0])],
         "--shard": [("--plan", "--shard", "one rank holds everything")],
         "--plan": ALWAYS, "--gpu-gib": ALWAYS, "--ranks": ALWAYS, "--json": ALWAYS,
