@@ -31,7 +31,8 @@ bench: $(VENV)/installed-dev
 mnist: $(VENV)/installed-dev
 	$(BIN)/python -m orwcfm_fast.benchmarks.mnist classifier --data-dir $(DATA)
 	$(BIN)/orwcfm pretrain --recipe mnist-small --data-dir $(DATA) --out runs/mnist-small --overwrite
-	$(BIN)/python -m orwcfm_fast.benchmarks.mnist model runs/mnist-small --data-dir $(DATA)
+	$(BIN)/python -m orwcfm_fast.benchmarks.mnist model runs/mnist-small --data-dir $(DATA) \
+		--out benchmarks/results/mnist-model.json
 
 # types are checked on an installed copy: in the repository kernels/, cli/ and benchmarks/ stand outside the package
 lint: $(VENV)/installed-dev typed

@@ -4,7 +4,8 @@
 
 digits, points: α of 0.1, 0.3, 1 and 3 by three τ, each after 8 and after 14 rounds; a summary says how often what was
 reached lies within the forecast's interval. rest: τ = 0, where the forecast says that nothing moves. Every run is
-measured on noise that neither the forecast nor the training has drawn. Runs that FILE holds already are not repeated.
+measured on noise that neither the forecast nor the training has drawn. Runs that FILE holds already are not repeated;
+date and versions are those of the first.
 """
 
 import argparse
@@ -35,9 +36,8 @@ from orwcfm_fast.theory.prediction import draw_reference, forecast_grid
 
 CPU = torch.device("cpu")
 ALPHAS, TAUS, AFTER = (0.1, 0.3, 1.0, 3.0), (0.25, 0.5, 1.0), (8, 14)
-FIT: dict[
-    str, dict[str, Any]
-] = {  # digits: what a user runs; points: steps enough that the network fits each round
+# digits: what a user runs; points: steps enough that the network fits each round
+FIT: dict[str, dict[str, Any]] = {
     "digits": {},
     "points": {"rollout": 8192, "batch": 512, "steps_per_round": 200, "lr": 2e-3, "warmup": 10, "probe": 64},
 }
@@ -166,7 +166,10 @@ def main() -> None:
                         keep(row)
         if "rest" in parts:
             for name in ("orw-centred", "orw"):
-                keep(at_rest(data, base, 1.0, name))
+                if not any(
+                    {"data": data, "method": name, "tau": 0.0}.items() <= r.items() for r in found["rows"]
+                ):
+                    keep(at_rest(data, base, 1.0, name))
 
 
 if __name__ == "__main__":

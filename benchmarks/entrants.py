@@ -202,9 +202,11 @@ def mean_reward(looks: Sequence[Look], limit: float) -> float:
     return sum(s * look.reward for s, look in zip(spans, looks, strict=True)) / sum(spans)
 
 
+FOR_REWARDS, AFTER, AT_W2, AT_DIVERSITY = (0.65, 0.8), (3.0, 10.0, 30.0), (1.0, 1.5, 2.0), (0.97, 0.9)
+NEAR = AT_W2[1]
 GOALS: dict[str, Callable[[Sequence[Look], float], float]] = {
     "soon": mean_reward,
-    "near": lambda looks, limit: reward_at_w2(looks, 1.5),
+    "near": lambda looks, limit: reward_at_w2(looks, NEAR),
 }
 """What the settings are chosen for: much reward soon, and much reward near the pretrained model."""
 

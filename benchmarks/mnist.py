@@ -4,8 +4,8 @@
     orwcfm pretrain --recipe mnist-small --data-dir FOLDER --out RUN
     python -m orwcfm_fast.benchmarks.mnist model RUN --data-dir FOLDER --out FILE.json
 
-The first and the last replace what lies under orwcfm_fast/shipped. Weights are kept in half precision; everything is
-measured with them as they are kept.
+The first and the last replace what lies under orwcfm_fast/shipped. Weights are kept in half precision, and what the
+last prints is measured with them as they are kept.
 """
 
 import argparse
@@ -33,7 +33,7 @@ NAME = "unet-mnist-small"
 SAMPLES = 4096
 
 
-def test_digits(data_dir: str) -> tuple[torch.Tensor, torch.Tensor]:
+def held_out_digits(data_dir: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The 10,000 test images of MNIST in [-1, 1], and their labels."""
     found = MNIST(data_dir, train=False, download=not Path(data_dir, "MNIST/raw").is_dir())
     return found.data[:, None].float() / 127.5 - 1, found.targets
@@ -56,7 +56,7 @@ def keep_model(run: Path) -> None:
 
 def worth(data_dir: str) -> dict[str, Any]:
     """Of the classifier its accuracy on the test set; of the model's samples what the classifier says of them."""
-    images, labels = test_digits(data_dir)
+    images, labels = held_out_digits(data_dir)
     classifier = digit_classifier("mnist")
     with torch.inference_mode():
         right = torch.cat([classifier.probabilities(part).argmax(1) for part in images.split(500)]) == labels

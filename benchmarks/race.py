@@ -1,12 +1,14 @@
 """Every method and the plain loop from the same pretrained model: reward by seconds, by drift and by diversity.
 
-    orwcfm bench race                                       short: settings as chosen before, one seed, minutes
-    orwcfm bench race --full --out FOLDER                   the same trials for each, then three other seeds
+    orwcfm bench race                          short: those whose settings were chosen before, one seed, minutes
+    orwcfm bench race --full --out FOLDER      equally many trials for each, then the chosen settings on other seeds
 
-Settings are chosen on tuning seeds, from equally many trials each, once for much reward soon and once for much reward
-near the pretrained model; then the chosen ones run on seeds that nothing was chosen on (`entrants`).
+Settings are chosen on tuning seeds, once for much reward soon and once for much reward near the pretrained model; then
+they run on seeds that nothing was chosen on. The plain loop has four times the seconds of the others (`PATIENCE`);
+drift and confidence are everybody's at the common limit.
 """
 
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +22,17 @@ from typing import Any, NamedTuple
 import torch
 
 from orwcfm_fast.benchmarks import entrants
-from orwcfm_fast.benchmarks.entrants import GOALS, REWARD, TRIALS, Look, Looks, Trial
+from orwcfm_fast.benchmarks.entrants import (
+    AFTER,
+    AT_DIVERSITY,
+    AT_W2,
+    FOR_REWARDS,
+    GOALS,
+    TRIALS,
+    Look,
+    Looks,
+    Trial,
+)
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
 from orwcfm_fast.networks.policy import Policy
@@ -29,11 +41,9 @@ from orwcfm_fast.runs.load import Loader
 TUNED_ON, RUN_ON = (3, 4, 5), (0, 1, 2)
 TUNING_SECONDS, SECONDS, SHORT_SECONDS = 10.0, 30.0, 8.0
 GROWTH = 1.3
-FOR_REWARDS, AFTER, AT_W2, AT_DIVERSITY = (0.65, 0.8), (3.0, 10.0, 30.0), (1.0, 1.5, 2.0), (0.97, 0.9)
-# what the full form chose (benchmarks/results): the short form's settings
-CHOSEN: dict[str, dict[str, Trial]] = {
-    name: {"soon": trials[1], "near": trials[6]} for name, trials in TRIALS.items()
-}
+LATE = 1.1  # a look that was due at the limit comes after the step under way
+# what the full form chose, in the newest benchmarks/results/race-*.json
+CHOSEN: dict[str, dict[str, Trial]] = {}
 
 
 class Job(NamedTuple):
@@ -97,7 +107,7 @@ def race(
         watch: told of every run that is over.
         data: digits; mnist in the short form, where the plain loop has no network of its own.
         seconds: of each run; 0: SECONDS, in the short form SHORT_SECONDS.
-        names: of the entrants; all where empty.
+        names: of the entrants; where empty all, in the short form those whose settings were chosen.
         held_out: samples of each look.
         base: start from this model instead of the pretrained one.
 
@@ -105,13 +115,13 @@ def race(
         date, device, versions, the trials and the settings chosen, and a row for every entrant and goal.
     """
     where = (str(device or "cpu"), data, held_out, base)
-    names = names or [name for name in TRIALS if data == "digits" or name != "plain"]
-    chosen, trials = choose(names, where, watch) if full else ({name: CHOSEN[name] for name in names}, [])
+    names = names or [name for name in (TRIALS if full else CHOSEN) if data == "digits" or name != "plain"]
+    chosen, trials = choose(names, where, watch) if full else ({name: _settings(name) for name in names}, [])
     limit, seeds = seconds or (SECONDS if full else SHORT_SECONDS), RUN_ON if full else RUN_ON[:1]
     plan = [(n, t) for n in names for t in {repr(t): t for t in chosen[n].values()}.values()]
     runs = _runs(plan, seeds, limit, where, lambda text: watch(f"racing, {text}"))
     rows = [
-        {"name": n, "goal": goal, "trial": t, **measures(r), "runs": [[asdict(x) for x in one] for one in r]}
+        {"name": n, "goal": goal, "trial": t, **measures(r, limit), "runs": [[asdict(x) for x in one] for one in r]}
         for goal in GOALS
         for (n, t), r in zip(plan, runs, strict=True)
         if chosen[n][goal] == t
@@ -120,7 +130,7 @@ def race(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(torch.device(where[0])),
         "versions": checkpoint.versions(),
-        "data": data, "reward": REWARD, "limit": limit, "seeds": [*seeds], "tuned_on": [*TUNED_ON],
+        "data": data, "reward": entrants.REWARD, "limit": limit, "seeds": [*seeds], "tuned_on": [*TUNED_ON],
         "chosen": chosen, "trials": trials, "rows": rows,
     }  # fmt: skip
 
@@ -152,33 +162,37 @@ def _runs(plan, seeds, limit, where, watch) -> list[list[list[Look]]]:
     return [runs[k : k + len(seeds)] for k in range(0, len(runs), len(seeds))]
 
 
+def _settings(name: str) -> dict[str, Trial]:
+    """Chosen, else the first that would be tried."""
+    return CHOSEN.get(name) or dict.fromkeys(GOALS, TRIALS[name][0])
+
+
 def _patience(name: str) -> float:
     return entrants.PATIENCE.get(name, 1.0)
 
 
-def measures(runs: Sequence[Sequence[Look]]) -> dict[str, Any]:
-    """Of the runs of one entrant: each measure as [mean, half of its 95 % interval over the seeds].
+def measures(runs: Sequence[Sequence[Look]], limit: float) -> dict[str, Any]:
+    """Of the runs of one entrant: each measure as [mean, twice its standard error over the seeds].
 
-    seconds_to: the median of the seeds; None where fewer than half of them came there.
+    Seconds and rewards after seconds are of the whole runs, the others of the looks up to the limit. seconds_to: the
+    median of the seeds; None where fewer than half of them came there.
     """
-    limit = min(looks[-1].seconds for looks in runs)
+    early = [[look for look in looks if look.seconds <= LATE * limit] for looks in runs]
     found: dict[str, Any] = {"seconds_to": {}}
     for reward in FOR_REWARDS:
         times = [entrants.seconds_to(looks, reward) for looks in runs]
-        median = statistics.median(float("inf") if t is None else t for t in times)
-        found["seconds_to"][str(reward)] = None if median == float("inf") else median
-    found["reward_after"] = {
-        f"{s:g}": _interval(entrants.reward_after(looks, s) for looks in runs) for s in AFTER if s <= limit
+        median = statistics.median(math.inf if t is None else t for t in times)
+        found["seconds_to"][f"{reward:g}"] = None if median == math.inf else median
+    of: dict[str, tuple[Sequence[float], Callable[[Sequence[Look], float], float], Any]] = {
+        "reward_after": ([s for s in AFTER if s <= limit], entrants.reward_after, runs),
+        "reward_at_w2": (AT_W2, entrants.reward_at_w2, early),
+        "reward_at_diversity": (AT_DIVERSITY, entrants.reward_at_diversity, early),
     }
-    found["reward_at_w2"] = {
-        f"{w:g}": _interval(entrants.reward_at_w2(looks, w) for looks in runs) for w in AT_W2
-    }
-    found["reward_at_diversity"] = {
-        f"{d:g}": _interval(entrants.reward_at_diversity(looks, d) for looks in runs) for d in AT_DIVERSITY
-    }
+    for key, (levels, read, looks) in of.items():
+        found[key] = {f"{level:g}": _interval(read(own, level) for own in looks) for level in levels}
     for key in ("reward", "w2", "confidence"):
-        found[key] = _interval(getattr(looks[-1], key) for looks in runs)
-    found["diversity"] = _interval(looks[-1].diversity / looks[0].diversity for looks in runs)
+        found[key] = _interval(getattr(looks[-1], key) for looks in early)
+    found["diversity"] = _interval(looks[-1].diversity / looks[0].diversity for looks in early)
     return found
 
 

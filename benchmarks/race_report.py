@@ -1,46 +1,52 @@
 """What the race found, as lines and as a plot; whoever wins stands first."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orwcfm_fast.benchmarks.entrants import AFTER, AT_DIVERSITY, AT_W2, FOR_REWARDS, NEAR
+
 Row = dict[str, Any]
+LAST = ("W2 at the end", "confidence")
 COLUMNS = {
-    "soon": ("chosen for reward soon", "s to 0.65", "s to 0.8", "reward after 3 s", "10 s", "30 s", "W2", "confidence"),
-    "near": ("chosen for reward near", "reward at W2 1", "1.5", "2", "at diversity 0.97", "0.9", "W2", "confidence"),
+    "soon": (
+        "chosen for reward soon", *(f"s to {r:g}" for r in FOR_REWARDS),
+        *(f"reward after {s:g} s" for s in AFTER), *LAST,
+    ),
+    "near": (
+        "chosen for reward near", *(f"reward at W2 {w:g}" for w in AT_W2),
+        *(f"at diversity {d:g}" for d in AT_DIVERSITY), *LAST,
+    ),
 }  # fmt: skip
-RANKED_BY: dict[str, Callable[[Row], float]] = {
-    "soon": lambda row: min(row["seconds_to"]["0.8"] or 1e9, 1e9) - max(row["reward"][0], 0) * 1e-3,
-    "near": lambda row: -row["reward_at_w2"]["1.5"][0],
+RANKED_BY: dict[str, Callable[[Row], Any]] = {
+    "soon": lambda row: (
+        [math.inf if s is None else s for s in reversed(row["seconds_to"].values())],
+        -row["reward"][0],
+    ),
+    "near": lambda row: -row["reward_at_w2"][f"{NEAR:g}"][0],
 }
 
 
 def ranked(found: dict[str, Any], goal: str) -> list[Row]:
-    """The rows of a goal, the first to win: fewest seconds to 0.8, or the most reward at a coupled W2 of 1.5."""
+    """The rows of a goal, the winner first: fewest seconds to the highest reward, or most reward at the same W2."""
     return sorted((row for row in found["rows"] if row["goal"] == goal), key=RANKED_BY[goal])
 
 
 def cells(row: Row) -> list[str]:
     """Texts of a row, in the order of COLUMNS of its goal."""
     if row["goal"] == "soon":
-        own = [_seconds(row["seconds_to"][r]) for r in ("0.65", "0.8")]
-        own += [_interval(row["reward_after"].get(s)) for s in ("3", "10", "30")]
+        own = [_seconds(row["seconds_to"][f"{r:g}"]) for r in FOR_REWARDS]
+        own += [_interval(row["reward_after"].get(f"{s:g}")) for s in AFTER]
     else:
-        own = [_interval(row["reward_at_w2"][w]) for w in ("1", "1.5", "2")]
-        own += [_interval(row["reward_at_diversity"][d]) for d in ("0.97", "0.9")]
+        own = [_interval(row["reward_at_w2"][f"{w:g}"]) for w in AT_W2]
+        own += [_interval(row["reward_at_diversity"][f"{d:g}"]) for d in AT_DIVERSITY]
     return [row["name"], *own, _interval(row["w2"], 2), _interval(row["confidence"])]
 
 
 def settings_of(row: Row) -> str:
     """The settings of a row in one line."""
     return f"{row['name']}: " + ", ".join(f"{key} {value:g}" for key, value in row["trial"].items())
-
-
-def ratio(found: dict[str, Any], reward: str = "0.65") -> float | None:
-    """How many times the seconds of the default method the plain loop takes to a reward; None: one is not there."""
-    seconds = {row["name"]: row["seconds_to"][reward] for row in found["rows"] if row["goal"] == "soon"}
-    ours, plain = seconds.get("orw-centred"), seconds.get("plain")
-    return plain / ours if ours and plain else None
 
 
 def _seconds(value: float | None) -> str:

@@ -27,7 +27,7 @@ class Evaluator:
         reward, holdout: the rewards that were trained on, and those that were not.
         features: in which diversity and fidelity are measured.
         probabilities: decoded samples → probabilities [B, K] of the K classes, where the data has a classifier.
-        accuracy: of that classifier, on held-out real data.
+        accuracy: of that classifier, on `judged_on` held-out real samples.
     """
 
     reward: Reward
@@ -35,6 +35,7 @@ class Evaluator:
     features: Features
     probabilities: Callable[[Tensor], Tensor] | None = None
     accuracy: float | None = None
+    judged_on: int = 0
     holdout: RewardSum | None = None
 
 
@@ -53,7 +54,8 @@ def evaluator_for(
     classifier = classifier_of(data, options.data_dir if options else "")
     if classifier is None:
         return Evaluator(reward, name, found, holdout=holdout)
-    return Evaluator(reward, name, found, classifier.probabilities, classifier.accuracy, holdout)
+    judged = classifier.accuracy, classifier.judged_on
+    return Evaluator(reward, name, found, classifier.probabilities, *judged, holdout)
 
 
 @dataclass(frozen=True)

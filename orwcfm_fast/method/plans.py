@@ -1,4 +1,4 @@
-"""Transport plans of a round's minibatches, solved by a thread on the CPU while earlier steps are taken."""
+"""Transport plans of a round's minibatches, solved once each by a thread on the CPU, ahead of whoever needs them."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

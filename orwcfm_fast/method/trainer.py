@@ -20,7 +20,7 @@ from orwcfm_fast.method.objectives import METHODS, Method, Point, check_bounded,
 from orwcfm_fast.method.rollout import Rollout, draw, start_conditions
 from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.method.weighting import check_positive, effective_sample_size
-from orwcfm_fast.networks.inference import InferenceCopy, can_hold
+from orwcfm_fast.networks.inference import InferenceCopy
 from orwcfm_fast.networks.lora import add_lora, load_lora, lora_state, trained_parameters
 from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.rewards import Reward, RewardSum, RolloutScoring, Scores, make_reward
@@ -100,7 +100,7 @@ class Trainer:
         sharded = ShardedNetworks([policy, self.reference], ranks) if settings.shard else None
         self.sizes.fixed = settings.shard
         self.inference = InferenceCopy(policy, off=settings.shard)
-        self.start = self.initial_weights(exact=reference is not None or settings.shard)
+        self.start = self.initial_weights()
         self.optimizer = PolicyOptimizer(policy, settings, self.sizes, ranks, sharded)
         self.method: Method = METHODS.get(settings.method)
         self.average = PolicyAverage(self.optimizer.parameters) if self.method.averages else None
@@ -154,7 +154,7 @@ class Trainer:
         with ExitStack() as stack:
             averaged = self.method.samples_average
             # a rank joins calls of the others at the stage's end
-            with self.without_gradient(averaged) as policy, self.stage("rollout"):
+            with self.stage("rollout"), self.without_gradient(averaged) as policy:
                 part, scoring = self.sizes.fit(
                     "chunk", lambda chunk: self.draw(policy, chunk, mine, condition), s.rollout
                 )
@@ -335,17 +335,14 @@ class Trainer:
         self.optimizer.go_on_from(self.steps_taken)
         self.notify("on_restore")
 
-    def initial_weights(self, exact: bool) -> dict[str, Tensor]:
-        """What is trained, as it is before the first round.
-
-        Args:
-            exact: the reference has the policy's weights to their last bit.
-        """
+    def initial_weights(self) -> dict[str, Tensor]:
+        """What is trained, as it is before the first round: the reference's weights where these are not rounded."""
         if self.settings.lora:
             return {k: v.clone() for k, v in lora_state(self.policy.network).items()}
-        if exact or not can_hold(self.policy):
-            return self.reference.network.state_dict()
-        return {k: v.to("cpu", copy=True) for k, v in self.policy.network.state_dict().items()}
+        own, reference = self.policy.network.state_dict(), self.reference.network.state_dict()
+        if all(reference[key].dtype == value.dtype for key, value in own.items()):
+            return reference
+        return {key: value.to("cpu", copy=True) for key, value in own.items()}
 
     def reset(self) -> None:
         """Back to before the first round."""

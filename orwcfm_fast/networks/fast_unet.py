@@ -57,6 +57,8 @@ class FastUNet(nn.Module):
         ValueError: no channel_mult known for the image size; heads that do not divide; use_fp16.
     """
 
+    leaves_casts_to_autocast = True
+
     def __init__(
         self,
         dim: Sequence[int],

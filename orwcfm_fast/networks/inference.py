@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 def can_hold(policy: "Policy") -> bool:
     """Whether a network with its weights held so computes what the policy's own does.
 
-    In float32 nothing is cast. The code of a pipeline may ask for the type of a weight, and DoRA takes the norms of its
-    base in float32.
+    In float32 nothing is cast. Other code than ours (a pipeline's, a plugin's) may ask for the type of a weight, or
+    leave autocast, and DoRA takes the norms of its base in float32.
     """
+    ours = getattr(policy.network, "leaves_casts_to_autocast", False)
     dora = any(".lora_magnitude_vector" in name for name, _ in policy.network.named_parameters())
-    return policy.precision != torch.float32 and not policy.pipeline and not dora
+    return policy.precision != torch.float32 and ours and not dora
 
 
 def hold(network: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -45,6 +45,7 @@ class VelocityMLP(nn.Module):
     """
 
     frequencies: Tensor
+    leaves_casts_to_autocast = True
 
     def __init__(self, dim: int, width: int = 128, features: int = 8) -> None:
         super().__init__()

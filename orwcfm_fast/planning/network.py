@@ -98,7 +98,7 @@ def make_plan(
 
     least = 2 if s.coupling == "ot" else 1
     step(least)  # creates the optimizer's state
-    reward(policy.decode(draw(policy, 2, 0, s.seed, s, 2).x1))
+    reward(policy.decode(draw(inference.refresh(), 2, 0, s.seed, s, 2).x1))
     weights = _size(policy)
     anchor = (
         0 if reference.network is policy.network else _size(reference)
@@ -115,7 +115,7 @@ def make_plan(
     one = profile_allocations(lambda size: step(max(size, least)), batch, device)
     several = profile_allocations(lambda size: step(size, 2), batch // 2, device) if batch > 1 else one
     drawn = profile_allocations(
-        lambda size: draw(policy, size, 0, s.seed, s, size), min(s.chunk, rollout), device
+        lambda size: draw(inference.policy, size, 0, s.seed, s, size), min(s.chunk, rollout), device
     )
     noised = profile_allocations(lambda size: start_noise(policy, size, s.seed), rollout, device)
     samples = policy.decode(start_noise(policy, max(2, rollout // 2), s.seed))

@@ -46,11 +46,12 @@ TRAINING = {"digits": Training((1, 8, 8), 360, 40), "mnist": Training((1, 28, 28
 
 @dataclass(frozen=True)
 class Classifier:
-    """Probabilities and features of digits of its dataset's shape; `accuracy` on held-out real digits."""
+    """Probabilities and features of digits of its dataset's shape; `accuracy` on `judged_on` held-out real digits."""
 
     network: nn.Sequential
     accuracy: float
     shape: tuple[int, int, int] = (1, 8, 8)
+    judged_on: int = 360
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Images [B, *shape] in [-1, 1] → [B, 10]."""
@@ -85,9 +86,11 @@ def digit_classifier(data: str = "digits", data_dir: str = "") -> Classifier:
             checkpoint.load_weights(network, found.tensors["model"], str(folder))
             accuracy = float(found.state["accuracy"])
         except (UserError, KeyError, ValueError, TypeError):
+            if shipped(name):
+                raise UserError(f"{folder}: damaged; install orwcfm again") from None
             accuracy = train_classifier(network, data, data_dir)
             save_classifier(folder, network, accuracy)
-    return Classifier(network.eval().requires_grad_(False), accuracy, training.shape)
+    return Classifier(network.eval().requires_grad_(False), accuracy, training.shape, training.held_out)
 
 
 def save_classifier(folder: Path, network: nn.Sequential, accuracy: float) -> None:

@@ -179,7 +179,8 @@ class Finetuning:
             f"{s.batch}; {self.loaded.policy.device}, {s.precision}"
         ]
         if self.evaluator.accuracy is not None:
-            lines.append(f"digits classifier: {self.evaluator.accuracy:.1%} on 360 held-out real digits")
+            held_out = f"{self.evaluator.judged_on:,} held-out real digits"
+            lines.append(f"digits classifier: {self.evaluator.accuracy:.1%} on {held_out}")
         return lines
 
     def _begin(self) -> None:

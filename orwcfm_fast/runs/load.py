@@ -24,12 +24,11 @@ from orwcfm_fast.runs.trainer_state import save_pretrainer
 from orwcfm_fast.settings import Conditioned, Finetune, Pretrain
 
 DEFAULT = "unet-digits"
-SHIPPED = {name: data for name, data in {"unet-mnist-small": "mnist"}.items() if shipped(name)}
-PRETRAINED = {DEFAULT: "digits", **SHIPPED}
-"""Presets that need no checkpoint, and their data: the first is trained on first use, the others ship."""
 FOREIGN_DATA = {
     "unet-cifar10": "cifar10", "unet-mnist": "mnist", "unet-mnist-small": "mnist", DEFAULT: "digits",
 }  # fmt: skip
+PRETRAINED = {name: data for name, data in FOREIGN_DATA.items() if name == DEFAULT or shipped(name)}
+"""Presets that need no checkpoint, and their data: one is trained on first use, others ship."""
 WEIGHTS = ("model", "ema", *chain(*LORA_FILES.values()))
 Watch = Callable[[int, int, float], None]
 

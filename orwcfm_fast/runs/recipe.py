@@ -49,13 +49,14 @@ class Recipe:
         return self.pretrain
 
     def pretrained(self) -> str:
-        """The newest run of this recipe's pretraining under ./runs, else its model where that ships.
+        """The newest run under ./runs that pretrained this recipe's model, else the model itself where it ships.
 
         Raises:
             UserError: there is neither.
         """
-        run = newest_run(f"pretrain-{self.pretrain['data']}-*")
-        if run is None and shipped(model := self.pretrain["model"]):
+        model = self.pretrain["model"]
+        run = newest_run(f"pretrain-{self.pretrain['data']}-*", model=model)
+        if run is None and shipped(model):
             return model
         if run is None:
             raise UserError(

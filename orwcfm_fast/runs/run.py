@@ -249,7 +249,9 @@ def next_run_path(stem: str, root: Path = Path("runs")) -> Path:
     return path
 
 
-def newest_run(pattern: str = "*", root: Path = Path("runs")) -> Path | None:
-    """The newest run under `root` with a matching name and a checkpoint, or None."""
+def newest_run(pattern: str = "*", root: Path = Path("runs"), model: str = "") -> Path | None:
+    """The newest run under `root` with a matching name, a checkpoint and, where it is given, that model, or None."""
     found = [p for p in root.glob(pattern) if is_run(p) and any((p / "checkpoints").glob("step_*"))]
+    if model:
+        found = [p for p in found if read_toml(p / CONFIG).get("model") == model]
     return max(found, key=lambda p: ((p / CONFIG).stat().st_mtime_ns, p.name), default=None)

@@ -50,8 +50,22 @@ def test_every_method_and_the_plain_loop_have_equally_many_trials_that_their_set
         assert len({repr(trial) for trial in trials}) == len(trials) == 12
         for trial in trials if name != "plain" else ():
             Finetune(**COMMON | {"method": name} | trial)
-        assert all(chosen in trials for chosen in race.CHOSEN[name].values())
     assert not {*race.TUNED_ON} & {*race.RUN_ON}
+
+
+def test_drift_is_read_at_the_common_limit_and_seconds_from_the_whole_run():
+    patient = [*RUN, *looks((20, 0.95, 4, 30))]
+    found = race.measures([patient, RUN], limit=6)
+    assert found["w2"] == [2.5, 0] and found["reward_after"].keys() == {"3"}
+    assert found["seconds_to"] == {"0.65": 4, "0.8": None}, "only one of two has three looks at 0.8"
+    assert race.measures([patient], limit=6)["seconds_to"]["0.8"] == 5
+    assert found["diversity"][0] == pytest.approx(44 / 50)
+
+
+def test_settings_of_the_short_form_are_those_that_the_full_one_chose():
+    kept = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("race-*.json"))
+    chosen = json.loads(kept[-1].read_text("utf-8"))["chosen"] if kept else {}
+    assert chosen == race.CHOSEN
 
 
 @pytest.mark.slow

@@ -103,6 +103,9 @@ def test_the_tables_are_those_of_their_result_files():
         text = page.read_text("utf-8")
         assert tables.written(text) == text, f"{page.name}: run python docs/tables.py"
         placed += [match[2] for match in tables.PLACE.finditer(text)]
+        for name, date in re.findall(r"benchmarks/results/(\S+?)-(\d{4}-\d\d-\d\d)\.json", text):
+            dates = [p.stem[-10:] for p in (ROOT / "benchmarks/results").glob(f"{name}-20??-??-??.json")]
+            assert date == max(dates), f"{page.name} links to {name} of {date}"
     assert sorted(placed) == sorted(tables.TABLES), "every table has its place"
 
 

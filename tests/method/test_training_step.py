@@ -35,11 +35,11 @@ def test_two_training_steps_of_every_method_are_those_of_its_published_loss(name
     trainer = build_trainer(ours, reward, s, reference=reference)
     state = trainer.draw_and_score()
     drawn = [*trainer.minibatches(state.rollout, trainer.signal(state.rollout))]
-    trainer.one_round()
+    record = trainer.one_round()
 
     theirs.network.double()
     optimizer = torch.optim.AdamW(theirs.network.parameters(), LR, weight_decay=0.0)
-    start, v_old = parameters(theirs), []
+    start, v_old, norms = parameters(theirs), [], []
     for batch in drawn:
         v_old.append(theirs.velocity(batch.t.double(), batch.x_t.double()).detach())
     for batch, old in zip(drawn, v_old, strict=True):
@@ -53,8 +53,9 @@ def test_two_training_steps_of_every_method_are_those_of_its_published_loss(name
             "r": reward(batch.x1).double(), "s": 1 - batch.t.double(),
         }  # fmt: skip
         PUBLISHED[name]({key: value[order] for key, value in x.items()}).mean().backward()
-        torch.nn.utils.clip_grad_norm_(theirs.network.parameters(), CLIP)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.network.parameters(), CLIP)))
         optimizer.step()
         optimizer.zero_grad()
+    assert record["grad_norm_mean"] == pytest.approx(sum(norms) / STEPS, rel=1e-3)  # AdamW does not see the scale
     moved = (parameters(theirs) - start).norm()
     assert (parameters(ours) - parameters(theirs)).norm() <= 1e-3 * moved

@@ -146,3 +146,22 @@ def test_the_copy_is_in_the_plan(lora):
     assert plan.held["bf16 copy of the policy"] == copied
     assert plan.held["reference"] == (0 if lora else reference)
     assert plan.held["initial weights"] == (0 if lora else start)
+
+
+class Plugin(torch.nn.Module):
+    """Of another author: reads a weight by itself, and leaves autocast for a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.body = torch.nn.Linear(1, 2), torch.nn.Linear(2, 2)
+
+    def forward(self, t, x):
+        with torch.autocast("cpu", enabled=False):
+            time = self.time(t.float()[:, None])
+        return self.body(x) / self.body.weight.norm() + time
+
+
+def test_a_network_of_a_plugin_runs_as_it_is():
+    policy = replace(make_policy("mlp", "moons", (2,), CPU, "bf16"), network=Plugin())
+    assert InferenceCopy(policy).refresh() is policy
+    assert policy.frozen_copy().network.time.weight.dtype == torch.float32
