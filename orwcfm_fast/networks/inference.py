@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 if TYPE_CHECKING:
     from orwcfm_fast.networks.policy import Policy
@@ -30,7 +29,7 @@ def can_hold(policy: "Policy") -> bool:
 def hold(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Hold the weights that autocast casts in `dtype`, in place; those of the norms stay in float32."""
     for module in network.modules():
-        if isinstance(module, nn.Linear | _ConvNd):
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             module.to(dtype)
     return network.requires_grad_(False)
 

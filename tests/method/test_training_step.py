@@ -56,6 +56,8 @@ def test_two_training_steps_of_every_method_are_those_of_its_published_loss(name
         norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.network.parameters(), CLIP)))
         optimizer.step()
         optimizer.zero_grad()
-    assert record["grad_norm_mean"] == pytest.approx(sum(norms) / STEPS, rel=1e-3)  # AdamW does not see the scale
+    assert record["grad_norm_mean"] == pytest.approx(
+        sum(norms) / STEPS, rel=1e-3
+    )  # AdamW does not see the scale
     moved = (parameters(theirs) - start).norm()
     assert (parameters(ours) - parameters(theirs)).norm() <= 1e-3 * moved
