@@ -113,43 +113,6 @@ def variants() -> str:
     return lines(("α", "change", "seeds", "reward", "coupled W2", "confidence", "deviation"), rows)
 
 
-def _calibration(data: str) -> str:
-    """A row a setting: forecast and reached reward after 8 and 14 rounds, and W2 after 14; a miss is bold."""
-    rows: dict[tuple[float, float], list[str]] = {}
-    for row in results(f"calibration-{data}")["rows"]:
-        cells = rows.setdefault((row["tau"], row["alpha"]), [f"{row['tau']:g}", f"{row['alpha']:g}"])
-        half = (row["forecast_high"] - row["forecast_low"]) / 2
-        cells += [f"{row['forecast']:.3f} ± {half:.3f}", _bold(f"{row['reached']:.3f}", not row["inside"])]
-        if row["rounds"] == 14:
-            forecast = f"{row['w2_low']:.2f} to {row['w2_high']:.2f}"
-            cells += [forecast, _bold(f"{row['w2_reached']:.2f}", not row["w2_inside"])]
-    return lines(
-        (
-            "τ",
-            "α",
-            "forecast, 8 rounds",
-            "reached",
-            "forecast, 14 rounds",
-            "reached",
-            "W2 forecast",
-            "reached",
-        ),
-        [rows[key] for key in sorted(rows)],
-    )
-
-
-def _bold(text: str, so: bool) -> str:
-    return f"**{text}**" if so else text
-
-
-def calibration_digits() -> str:
-    return _calibration("digits")
-
-
-def calibration_points() -> str:
-    return _calibration("points")
-
-
 @table
 def ranks() -> str:
     rows = []
