@@ -31,7 +31,8 @@ def write(recipe: str, folder: Path) -> Path:
     with torch.device("meta"):
         pipe = MODELS[recipe]()
     pipe.save_config(folder)
-    for name, part in pipe.components.items():
+    parts: dict[str, Any] = pipe.components
+    for name, part in parts.items():
         if hasattr(part, "save_config"):
             part.save_config(folder / name)
         elif isinstance(part, torch.nn.Module):

@@ -139,7 +139,7 @@ def choose(names: Sequence[str], where: tuple, watch: Callable[[str], None]):
     """({name: {goal: trial}}, every trial with what it scored for each goal, a mean over the tuning seeds)."""
     plan = [(name, trial) for name in names for trial in TRIALS[name]]
     runs = _runs(plan, TUNED_ON, TUNING_SECONDS, where, lambda text: watch(f"choosing settings, {text}"))
-    trials = [
+    trials: list[dict[str, Any]] = [
         {
             "name": name,
             "trial": trial,
