@@ -8,7 +8,7 @@ the length of a text alone.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,7 +36,7 @@ def write(recipe: str, folder: Path) -> Path:
         if hasattr(part, "save_config"):
             part.save_config(folder / name)
         elif isinstance(part, torch.nn.Module):
-            part.config.save_pretrained(folder / name)
+            cast(Any, part).config.save_pretrained(folder / name)
         elif part is not None:
             part.save_pretrained(folder / name)
     return folder
