@@ -89,16 +89,29 @@ def test_the_full_race_chooses_on_tuning_seeds_and_prints_whoever_wins_first(
 ):
     monkeypatch.setattr(race, "TUNING_SECONDS", 0.05)
     monkeypatch.setattr(race, "SECONDS", 0.05)
-    short = {name: TRIALS[name][:2] for name in ("raft", "plain")}
-    monkeypatch.setattr(race, "TRIALS", short)
-    shown = run_cli("bench", "race", "--full", "--out", "kept")
-    assert shown.code == 0 and "chosen for reward soon" in shown.out
-    (kept,) = Path("kept").glob("race-*.json")
-    found = json.loads(kept.read_text())
-    assert kept.with_suffix(".png").exists() and len(found["trials"]) == 4
+    monkeypatch.setattr(race, "TRIALS", {name: TRIALS[name][:2] for name in ("raft", "plain")})
+    base = Loader(CPU, "fp32").default().policy
+    found = race.race(full=True, held_out=16, base=base)
+    assert len(found["trials"]) == 4
     for row in found["rows"]:
         assert row["trial"] == found["chosen"][row["name"]][row["goal"]] and len(row["runs"]) == 3
         best = max((t for t in found["trials"] if t["name"] == row["name"]), key=lambda t: t[row["goal"]])
         assert best["trial"] == row["trial"]
     winners = race_report.ranked(found, "near")
     assert winners[0]["reward_at_w2"]["1.5"][0] >= winners[-1]["reward_at_w2"]["1.5"][0]
+
+    monkeypatch.setattr(race, "race", lambda full, *more: found if full else None)
+    shown = run_cli("bench", "race", "--full", "--out", "kept")
+    assert shown.code == 0 and shown.out.index(winners[0]["name"]) > shown.out.index("chosen for reward soon")
+    (kept,) = Path("kept").glob("race-*.json")
+    assert json.loads(kept.read_text()) == found and kept.with_suffix(".png").exists()
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_those_of_one_process(digits_model):
+    jobs = [race.Job("raft", TRIALS["raft"][0], seed, 1e-6, "cpu", "digits", 16) for seed in (0, 1)]
+    told = []
+    (first, _), (second, _) = race.run_all(jobs, None, told.append)
+    assert first.reward != second.reward and told == ["1 of 2: raft", "2 of 2: raft"]
+    own = Looks(digits_model, digits_model, 0, 1, 1.0, lambda: 0.0, held_out=16).seen[0]
+    assert first.reward == pytest.approx(own.reward, abs=1e-4)
