@@ -43,7 +43,16 @@ TUNING_SECONDS, SECONDS, SHORT_SECONDS = 10.0, 30.0, 8.0
 GROWTH = 1.3
 LATE = 1.1  # a look that was due at the limit comes after the step under way
 # what the full form chose, in the newest benchmarks/results/race-*.json
-CHOSEN: dict[str, dict[str, Trial]] = {}
+CHOSEN: dict[str, dict[str, Trial]] = {
+    "orw-centred": {
+        "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002, "alpha": 0.3, "tau": 2.0},
+        "near": {"rollout": 512, "steps_per_round": 16, "batch": 64, "lr": 0.0005, "alpha": 1.0, "tau": 2.0},
+    },
+    "plain": {
+        "soon": {"batch": 32, "lr": 0.004, "alpha": 1.0, "tau": 2.0},
+        "near": {"batch": 32, "lr": 0.002, "alpha": 1.0, "tau": 2.0},
+    },
+}
 
 
 class Job(NamedTuple):

@@ -113,6 +113,23 @@ def variants() -> str:
     return lines(("α", "change", "seeds", "reward", "coupled W2", "confidence", "deviation"), rows)
 
 
+def _race(goal: str) -> str:
+    from orwcfm_fast.benchmarks import race_report
+
+    rows = (race_report.cells(row) for row in race_report.ranked(results("race-digits"), goal))
+    return lines(race_report.COLUMNS[goal], rows)
+
+
+@table
+def race_soon() -> str:
+    return _race("soon")
+
+
+@table
+def race_near() -> str:
+    return _race("near")
+
+
 @table
 def ranks() -> str:
     rows = []
