@@ -211,10 +211,6 @@ class Loader:
         """A model that needs no checkpoint."""
         if folder := shipped(preset):
             return Loaded(self._checkpoint(folder).policy, f"the {preset} model that ships")
-        if preset != DEFAULT:
-            raise UserError(
-                f"model '{preset}': its weights are missing from this installation; install it again"
-            )
         return self.default()
 
     def default(self) -> Loaded:
