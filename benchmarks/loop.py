@@ -24,6 +24,7 @@ from orwcfm_fast.device import device_name
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.anchors import blend, velocities
 from orwcfm_fast.method.coupling import Batch, couple
+from orwcfm_fast.method.graph import VelocityGraphs
 from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.networks.inference import InferenceCopy
@@ -51,7 +52,8 @@ LADDER = (
     Rung("+ network, fused step", "fp32", "fp32"),
     Rung("the same in bf16", "bf16", "bf16"),
     Rung("LoRA, fp32", "lora", "lora"),
-    Rung("bf16, the step a CUDA graph", "bf16", "bf16 graph"),
+    Rung("bf16, in CUDA graphs", "bf16 graph", "bf16 graph"),
+    Rung("bf16, compiled", "bf16 compiled", "bf16 compiled"),
     Rung("one fresh batch a step, fp32", "fp32", "fp32", 1.0),
     Rung("one fresh batch a step, bf16", "bf16", "bf16", 1.0),
 )
@@ -98,8 +100,16 @@ class LoopBenchmark:
         self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)
         if device.type == "cuda":
             self.learners["bf16 graph"] = self.learner(self.policies["bf16"], graph=True)
+            self.learners["bf16 compiled"] = self.learner(self.policies["bf16"].trainable_copy())
         self.references = {way: one.policy.frozen_copy() for way, one in self.learners.items()}
         self.inference = {way: InferenceCopy(one.policy) for way, one in self.learners.items()}
+        if device.type == "cuda":
+            learner, reference, inference = (
+                held["bf16 compiled"] for held in (self.learners, self.references, self.inference)
+            )
+            for policy in (learner.policy, reference, inference.policy):
+                policy.compile()
+        self.graphs = VelocityGraphs()
         self.x0 = start_noise(first, batch, 0)
         self.x1 = torch.randn(batch, *first.shape, device=device).clamp(-1, 1)
         self.seed = torch.tensor(0, device=device)
@@ -116,15 +126,18 @@ class LoopBenchmark:
         """A minibatch with its anchor, at the cost that a round has for it: v_old and v_ref."""
         batch, optimizer = self.coupled(), self.learners[way]
         policies = (self.inference[way].refresh(), self.references[way])
-        v_old, v_ref = (velocities(policy, batch, optimizer.sizes) for policy in policies)
+        v_old, v_ref = (velocities(self.replayed(way, one), batch, optimizer.sizes) for one in policies)
         return replace(batch, anchor=blend(v_old, v_ref, torch.ones_like(batch.a), batch.a))
+
+    def replayed(self, way: str, policy: Policy) -> Policy:
+        return replace(policy, replay=self.graphs) if way.endswith("graph") else policy
 
     def step(self, way: str) -> int:
         self.learners[way].step(self.anchored(way), self.seed)
         return self.batch
 
     def draw(self, way: str) -> int:
-        policy = self.torchcfm if way == "solver" else self.inference[way].refresh()
+        policy = self.torchcfm if way == "solver" else self.replayed(way, self.inference[way].refresh())
         sample(policy, self.x0, self.settings, self.batch)
         return self.batch
 
@@ -138,7 +151,7 @@ class LoopBenchmark:
 
     def rollouts(self) -> dict[str, Callable[[], int]]:
         ways: dict[str, Callable[[], int]] = {"plain": self.plain_rollout}
-        for way in ("solver", *self.policies):
+        for way in ("solver", *self.inference):
             ways[way] = lambda way=way: self.draw(way)  # type: ignore[misc]
         return ways
 

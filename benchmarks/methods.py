@@ -55,7 +55,7 @@ def run(base: Policy, **change: Any) -> dict[str, Any]:
         row[m.name] = {
             "reward": [m.reward.mean, m.reward.low, m.reward.high],
             "w2_coupled": m.w2_coupled.mean if m.w2_coupled else None,
-            "w2_exact": m.w2_exact,
+            "w2_exact": m.w2_exact.mean if m.w2_exact else None,
             "confidence": m.confidence,
             "deviation": m.pixel_std,
             "diversity": m.diversity.mean,

@@ -52,8 +52,8 @@ class Measures:
     n: int
     reward: Interval
     w2_coupled: Interval | None
-    w2_exact: float | None
-    w2_floor: float | None
+    w2_exact: Interval | None
+    w2_floor: Interval | None
     velocity_gap: float | None
     lipschitz: float | None
     diversity: Interval
@@ -267,14 +267,20 @@ def _intervals(scores: Scores) -> dict[str, Interval]:
     return {name: Interval.of(values) for name, values in scores.values.items()}
 
 
-def exact_w2(x: Tensor, y: Tensor) -> float:
-    """W2 of two samples [N, …] and [M, …] as empirical measures (POT's network simplex)."""
+def exact_w2(x: Tensor, y: Tensor) -> Interval:
+    """W2 of two samples [N, …] as empirical measures (POT's network simplex), which is more than that of their laws.
+
+    Rows of x and y may belong together, as samples from shared noise do. The interval says how far another N samples
+    would lie off: √N (W₂² − E W₂²) is asymptotically that of the mean of φ(x) + ψ(y) with the plan's potentials
+    (del Barrio & Loubes, Ann. Probab. 2019).
+    """
     import ot
 
     if torch.equal(x, y):
-        return 0.0
+        return Interval(0.0, 0.0, 0.0)
     cost = ot.dist(x.flatten(1).double().cpu().numpy(), y.flatten(1).double().cpu().numpy())
-    return float(max(ot.emd2([], [], cost, numItermax=2_000_000), 0.0)) ** 0.5
+    _, found = ot.emd2([], [], cost, numItermax=2_000_000, log=True)
+    return Interval.of(torch.as_tensor(found["u"] + found["v"])).root()
 
 
 def lipschitz(policy: Policy, x0: Tensor, how: Sampling, iterations: int = 6) -> float:

@@ -22,6 +22,8 @@ def check_trainable(policy: Policy, settings: Finetune, ranks: ProcessGroup) -> 
         raise UserError(
             "--shard: spreads a model over several ranks, and there is one; start them by torchrun, or add --no-shard"
         )
+    if settings.shard and settings.compile:
+        raise UserError("--compile: is not for a model in shards; leave it out, or --shard")
     if policy.conditions and settings.rollout % settings.group:
         near = settings.rollout - settings.rollout % settings.group or settings.group
         raise UserError(

@@ -1,13 +1,14 @@
-"""A gradient step as one CUDA graph: launched by one call, on buffers that stay where they are."""
+"""Gradient steps and velocities as CUDA graphs: each launched by one call, on buffers that stay where they are."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from orwcfm_fast.method.coupling import Batch
+from orwcfm_fast.networks.policy import Policy
 
 SEED = "seed"
 
@@ -55,3 +56,47 @@ class StepGraph:
         assert self.replay and self.found is not None
         self.replay()
         return self.found.clone()
+
+
+@dataclass
+class Recording:
+    """Of one velocity: the tensors that it reads, what runs it, and the tensor it leaves its result in."""
+
+    tensors: tuple[Tensor, ...]
+    replay: Callable[[], None]
+    found: Tensor
+
+
+class VelocityGraphs:
+    """Velocities without gradient, each shape of a policy's input as a recording; a policy's `replay`.
+
+    The first call of a shape runs as it is, which loads its kernels, and the second one records. Weights must be
+    changed in place, as all are here.
+    """
+
+    def __init__(self) -> None:
+        self.recordings: dict[Any, Recording | None] = {}
+
+    def __call__(self, policy: Policy, tensors: tuple[Tensor, ...]) -> Tensor:
+        """policy.run(*tensors); what it returns is a copy."""
+        key = (policy.network, policy.base_only, *((x.shape, x.dtype) for x in tensors))
+        if key not in self.recordings:
+            found = policy.run(*tensors)
+            self.recordings[key] = None
+            return found
+        recording = self.recordings[key] or self.record(policy, tensors)
+        self.recordings[key] = recording
+        for own, x in zip(recording.tensors, tensors, strict=True):
+            own.copy_(x)
+        recording.replay()
+        return recording.found.clone()
+
+    def record(self, policy: Policy, tensors: tuple[Tensor, ...]) -> Recording:
+        """Where memory runs out, all recordings are given up: what is tried next has another shape."""
+        with torch.inference_mode(False), torch.no_grad():  # rollouts and anchors share a recording
+            own = tuple(x.clone() for x in tensors)
+            try:
+                return Recording(own, *record(lambda: policy.run(*own)))
+            except torch.OutOfMemoryError:
+                self.recordings.clear()
+                raise

@@ -15,6 +15,7 @@ from orwcfm_fast.method.anchors import Anchors, compute_anchors, velocities
 from orwcfm_fast.method.average import PolicyAverage
 from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.checks import check_trainable
+from orwcfm_fast.method.graph import VelocityGraphs
 from orwcfm_fast.method.minibatches import Minibatches
 from orwcfm_fast.method.objectives import METHODS, Method, Point, check_bounded, signal_of
 from orwcfm_fast.method.rollout import Rollout, draw, start_conditions
@@ -100,10 +101,14 @@ class Trainer:
         sharded = ShardedNetworks([policy, self.reference], ranks) if settings.shard else None
         self.sizes.fixed = settings.shard
         self.inference = InferenceCopy(policy, off=settings.shard)
+        if settings.compile:
+            for one in (policy, self.reference, self.inference.policy):
+                one.compile()
         self.start = self.initial_weights()
         self.optimizer = PolicyOptimizer(policy, settings, self.sizes, ranks, sharded)
         self.method: Method = METHODS.get(settings.method)
         self.average = PolicyAverage(self.optimizer.parameters) if self.method.averages else None
+        self.graphs = VelocityGraphs() if settings.graph else None
         self.phases = self.optimizer.phases
         self.seed = noise.seed_on(settings.seed, policy.device)
         self.alpha, self.tau = settings.alpha, settings.tau
@@ -211,7 +216,8 @@ class Trainer:
     def anchors(self, batches: Minibatches) -> Anchors:
         """The velocities that the round holds the policy to, from the policy as it drew the round."""
         with self.phases("reference"), self.without_gradient(averaged=True) as old, self.ranks.together():
-            reference = replace(old, base_only=True) if self.reference.base_only else self.reference
+            network = old.network if self.reference.base_only else self.reference.network
+            reference = replace(self.reference, network=network, replay=old.replay)
             return compute_anchors(
                 batches,
                 (lambda batch: velocities(old, batch, self.sizes)) if self.method.old else None,
@@ -229,7 +235,7 @@ class Trainer:
             averaged: the average of past policies instead, where the method has one.
         """
         with self.average.in_place() if self.average and averaged else nullcontext():
-            yield self.inference.refresh()
+            yield replace(self.inference.refresh(), replay=self.graphs)
 
     def measure(self, done: RoundState, signal: Tensor) -> dict[str, Any]:
         """The record of a round; the only place where a round reads from the device."""

@@ -43,6 +43,7 @@ class Policy:
         conditions: the prompts that samples are drawn for, where there are some.
         decode_chunk: samples that a pipeline decodes at once.
         options: the settings of a pipeline, for checkpoints: guidance, image_size, prompt_tokens.
+        replay: computes `run` on tensors in another way, as from a recording of it; called as replay(policy, tensors).
     """
 
     network: nn.Module
@@ -54,6 +55,7 @@ class Policy:
     conditions: Conditions | None = None
     decode_chunk: int = 1
     options: dict[str, Any] | None = None
+    replay: "Callable[[Policy, tuple[Tensor, ...]], Tensor] | None" = None
 
     @property
     def pipeline(self) -> "PipelineVelocity | None":
@@ -80,9 +82,31 @@ class Policy:
         """
         if not isinstance(t, Tensor):
             t = torch.full((1,), t, device=x.device, dtype=torch.float32).expand(x.shape[0])
+        tensors = (t, x) if condition is None else (t, x, condition)
+        return self.replay(self, tensors) if self.replay else self.run(*tensors)
+
+    def run(self, *tensors: Tensor) -> Tensor:
+        """The network on t [B], x [B, *shape] and, where there are prompts, rows [B]; at its precision."""
         adapters = lora.base_only(self.network) if self.base_only else nullcontext()
         with adapters, self.autocast():
-            return self.network(t, x) if condition is None else self.network(t, x, condition)
+            return self.network(*tensors)
+
+    def compile(self) -> None:
+        """Let torch.compile fuse the network from now on, in place: the same velocities but for rounding.
+
+        Each form of its input is compiled at its first call, which takes seconds to minutes.
+
+        Raises:
+            UserError: nothing can be compiled on this machine.
+        """
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.device))
+        except Exception as error:
+            raise UserError(
+                f"--compile: torch.compile does not work here ({str(error).splitlines()[0]}); leave it out"
+            ) from error
+        for part in self.pipeline.denoisers().values() if self.pipeline else [self.network]:
+            part.compile()
 
     def prompts_of(self, condition: Tensor | None) -> list[Prompt] | None:
         """The prompts of samples with those conditions, for rewards that take them."""

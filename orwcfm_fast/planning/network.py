@@ -162,10 +162,15 @@ def make_plan(
     room = int(HEADROOM * limit) - process - sum(held.values())
     micro_batch = largest_fitting(min(s.micro_batch or batch, batch), room, step_at)
     stepping = step_at(micro_batch)
-    if s.graph:  # a recorded graph keeps its memory
-        held["CUDA graph of a step"] = sum(stepping.values())
-        room, stepping = room - held["CUDA graph of a step"], dict.fromkeys(stepping, 0)
+    if (
+        s.graph
+    ):  # recorded graphs keep their memory: of a step, and of velocities of a minibatch and of a chunk
+        velocities = (1 + METHODS.get(s.method).old) * drawn.peak(micro_batch)
+        held["CUDA graphs"] = sum(stepping.values()) + velocities
+        room, stepping = room - held["CUDA graphs"], dict.fromkeys(stepping, 0)
     chunk = largest_fitting(min(s.chunk, rollout), room, rollout_at)
+    if s.graph:
+        held["CUDA graphs"] += drawn.peak(chunk)
     reward_batch = largest_fitting(wanted, room, scoring_at)
     per_step = (
         one.time(batch) if micro_batch == batch else several.time(micro_batch) * batch / (2 * micro_batch)

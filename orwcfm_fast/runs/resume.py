@@ -11,7 +11,7 @@ from orwcfm_fast.runs.resolve import agrees, left_open
 from orwcfm_fast.runs.run import CONFIG, FORMER, read_command
 from orwcfm_fast.settings import Finetune, build, read_toml
 
-MAY_CHANGE = ("rounds", "device", "log", "graph", "shard")
+MAY_CHANGE = ("rounds", "device", "log", "graph", "compile", "shard")
 
 
 def restarted_settings(settings: Finetune, out: Path | None, overwrite: bool) -> dict[str, Any] | None:

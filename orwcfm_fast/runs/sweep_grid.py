@@ -24,7 +24,7 @@ OF_THE_MODEL = (
     "vae_chunk",
 )
 ONE_FOR_ALL = (*OF_THE_MODEL, "device", "precision", "log")
-PLACE = ("device", "log", "graph")  # of the machine, not of the method
+PLACE = ("device", "log", "graph", "compile")  # of the machine, not of the method
 MAY_CHANGE = ("alpha", "tau", *PLACE)
 
 

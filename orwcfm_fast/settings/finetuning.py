@@ -73,7 +73,12 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
     graph: bool = setting(
         False,
         panel="Training",
-        help='one GPU: replay each gradient step as one CUDA graph (its time is reported under "policy")',
+        help='one GPU: replay velocities and gradient steps as CUDA graphs (a step\'s time is reported under "policy")',
+    )
+    compile: bool = setting(
+        False,
+        panel="Training",
+        help="let torch.compile fuse the network; its first calls take seconds to minutes",
     )
     micro_batch: int = setting(
         0,

@@ -94,6 +94,7 @@ FINETUNE = {
     "--cooldown": ALWAYS,
     "--times": ALWAYS,
     "--graph": ALWAYS,  # refused where there is no GPU
+    "--compile": ALWAYS,
     "--micro-batch": [("--micro-batch", 64, "--batch", 64, "a batch of 64 is no larger")],
     "--lora": ALWAYS,
     "--lora-alpha": [("--lora-alpha", 8, "it is about the adapters of --lora")],

@@ -45,18 +45,32 @@ def test_w2_of_a_shift_is_the_shift_in_all_three_ways():
     }
     shift = 0.5 * (2.718281828**0.3 - 1) / 0.3 * 2**0.5
     assert found["moved"].w2_coupled.mean == pytest.approx(shift, rel=1e-4)
-    assert found["moved"].w2_exact == pytest.approx(shift, rel=1e-3)
+    assert found["moved"].w2_exact.mean == pytest.approx(shift, rel=1e-3)
     assert found["moved"].velocity_gap == pytest.approx(0.5, rel=1e-3)
     assert found["moved"].lipschitz == pytest.approx(0.3, rel=0.02)
     still = found["reference"]
-    assert still.w2_coupled.mean == still.w2_exact == still.velocity_gap == 0
-    assert found["reference"].w2_floor > 0.05
+    assert still.w2_coupled.mean == still.w2_exact.mean == still.velocity_gap == 0
+    assert found["reference"].w2_floor.low > 0.05
 
 
 def test_exact_w2_never_exceeds_the_coupled_one():
     x, y = torch.randn(64, 3), torch.randn(64, 3) + 1
-    assert exact_w2(x, y) <= coupled_w2(x, y) + 1e-9
-    assert exact_w2(x, x[torch.randperm(64)]) == pytest.approx(0, abs=1e-6)
+    assert exact_w2(x, y).mean <= coupled_w2(x, y) + 1e-9
+    assert exact_w2(x, x[torch.randperm(64)]).mean == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_interval_of_exact_w2_is_that_of_other_samples(paired):
+    """With pairs, as those of shared noise are, and without."""
+    torch.manual_seed(0)
+    found = []
+    for _ in range(200):
+        x = torch.randn(100, 2)
+        y = (x if paired else torch.randn(100, 2)) * torch.tensor([2.0, 1.0]) + torch.tensor([1.0, 0.0])
+        found.append(exact_w2(x, y))
+    spread = 1.96 * torch.tensor([w.mean for w in found]).std()
+    half = torch.tensor([(w.high - w.low) / 2 for w in found]).mean()
+    assert half == pytest.approx(float(spread), rel=0.15)
 
 
 def test_lipschitz_finds_the_largest_slope():

@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from orwcfm_fast.benchmarks.ways import bench_policy
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method import graph, noise
 from orwcfm_fast.method.coupling import couple
+from orwcfm_fast.method.graph import VelocityGraphs
 from orwcfm_fast.method.step import PolicyOptimizer
+from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.settings import Finetune
 
@@ -34,8 +37,13 @@ def learner_of(device, **change):
 
 def recorded_late(body):
     """As `graph.record`, where there is no GPU: kernels run at replay alone, on what the buffers then hold."""
-    found = torch.zeros(3)
-    return lambda: found.copy_(body()), found
+    found = torch.empty(0)
+
+    def replay():
+        now = body()
+        found.set_(now.clone())
+
+    return replay, found
 
 
 def test_replayed_steps_read_their_batch_and_seed_anew(monkeypatch):
@@ -107,3 +115,68 @@ def test_a_graph_takes_the_steps_that_are_taken_without(micro_batch):
         expected = results(learner_of("cuda", micro_batch=micro_batch), batches)
         found = results(learner_of("cuda", micro_batch=micro_batch, graph=True), batches)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+ROUNDS = Finetune(rollout=10, chunk=4, batch=6, steps_per_round=3, warmup=2, nfe=4)
+
+
+def trained(rounds=2, device="cpu", graphs=None, **change):
+    """A trainer after so many rounds, from a network that is not zero anywhere."""
+    trainer = Trainer(
+        bench_policy("digits", "fp32", torch.device(device)), MEAN, ROUNDS.model_copy(update=change)
+    )
+    trainer.graphs = graphs or trainer.graphs
+    for _ in trainer.train(rounds):
+        pass
+    return trainer
+
+
+def MEAN(x):
+    return x.flatten(1).mean(1)
+
+
+def same_rounds(one, other):
+    """To rounding, which AdamW makes larger where a gradient is nearly zero."""
+    for a, b in (
+        (one.last.rollout.x1, other.last.rollout.x1),
+        (torch.stack(one.last.losses), torch.stack(other.last.losses)),
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    for k, anchor in one.last.anchors.steps.items():
+        torch.testing.assert_close(
+            torch.cat(anchor), torch.cat(other.last.anchors.steps[k]), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("change", [{}, {"lora": 2}, {"method": "nft"}], ids=str)
+def test_replayed_rollouts_and_anchors_are_those_of_a_run_without(monkeypatch, change):
+    recordings = []
+    monkeypatch.setattr(graph, "record", lambda body: recordings.append(1) or recorded_late(body))
+    plain, replayed = trained(**change), trained(graphs=VelocityGraphs(), **change)
+    same_rounds(plain, replayed)
+    assert len(recordings) == 4, "chunks of 4 and of 2, minibatches of 6 of the policy and of its reference"
+
+
+def test_where_memory_runs_out_for_a_recorded_velocity_all_are_given_up(monkeypatch):
+    sizes = []
+
+    def record(body):
+        sizes.append(len(body()))
+        if sizes == [4]:
+            raise torch.OutOfMemoryError("no room")
+        return recorded_late(body)
+
+    monkeypatch.setattr(graph, "record", record)
+    trainer = trained(1, graphs=VelocityGraphs())
+    assert trainer.sizes.chunk == 2 and sizes[:2] == [4, 2]
+    assert {x.found.shape[0] for x in trainer.graphs.recordings.values() if x} == {2, 6}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("change", [{}, {"lora": 2}, {"method": "nft"}], ids=str)
+def test_recorded_rounds_are_those_of_a_run_without(change):
+    same_order = torch.backends.cudnn.flags(enabled=True, deterministic=True)
+    with same_order, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        plain, replayed = trained(3, "cuda", **change), trained(3, "cuda", graph=True, **change)
+    same_rounds(plain, replayed)
