@@ -104,10 +104,8 @@ class LoopBenchmark:
         self.references = {way: one.policy.frozen_copy() for way, one in self.learners.items()}
         self.inference = {way: InferenceCopy(one.policy) for way, one in self.learners.items()}
         if device.type == "cuda":
-            learner, reference, inference = (
-                held["bf16 compiled"] for held in (self.learners, self.references, self.inference)
-            )
-            for policy in (learner.policy, reference, inference.policy):
+            way = "bf16 compiled"
+            for policy in (self.learners[way].policy, self.references[way], self.inference[way].policy):
                 policy.compile()
         self.graphs = VelocityGraphs()
         self.x0 = start_noise(first, batch, 0)

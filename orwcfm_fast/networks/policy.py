@@ -105,7 +105,7 @@ class Policy:
             raise UserError(
                 f"--compile: torch.compile does not work here ({str(error).splitlines()[0]}); leave it out"
             ) from error
-        for part in self.pipeline.denoisers().values() if self.pipeline else [self.network]:
+        for part in self.pipeline.denoisers.values() if self.pipeline else [self.network]:
             part.compile()
 
     def prompts_of(self, condition: Tensor | None) -> list[Prompt] | None:

@@ -91,6 +91,26 @@ def check_export(kind, folder, exported):
     assert (ours - own_images()).abs().max() <= 1e-3 < (ours - untuned).abs().mean()
 
 
+@pytest.mark.soak
+def test_a_compiled_pipeline_runs_as_it_does_without(run_cli, of_pipeline):
+    found = []
+    for more in ((), ("--compile",)):
+        made = run_cli(
+            "finetune",
+            *of_pipeline("sd3"),
+            "--reward",
+            "brightness",
+            *SHORT,
+            "--out",
+            f"run{len(found)}",
+            *more,
+        )
+        assert made.code == 0, made.err
+        lines = Path(f"run{len(found)}/metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["reward_mean"] for line in lines])
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
+
+
 REWARD = """
 import os, signal
 from pathlib import Path
