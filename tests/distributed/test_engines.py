@@ -56,8 +56,15 @@ def same(one: dict, many: list[dict]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
-@pytest.mark.parametrize("lora", [0, 2], ids=["all weights", "adapters"])
-@pytest.mark.parametrize("model", ["digits", "flux"])
+@pytest.mark.parametrize(
+    ("model", "lora"),
+    [
+        pytest.param("digits", 0, id="digits-all weights"),
+        pytest.param("flux", 2, id="flux-adapters"),
+        pytest.param("digits", 2, id="digits-adapters", marks=pytest.mark.soak),
+        pytest.param("flux", 0, id="flux-all weights", marks=pytest.mark.soak),
+    ],
+)
 def test_ranks_train_as_one_does(launch, settings, model, lora, shard):
     s = settings(model) | {"lora": lora}
     (one,) = launch.loop(1, **s)

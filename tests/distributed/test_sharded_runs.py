@@ -88,7 +88,11 @@ def test_one_process_has_nothing_to_shard(launch, run_cli):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [(), ("--lora", 2, "--gradient-checkpointing")], ids=["all weights", "adapters"]
+    "more",
+    [
+        pytest.param((), id="all weights", marks=pytest.mark.soak),
+        pytest.param(("--lora", 2, "--gradient-checkpointing"), id="adapters"),
+    ],
 )
 def test_a_pipeline_in_bfloat16_trains_in_shards_as_replicated(
     launch, run_cli, pipeline_folder, prompts_file, more

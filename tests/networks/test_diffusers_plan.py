@@ -91,7 +91,9 @@ def test_predicted_memory_is_what_torch_then_allocates(kind, sizes, pipeline_fol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Z-Image", "Qwen-Image", "Wan 2.1"])
+@pytest.mark.parametrize(
+    "name", ["Wan 2.1", *(pytest.param(name, marks=pytest.mark.soak) for name in ("Z-Image", "Qwen-Image"))]
+)
 def test_a_family_is_planned_as_it_is_called(name, tmp_path):
     """Transformers that take lists of samples, or one of two experts, are called so for a whole batch."""
     pipe, call = build(name)
