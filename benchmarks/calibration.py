@@ -31,7 +31,7 @@ from orwcfm_fast.rewards import make_reward
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
 from orwcfm_fast.settings import Finetune, Predict, Pretrain
-from orwcfm_fast.theory.forecast import Forecast
+from orwcfm_fast.theory.forecast import Forecast, ForecastRound
 from orwcfm_fast.theory.prediction import draw_reference, forecast_grid
 
 CPU = torch.device("cpu")
@@ -92,19 +92,25 @@ def calibrate(case: Case, base: Policy, ahead: Forecast) -> list[dict[str, Any]]
         if done not in AFTER:
             continue
         x = sample(policy, x0, s, s.chunk)
-        after, at = reward(policy.decode(x)), ahead.rounds[done]
-        reached, error, w2 = float(after.mean()), float(after.std()) / math.sqrt(n), coupled_w2(x, x_ref)
-        low, high = (at.reward + sign * 2 * math.hypot(at.reward_error, error) for sign in (-1, 1))
+        after = reward(policy.decode(x))
         rows.append({
             "data": case.data, "reward": REWARD[case.data], "method": case.method, "alpha": case.alpha,
-            "tau": case.tau, "rounds": done, "before": float(before.mean()), "forecast": at.reward,
-            "forecast_error": at.reward_error, "forecast_low": low, "forecast_high": high, "ess": at.ess,
-            "doubt": ahead.doubt, "reached": reached, "reached_error": error, "inside": low <= reached <= high,
-            "w2_low": at.w2_least, "w2_forecast": at.w2_coupled, "w2_high": at.w2_coupled + 2 * at.w2_error,
-            "w2_reached": w2,
-            "w2_inside": (1 - W2_BELOW) * at.w2_least <= w2 <= at.w2_coupled + 2 * at.w2_error,
+            "tau": case.tau, "rounds": done, "before": float(before.mean()), "doubt": ahead.doubt,
+            **beside(ahead.rounds[done], float(after.mean()), float(after.std()) / math.sqrt(n), coupled_w2(x, x_ref)),
         })  # fmt: skip
     return rows
+
+
+def beside(at: ForecastRound, reached: float, error: float, w2: float) -> dict[str, Any]:
+    """A round's forecast beside the reward that was reached, its standard error, and the coupled W2."""
+    low, high = (at.reward + sign * 2 * math.hypot(at.reward_error, error) for sign in (-1, 1))
+    return {
+        "forecast": at.reward, "forecast_error": at.reward_error, "forecast_low": low, "forecast_high": high,
+        "ess": at.ess, "reached": reached, "reached_error": error, "inside": low <= reached <= high,
+        "w2_low": at.w2_least, "w2_forecast": at.w2_coupled, "w2_high": at.w2_coupled + 2 * at.w2_error,
+        "w2_reached": w2,
+        "w2_inside": (1 - W2_BELOW) * at.w2_least <= w2 <= at.w2_coupled + 2 * at.w2_error,
+    }  # fmt: skip
 
 
 def at_rest(data: str, base: Policy, alpha: float, name: str, rounds: int = 8) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.data.datasets import load_data
 from orwcfm_fast.device import device_name
 from orwcfm_fast.method.rollout import sample, start_noise
-from orwcfm_fast.rewards import make_reward
+from orwcfm_fast.networks.policy import Policy
+from orwcfm_fast.rewards import Reward, make_reward
 from orwcfm_fast.settings import Finetune
 from orwcfm_fast.theory import exact_recursion
 from orwcfm_fast.theory.forecast import forecast, forecast_many
@@ -38,12 +39,17 @@ ALPHAS, TAUS = (0.1, 0.3, 1.0, 3.0), (0.25, 0.5, 1.0)
 Rows = Iterator[dict[str, Any]]
 
 
-def digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """n samples of the default digits model, and their rewards."""
-    policy, s = model_of("digits"), Finetune()
+def scored(policy: Policy, reward: Reward, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """n samples of a model, and their rewards."""
+    s = Finetune()
     x = sample(policy, start_noise(policy, n, seed), s, s.chunk)
     with torch.inference_mode():
-        return x, make_reward("even-digits")(policy.decode(x)).double()
+        return x, reward(policy.decode(x)).double()
+
+
+def digits(n: int) -> tuple[Tensor, Tensor]:
+    """n samples of the default digits model, and their rewards."""
+    return scored(model_of("digits"), make_reward("even-digits"), n)
 
 
 def coverage(alpha: float = 0.3, tau: float = 0.5, rounds: int = 8) -> Rows:

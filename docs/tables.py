@@ -86,11 +86,11 @@ def alphas() -> str:
 
 @table
 def equal_drift() -> str:
-    from orwcfm_fast.benchmarks.methods import EQUAL_W2, reward_at
+    from orwcfm_fast.benchmarks.methods_report import EQUAL_W2, reward_at
 
     runs = [row for row in results("methods-digits")["runs"] if row["rounds"] == 8]
     rows = []
-    for w2 in EQUAL_W2:
+    for w2 in EQUAL_W2["digits"]:
         rows.append([f"{w2:g}"])
         for method in ("orw", "orw-centred"):
             found = reward_at([row for row in runs if row["method"] == method], w2)

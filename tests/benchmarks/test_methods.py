@@ -2,7 +2,7 @@
 
 import pytest
 
-from orwcfm_fast.benchmarks.methods import reward_at
+from orwcfm_fast.benchmarks.methods_report import reward_at
 
 
 def made(seed, *points):
