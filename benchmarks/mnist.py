@@ -60,7 +60,7 @@ def worth(data_dir: str) -> dict[str, Any]:
     classifier = digit_classifier("mnist")
     with torch.inference_mode():
         right = torch.cat([classifier.probabilities(part).argmax(1) for part in images.split(500)]) == labels
-        policy = Loader(CPU, "fp32").load(NAME).policy
+        policy = Loader(CPU, "fp32").load(str(FOLDER / NAME)).policy
         x = policy.decode(sample(policy, start_noise(policy, SAMPLES, 0, noise.HELD_OUT), Sampling(), 512))
         found = torch.cat([classifier.probabilities(part) for part in x.split(500)])
         features = features_for("classifier", "mnist")

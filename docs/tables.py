@@ -130,6 +130,68 @@ def race_near() -> str:
     return _race("near")
 
 
+def _bold(text: str, so: bool) -> str:
+    return f"**{text}**" if so else text
+
+
+def _calibration(data: str) -> str:
+    """A row a setting: forecast and reached reward after 8 and after 14 rounds, W2 after 14; a miss is bold."""
+    rows: dict[tuple[float, float], list[str]] = {}
+    for row in results(f"calibration-{data}")["rows"]:
+        cells = rows.setdefault((row["tau"], row["alpha"]), [f"{row['tau']:g}", f"{row['alpha']:g}"])
+        half = (row["forecast_high"] - row["forecast_low"]) / 2
+        cells += [f"{row['forecast']:.3f} ± {half:.3f}", _bold(f"{row['reached']:.3f}", not row["inside"])]
+        if row["rounds"] == 14:
+            forecast = f"{row['w2_low']:.2f} to {row['w2_high']:.2f}"
+            cells += [forecast, _bold(f"{row['w2_reached']:.2f}", not row["w2_inside"])]
+    rounds = [f"{what} {n} rounds" for n in (8, 14) for what in ("forecast,", "reached,")]
+    return lines(("τ", "α", *rounds, "coupled W2, forecast", "reached"), [rows[key] for key in sorted(rows)])
+
+
+@table
+def calibration_digits() -> str:
+    return _calibration("digits")
+
+
+@table
+def calibration_points() -> str:
+    return _calibration("points")
+
+
+@table
+def longer() -> str:
+    usual = {(r["alpha"], r["tau"], r["rounds"]): r for r in results("calibration-digits")["rows"]}
+    rows = []
+    for row in results("calibration-longer")["rows"]:
+        own = usual[row["alpha"], row["tau"], row["rounds"]]
+        half = (row["forecast_high"] - row["forecast_low"]) / 2
+        forecast = f"{row['forecast']:.3f} ± {half:.3f}"
+        rows.append(
+            [
+                f"{row['tau']:g}",
+                f"{row['rounds']}",
+                forecast,
+                f"{own['reached']:.3f}",
+                f"{row['reached']:.3f}",
+            ]
+        )
+    return lines(("τ", "rounds", "forecast", "112 steps a round", "256 steps a round"), rows)
+
+
+@table
+def at_rest() -> str:
+    rows = (
+        [
+            {"digits": "digits", "points": "two-gaussians"}[r["data"]],
+            f"`{r['method']}`",
+            f"{signed(r['drift'], 4)} ± {2 * r['error']:.4f}",
+            f"{r['w2_coupled']:.3f}",
+        ]
+        for r in results("calibration-rest")["rows"]
+    )
+    return lines(("data", "method", "change of the mean reward", "coupled W2"), rows)
+
+
 @table
 def ranks() -> str:
     rows = []
