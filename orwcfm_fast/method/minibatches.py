@@ -42,7 +42,7 @@ class Minibatches:
     ) -> None:
         self.rollout, self.signal, self.alpha, self.number = rollout, signal, alpha, number
         self.row, self.settings, self.seed, self.ranks = row, settings, seed, ranks
-        self.mean = signal.mean()
+        self.mean, self.least = signal.mean(), signal.min()
         n = len(signal)
         passes = math.ceil(settings.steps_per_round * settings.batch / n)
         self.order = torch.cat([noise.permutation(n, seed, number * passes + p) for p in range(passes)])
@@ -87,4 +87,4 @@ class Minibatches:
 
     def point(self, batch: Batch) -> Point:
         """What the method may know of a batch whose w is still the signal."""
-        return Point(batch.w, self.mean, 1 - batch.t, self.alpha, self.settings)
+        return Point(batch.w, self.mean, self.least, 1 - batch.t, self.alpha, self.settings)

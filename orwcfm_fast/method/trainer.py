@@ -209,7 +209,7 @@ class Trainer:
             rollout, signal, self.alpha, self.round, self.method, self.settings, self.seed, self.ranks
         )
         if not self.method.reads_velocity:
-            at = Point(signal, found.mean, torch.ones_like(signal), self.alpha, self.settings)
+            at = Point(signal, found.mean, found.least, torch.ones_like(signal), self.alpha, self.settings)
             check_bounded(self.settings.method, self.method.coefficients(at))
         return found
 

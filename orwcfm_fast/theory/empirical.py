@@ -69,6 +69,12 @@ class Stage:
     weights: Tensor
     alpha: float
 
+    @property
+    def centre(self) -> float:
+        """c of orw-centred: the mean weight, but for α > 0 at most α above the least."""
+        mean = float(self.masses @ self.weights)
+        return min(mean, float(self.weights.min()) + self.alpha) if self.alpha else mean
+
 
 class EmpiricalVelocity:
     """v* = (D − x)/(1−t) of `theory.velocity.ExactVelocity`, on an empirical measure.
@@ -89,6 +95,7 @@ class EmpiricalVelocity:
         rows = [start, *centre, *(s.masses * s.weights for s in stages)]
         # times S, near 1: float32 products stay normal numbers
         self.rows = torch.stack(rows).to(measure.samples) * count
+        self.centre = torch.tensor([s.centre for s in stages]).to(measure.samples)
         self.mean_weight = torch.tensor([float(s.masses @ s.weights) for s in stages]).to(measure.samples)
         self.columns = self.rows.T.contiguous()
 
@@ -101,9 +108,9 @@ class EmpiricalVelocity:
         share = 1 / (weighted / mass + self.alpha)  # 1 / (E[w | x_t] + α)
         if not self.centred:
             return torch.cat([self.alpha * share / start, torch.zeros_like(mass), share / mass], 1)
-        # D_k = share·(E[w·u] + α·D_ref) + kept·(D_{k−1} − E[u]). The last is 0 but for what the masses are off; where
-        # w̄ is larger than E[w | x_t] + α that would grow from round to round, so it is kept at most as it is
-        kept = (share * self.mean_weight).clamp_max(1)
+        # D_k = share·(E[w·u] + α·D_ref) + kept·(D_{k−1} − E[u]). At α = 0 the last is 0 but for what the masses are
+        # off, which must not grow from round to round; else c sees to it that it does not
+        kept = (share * self.centre).clamp_max(1)
         since = kept.flip(1).cumprod(1).flip(1)
         later = torch.cat([since[:, 1:], torch.ones_like(since[:, :1])], 1) * share
         anchored = (since[:, :1] + (later * self.alpha).sum(1, True)) / start

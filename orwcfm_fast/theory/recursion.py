@@ -188,11 +188,12 @@ def exact_recursion(
     """q_0 → q_1 → … under unlimited capacity: q_N is the law at t=1 of the flow of v*_N, where
 
         orw          v*_N(t, x) = (E[w·u | x_t=x] + α·v_ref(t, x)) / (E[w | x_t=x] + α)
-        orw-centred  v*_N(t, x) = (E[(w − 1)·u | x_t=x] + v*_{N−1}(t, x) + α·v_ref(t, x)) / (E[w | x_t=x] + α)
+        orw-centred  v*_N(t, x) = (E[(w − c)·u | x_t=x] + c·v*_{N−1}(t, x) + α·v_ref(t, x)) / (E[w | x_t=x] + α)
 
-    with expectations under q_{N−1}, w of mean 1 and v*_0 = v_ref the velocity of q_0: each is where the gradient
-    of its objective vanishes. At α=0 v*_{N−1} is E[u | x_t], the two are one and q_N ∝ w·q_{N−1}, hence w^N·q_0.
-    At α>0 the centred form comes to rest where E[(w − 1)·(u − v) | x_t] = α·(v − v_ref).
+    with expectations under q_{N−1}, w of mean 1, c = min(1, min w + α), or 1 at α = 0, and v*_0 = v_ref the velocity
+    of q_0: each is where the gradient of its objective vanishes. At α=0 v*_{N−1} is E[u | x_t], the two are one and
+    q_N ∝ w·q_{N−1}, hence w^N·q_0. At α>0 the centred form comes to rest where
+    E[(w − c)·(u − v) | x_t] = α·(v − v_ref).
 
     Relation to the paper (openreview 2IoFFexvuw): it writes q^N ∝ w·q^{N−1}·exp(−β·D^{N−1}) with
     D^{N−1}(x1) = E_{t, x_t | x1}‖v^{N−1}(t, x_t) − v_ref(t, x_t)‖². The two agree for α = β = 0. For α > 0

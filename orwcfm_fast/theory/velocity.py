@@ -12,6 +12,8 @@ from torch import Tensor
 from orwcfm_fast.theory.density import FLOOR, Grid
 from orwcfm_fast.theory.parallel import CHUNK, in_parallel
 
+SEEN = 1e-6  # of the greatest density: below it no sample is drawn
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -22,19 +24,22 @@ class Stage:
     alpha: float
 
     @property
-    def mean_weight(self) -> Tensor:
-        return self.density @ self.weight / self.density.sum()
+    def centre(self) -> Tensor:
+        """c of orw-centred: the mean weight, but for α > 0 at most α above the least where the density lies."""
+        mean = self.density @ self.weight / self.density.sum()
+        seen = self.weight[self.density > SEEN * self.density.max()]
+        return torch.minimum(mean, seen.min() + self.alpha) if self.alpha else mean
 
 
 @dataclass(frozen=True)
 class ExactVelocity:
     """The velocity that minimises a round's objective, given those of the rounds before it.
 
-    With E[·] over x1 from the round's density q given x_t = x, w̄ the mean weight (1 where weights are
-    normalised), and v_old the velocity of the round before:
+    With E[·] over x1 from the round's density q given x_t = x, c the round's `Stage.centre`, and v_old the velocity of
+    the round before:
 
         orw          v*(t, x) = (E[w·u] + α·v_ref) / (E[w] + α)
-        orw-centred  v*(t, x) = (E[(w − w̄)·u] + w̄·v_old + α·v_ref) / (E[w] + α)
+        orw-centred  v*(t, x) = (E[(w − c)·u] + c·v_old + α·v_ref) / (E[w] + α)
 
     x_t = (1−t)·x0 + t·x1 and u = x1 − x0 = (x1 − x)/(1−t), so v* = (D − x)/(1−t), where D mixes posterior
     means of x1. The posterior is N(x; t·x1, (1−t)²)·q(x1), summed over the grid; in 2-D the Gaussian factors
@@ -108,8 +113,8 @@ class ExactVelocity:
             weight, top, weight_slope, top_slope = posterior(2 * k + 2, 2 * k + 1)
             if self.centred:
                 _, plain, _, plain_slope = posterior(2 * k + 1, 2 * k + 1)
-                top = top + stage.mean_weight * (mean - plain)
-                top_slope = top_slope + stage.mean_weight * (slope - plain_slope)
+                top = top + stage.centre * (mean - plain)
+                top_slope = top_slope + stage.centre * (slope - plain_slope)
             total = weight + stage.alpha
             mean = (top + stage.alpha * start) / total
             slope = (top_slope + stage.alpha * start_slope - mean * weight_slope) / total

@@ -31,8 +31,13 @@ def orw(x):
 
 
 def orw_centred(x):
-    w = weights(x["r"]) - 1
-    return w * squared(x["v"], x["u"]) + squared(x["v"], x["v_old"]) + ALPHA * squared(x["v"], x["v_ref"])
+    w = weights(x["r"])
+    c = min(w.mean(), w.min() + ALPHA)
+    return (
+        (w - c) * squared(x["v"], x["u"])
+        + c * squared(x["v"], x["v_old"])
+        + ALPHA * squared(x["v"], x["v_ref"])
+    )
 
 
 def rwr(x):

@@ -124,6 +124,16 @@ def test_six_rounds_land_on_the_exact_recursion(base, alpha):
     assert between <= among + allowed
 
 
+def test_fourteen_rounds_of_the_default_method_stay_where_theory_has_them(base):
+    """With the mean weight alone as its centre, a sixth of the samples lay up to 2,000 off by now."""
+    x, exact = run(base, method="orw-centred", alpha=0.1, tau=1.0, rounds=14)
+    print(
+        f"E[r] {float(right(x).mean()):.4f}, exact {exact.rounds[-1].reward:.4f}, farthest {float(x.abs().max()):.1f}"
+    )
+    assert float(x.abs().max()) < 6
+    assert abs(float(right(x).mean()) - exact.rounds[-1].reward) <= 1.5 * CLOSE
+
+
 def w2_line(a, b) -> float:
     return float((a.flatten().sort().values - b.flatten().sort().values).square().mean().sqrt())
 

@@ -35,7 +35,16 @@ def our_gradient(name, x):
         assert torch.allclose(signal, exact, rtol=1e-6, atol=1e-6)
         signal = exact
     errors = [(x["v_old"] + k * 0.4 * (v - x["v_old"]) - x["u"]).abs().mean(1) for k in (1, -1)]
-    at = Point(signal, signal.mean(), x["s"], ALPHA, SETTINGS, squared(v, x["u"]), (errors[0], errors[1]))
+    at = Point(
+        signal,
+        signal.mean(),
+        signal.min(),
+        x["s"],
+        ALPHA,
+        SETTINGS,
+        squared(v, x["u"]),
+        (errors[0], errors[1]),
+    )
     w, b, a = row.coefficients(at)
     if not row.old:
         assert not b.any()

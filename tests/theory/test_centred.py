@@ -30,19 +30,21 @@ def settled():
 
 
 def test_each_velocity_is_where_the_gradient_of_its_objective_vanishes(settled):
-    """w·(v − u) + (v − v_old) + α·(v − v_ref), its mean given x_t, w centred: 0 in the second round."""
+    """(w − c)·(v − u) + c·(v − v_old) + α·(v − v_ref), its mean given x_t: 0 in the second round."""
     t, x = 0.6, torch.linspace(-1.2, 1.2, 7, dtype=torch.float64)[:, None]
     v, v_old, v_ref = (settled.rounds[k].velocity(t, x) for k in (2, 1, 0))
     w = settled.reward.exp() / float((settled.rounds[1].density * settled.grid.cell) @ settled.reward.exp())
-    u = (posterior_mean(settled, 1, (w - 1)[:, None] * settled.grid.points, t, x)) / (1 - t)
-    mean_w = posterior_mean(settled, 1, w - 1, t, x)[:, None]
-    gradient = mean_w * v - (u - mean_w * x / (1 - t)) + (v - v_old) + 0.5 * (v - v_ref)
+    c = float(w.min()) + 0.5
+    assert 0.9 < c < 1
+    u = (posterior_mean(settled, 1, (w - c)[:, None] * settled.grid.points, t, x)) / (1 - t)
+    mean_w = posterior_mean(settled, 1, w - c, t, x)[:, None]
+    gradient = mean_w * v - (u - mean_w * x / (1 - t)) + c * (v - v_old) + 0.5 * (v - v_ref)
     assert float(gradient.abs().max()) < 1e-9
     assert float((v_old - v_ref).abs().max()) > 0.1
 
 
 def test_the_fixed_point_balances_reward_and_anchor(settled):
-    """At rest E[(w − 1)·(u − v) | x_t] = α·(v − v_ref)."""
+    """At rest E[(w − c)·(u − v) | x_t] = α·(v − v_ref)."""
     assert settled.settled is not None
     t, x = 0.5, torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
     last = len(settled.rounds) - 1
@@ -50,8 +52,9 @@ def test_the_fixed_point_balances_reward_and_anchor(settled):
     w = settled.reward.exp() / float(
         (settled.rounds[last].density * settled.grid.cell) @ settled.reward.exp()
     )
-    moment = posterior_mean(settled, last, (w - 1)[:, None] * settled.grid.points, t, x)
-    pull = (moment - posterior_mean(settled, last, w - 1, t, x)[:, None] * (x + (1 - t) * v)) / (1 - t)
+    c = float(w.min()) + 0.5
+    moment = posterior_mean(settled, last, (w - c)[:, None] * settled.grid.points, t, x)
+    pull = (moment - posterior_mean(settled, last, w - c, t, x)[:, None] * (x + (1 - t) * v)) / (1 - t)
     assert float((pull - 0.5 * (v - v_ref)).abs().max()) < 0.2 * float(
         pull.abs().max()
     )  # settled to 1e-3 in E[r]

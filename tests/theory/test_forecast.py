@@ -126,7 +126,8 @@ def test_empirical_velocity_is_the_formula_written_out(centred):
     v = v_ref = mean(start, u)
     for stage in stages if centred else stages[-1:]:
         w, bar = stage.weights[:, None], float(stage.masses @ stage.weights)
-        top = mean(stage.masses, (w - bar) * u) + bar * v if centred else mean(stage.masses, w * u)
+        c = min(bar, float(w.min()) + stage.alpha)
+        top = mean(stage.masses, (w - c) * u) + c * v if centred else mean(stage.masses, w * u)
         v = (top + stage.alpha * v_ref) / (mean(stage.masses, w) + stage.alpha)
     velocity = EmpiricalVelocity(measure, start, stages if centred else stages[-1:], centred)
     assert velocity(t, x)[0].tolist() == pytest.approx(v.tolist(), abs=1e-5)

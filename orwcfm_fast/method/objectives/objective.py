@@ -31,7 +31,8 @@ class Point:
     """What the coefficients of a minibatch's draws may depend on.
 
     Attributes:
-        signal: what the reward says of each sample, [B] (see `signal_of`); mean: its mean over the round, 0-d.
+        signal: what the reward says of each sample, [B] (see `signal_of`); mean, least: its mean and its least over the
+            round, 0-d.
         noise_level: s = 1 − t of each draw, [B].
         alpha: α in force; settings: of the run.
         own_loss: 1/D‖v − u‖² at the policy as it is now, [B]; where `Method.reads_velocity`.
@@ -40,6 +41,7 @@ class Point:
 
     signal: Tensor
     mean: Tensor
+    least: Tensor
     noise_level: Tensor
     alpha: float
     settings: Finetune
