@@ -13,6 +13,7 @@ from orwcfm_fast.method.coupling import Batch, couple, weighted_plan_draw
 from orwcfm_fast.method.objectives import Method, Point
 from orwcfm_fast.method.plans import PlannedPairs
 from orwcfm_fast.method.rollout import Rollout
+from orwcfm_fast.method.weighting import centre
 from orwcfm_fast.settings import Finetune
 
 
@@ -27,6 +28,7 @@ class Minibatches:
         number: of the round.
         row: the method, whose weights the batches carry where they do not follow the policy's velocity.
         seed: of the run, 0-d, on the samples' device.
+        grown: before the round, as in `weighting.centre`; the attribute is that after it.
     """
 
     def __init__(
@@ -39,10 +41,12 @@ class Minibatches:
         settings: Finetune,
         seed: Tensor,
         ranks: ProcessGroup,
+        grown: Tensor,
     ) -> None:
         self.rollout, self.signal, self.alpha, self.number = rollout, signal, alpha, number
         self.row, self.settings, self.seed, self.ranks = row, settings, seed, ranks
-        self.mean, self.least = signal.mean(), signal.min()
+        self.mean = signal.mean()
+        self.centre, self.grown = centre(signal, self.mean, alpha, grown)
         n = len(signal)
         passes = math.ceil(settings.steps_per_round * settings.batch / n)
         self.order = torch.cat([noise.permutation(n, seed, number * passes + p) for p in range(passes)])
@@ -87,4 +91,4 @@ class Minibatches:
 
     def point(self, batch: Batch) -> Point:
         """What the method may know of a batch whose w is still the signal."""
-        return Point(batch.w, self.mean, self.least, 1 - batch.t, self.alpha, self.settings)
+        return Point(batch.w, self.mean, self.centre, 1 - batch.t, self.alpha, self.settings)

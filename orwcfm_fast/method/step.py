@@ -186,9 +186,8 @@ class PolicyOptimizer:
         v_old, step = batch.v_old.float(), v.float() - batch.v_old.float()
         errors = [(v_old + sign * s.nft_beta * step - u).abs().flatten(1).mean(1) for sign in (1, -1)]
         own_loss = (v.float() - u).square().flatten(1).mean(1)
-        at = Point(
-            batch.w, batch.w.mean(), batch.w.min(), 1 - batch.t, s.alpha, s, own_loss, (errors[0], errors[1])
-        )
+        mean = batch.w.mean()
+        at = Point(batch.w, mean, mean, 1 - batch.t, s.alpha, s, own_loss, (errors[0], errors[1]))
         w, b, a = row.coefficients(at)
         return replace(batch, w=w, b=b, a=a, anchor=blend(batch.v_old, batch.v_ref, b, a))
 

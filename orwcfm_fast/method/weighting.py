@@ -6,6 +6,8 @@ from torch import Tensor
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.rewards.standardize import standardize
 
+GROWTH = 10.0  # how far what a velocity is off may grow over a run
+
 
 def weigh(
     reward: Tensor, tau: float, kind: str = "exp", normalize: bool = True, mass: Tensor | None = None
@@ -75,3 +77,22 @@ def check_positive(w: Tensor) -> None:
     """
     if bool((w <= 0).any()):
         raise UserError("coupling 'ot': every weight must be positive; use --coupling independent")
+
+
+def centre(weights: Tensor, mean: Tensor, alpha: float, grown: Tensor) -> tuple[Tensor, Tensor]:
+    """The number c that `orw-centred` subtracts from a round's weights, and what `grown` is after it; all 0-d.
+
+    For α > 0 the policy is held between two velocities, and its own, v_old, is not quite the E[u | x_t] of its
+    samples. What it is off, the round multiplies by c/(E[w | x_t] + α), at most by c/(least w + α). With the mean as c
+    that grows from round to round where samples are worse than the mean by more than α. It may grow to GROWTH in all;
+    from then on c is the least w + α. At α = 0 v_old is E[u | x_t], and nothing is there to grow.
+
+    Args:
+        weights: [N]; mean: their mean under the round's law.
+        grown: the most that an error can have been multiplied by since the first round, 1 or more.
+    """
+    if alpha == 0:
+        return mean, grown
+    bound = weights.min() + alpha
+    found = torch.minimum(mean, bound * (GROWTH / grown))
+    return found, (grown * found / bound).clamp_min(1)

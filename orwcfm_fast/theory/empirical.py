@@ -63,17 +63,12 @@ class Empirical:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one round's velocity is made of: masses p and weights w over the samples [S], and the round's α."""
+    """What one round's velocity is made of: masses p and weights w over the samples [S], the round's α and c."""
 
     masses: Tensor
     weights: Tensor
     alpha: float
-
-    @property
-    def centre(self) -> float:
-        """c of orw-centred: the mean weight, but for α > 0 at most α above the least."""
-        mean = float(self.masses @ self.weights)
-        return min(mean, float(self.weights.min()) + self.alpha) if self.alpha else mean
+    centre: float = 1.0
 
 
 class EmpiricalVelocity:
@@ -108,8 +103,8 @@ class EmpiricalVelocity:
         share = 1 / (weighted / mass + self.alpha)  # 1 / (E[w | x_t] + α)
         if not self.centred:
             return torch.cat([self.alpha * share / start, torch.zeros_like(mass), share / mass], 1)
-        # D_k = share·(E[w·u] + α·D_ref) + kept·(D_{k−1} − E[u]). At α = 0 the last is 0 but for what the masses are
-        # off, which must not grow from round to round; else c sees to it that it does not
+        # D_k = share·(E[w·u] + α·D_ref) + kept·(D_{k−1} − E[u]). The last is 0 but for what the masses are off, which
+        # must not grow from round to round
         kept = (share * self.centre).clamp_max(1)
         since = kept.flip(1).cumprod(1).flip(1)
         later = torch.cat([since[:, 1:], torch.ones_like(since[:, :1])], 1) * share

@@ -12,30 +12,22 @@ from torch import Tensor
 from orwcfm_fast.theory.density import FLOOR, Grid
 from orwcfm_fast.theory.parallel import CHUNK, in_parallel
 
-SEEN = 1e-6  # of the greatest density: below it no sample is drawn
-
 
 @dataclass(frozen=True)
 class Stage:
-    """What one round's velocity is made of: density q and weights w on the grid [P], and α of that round."""
+    """What one round's velocity is made of: density q and weights w on the grid [P], α and c of that round."""
 
     density: Tensor
     weight: Tensor
     alpha: float
-
-    @property
-    def centre(self) -> Tensor:
-        """c of orw-centred: the mean weight, but for α > 0 at most α above the least where the density lies."""
-        mean = self.density @ self.weight / self.density.sum()
-        seen = self.weight[self.density > SEEN * self.density.max()]
-        return torch.minimum(mean, seen.min() + self.alpha) if self.alpha else mean
+    centre: Tensor
 
 
 @dataclass(frozen=True)
 class ExactVelocity:
     """The velocity that minimises a round's objective, given those of the rounds before it.
 
-    With E[·] over x1 from the round's density q given x_t = x, c the round's `Stage.centre`, and v_old the velocity of
+    With E[·] over x1 from the round's density q given x_t = x, c of `weighting.centre`, and v_old the velocity of
     the round before:
 
         orw          v*(t, x) = (E[w·u] + α·v_ref) / (E[w] + α)

@@ -6,8 +6,6 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 FIGURES = (ROOT / "docs/figures.md").read_text("utf-8")
 FORECAST = (ROOT / "docs/forecast.md").read_text("utf-8")
@@ -79,19 +77,6 @@ def test_figures_of_the_readme_are_those_of_the_manual():
     assert len(numbers) >= 10
     for number in numbers:
         assert number in FIGURES + FORECAST, number
-
-
-@pytest.mark.parametrize("name", ["calibration-points", "calibration-digits"])
-def test_the_table_of_the_forecast_is_that_of_its_result_files(name):
-    for row in results(name)["rows"]:
-        digits = 4 if row["reward"] == "jpeg-compressibility" else 3
-        reached = f"{row['reached']:.{digits}f} ± {2 * row['reached_error']:.{digits}f}".replace("-", "−")
-        forecast = f"{row['forecast']:.{digits}f}".replace("-", "−")
-        if row["ess"] < 100:
-            forecast = f"beyond reach (ESS {row['ess']:.0f}): {forecast}"
-        else:
-            forecast += f" ± {2 * row['forecast_error']:.{digits}f}"
-        assert f"| {row['alpha']:g} | {row['rounds']} | {forecast} | {reached} |" in FORECAST
 
 
 def test_the_tables_are_those_of_their_result_files():

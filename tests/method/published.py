@@ -32,7 +32,7 @@ def orw(x):
 
 def orw_centred(x):
     w = weights(x["r"])
-    c = min(w.mean(), w.min() + ALPHA)
+    c = w.mean()
     return (
         (w - c) * squared(x["v"], x["u"])
         + c * squared(x["v"], x["v_old"])

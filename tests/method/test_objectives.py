@@ -10,6 +10,7 @@ from orwcfm_fast.method.average import PolicyAverage
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.objectives import METHODS, Point, check_bounded, signal_of
 from orwcfm_fast.method.rollout import Rollout
+from orwcfm_fast.method.weighting import centre
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 
@@ -38,7 +39,7 @@ def our_gradient(name, x):
     at = Point(
         signal,
         signal.mean(),
-        signal.min(),
+        centre(signal, signal.mean(), ALPHA, torch.ones((), dtype=torch.float64))[0],
         x["s"],
         ALPHA,
         SETTINGS,

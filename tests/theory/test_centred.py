@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from orwcfm_fast.errors import UserError
+from orwcfm_fast.method.weighting import GROWTH
 from orwcfm_fast.theory import GaussianMixture, exact_recursion
 
 TWO_GAUSSIANS = GaussianMixture([0.5, 0.5], [-1.5, 1.5], [0.3, 0.3])
@@ -34,8 +35,7 @@ def test_each_velocity_is_where_the_gradient_of_its_objective_vanishes(settled):
     t, x = 0.6, torch.linspace(-1.2, 1.2, 7, dtype=torch.float64)[:, None]
     v, v_old, v_ref = (settled.rounds[k].velocity(t, x) for k in (2, 1, 0))
     w = settled.reward.exp() / float((settled.rounds[1].density * settled.grid.cell) @ settled.reward.exp())
-    c = float(w.min()) + 0.5
-    assert 0.9 < c < 1
+    c = float(settled.rounds[2].velocity.stages[-1].centre)
     u = (posterior_mean(settled, 1, (w - c)[:, None] * settled.grid.points, t, x)) / (1 - t)
     mean_w = posterior_mean(settled, 1, w - c, t, x)[:, None]
     gradient = mean_w * v - (u - mean_w * x / (1 - t)) + c * (v - v_old) + 0.5 * (v - v_ref)
@@ -52,13 +52,24 @@ def test_the_fixed_point_balances_reward_and_anchor(settled):
     w = settled.reward.exp() / float(
         (settled.rounds[last].density * settled.grid.cell) @ settled.reward.exp()
     )
-    c = float(w.min()) + 0.5
+    c = float(settled.rounds[last].velocity.stages[-1].centre)
     moment = posterior_mean(settled, last, (w - c)[:, None] * settled.grid.points, t, x)
     pull = (moment - posterior_mean(settled, last, w - c, t, x)[:, None] * (x + (1 - t) * v)) / (1 - t)
     assert float((pull - 0.5 * (v - v_ref)).abs().max()) < 0.2 * float(
         pull.abs().max()
     )  # settled to 1e-3 in E[r]
     assert float(pull.abs().max()) > 0.1
+
+
+def test_the_centre_is_the_mean_until_errors_can_have_grown_tenfold():
+    found = exact_recursion(TWO_GAUSSIANS, right, 0.1, 1.0, 8, cells=(64,), steps=24, check=False)
+    grown = 1.0
+    for stage in found.rounds[-1].velocity.stages:
+        bound = float(stage.weight.min()) + 0.1
+        assert float(stage.centre) == pytest.approx(min(1.0, bound * GROWTH / grown))
+        grown = max(1.0, grown * float(stage.centre) / bound)
+    assert float(found.rounds[-1].velocity.stages[0].centre) == pytest.approx(1)
+    assert grown == pytest.approx(GROWTH) and float(stage.centre) == pytest.approx(bound) and bound < 0.6
 
 
 @pytest.mark.parametrize("dim", [1, pytest.param(2, marks=pytest.mark.slow)])

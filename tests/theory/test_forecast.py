@@ -113,8 +113,8 @@ def test_empirical_velocity_is_the_formula_written_out(centred):
     measure = Empirical(samples, torch.Generator().manual_seed(0))
     start = torch.full((3,), 1 / 3).double()
     stages = [
-        Stage(start, torch.tensor([1.5, 1.0, 0.5]).double(), 0.7),
-        Stage(torch.tensor([0.2, 0.5, 0.3]).double(), torch.tensor([1.0, 2.0, 0.5]).double(), 0.4),
+        Stage(start, torch.tensor([1.5, 1.0, 0.5]).double(), 0.7, 1.1),
+        Stage(torch.tensor([0.2, 0.5, 0.3]).double(), torch.tensor([1.0, 2.0, 0.5]).double(), 0.4, 0.8),
     ]
     x, t = torch.tensor([[0.2, 0.1]]), 0.4
     kernel = torch.exp(-((x - t * measure.samples) ** 2).sum(1) / (2 * (1 - t) ** 2)).double()
@@ -125,8 +125,7 @@ def test_empirical_velocity_is_the_formula_written_out(centred):
 
     v = v_ref = mean(start, u)
     for stage in stages if centred else stages[-1:]:
-        w, bar = stage.weights[:, None], float(stage.masses @ stage.weights)
-        c = min(bar, float(w.min()) + stage.alpha)
+        w, c = stage.weights[:, None], stage.centre
         top = mean(stage.masses, (w - c) * u) + c * v if centred else mean(stage.masses, w * u)
         v = (top + stage.alpha * v_ref) / (mean(stage.masses, w) + stage.alpha)
     velocity = EmpiricalVelocity(measure, start, stages if centred else stages[-1:], centred)

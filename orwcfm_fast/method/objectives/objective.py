@@ -31,8 +31,8 @@ class Point:
     """What the coefficients of a minibatch's draws may depend on.
 
     Attributes:
-        signal: what the reward says of each sample, [B] (see `signal_of`); mean, least: its mean and its least over the
-            round, 0-d.
+        signal: what the reward says of each sample, [B] (see `signal_of`); mean, centre: of the round's, 0-d (see
+            `weighting.centre`).
         noise_level: s = 1 − t of each draw, [B].
         alpha: α in force; settings: of the run.
         own_loss: 1/D‖v − u‖² at the policy as it is now, [B]; where `Method.reads_velocity`.
@@ -41,7 +41,7 @@ class Point:
 
     signal: Tensor
     mean: Tensor
-    least: Tensor
+    centre: Tensor
     noise_level: Tensor
     alpha: float
     settings: Finetune

@@ -15,10 +15,7 @@ def orw(at: Point) -> Coefficients:
 def orw_centred(at: Point) -> Coefficients:
     """w = e^{τr} − c, b = c, a = α, t of density 2t: the default; only what the reward says moves the policy.
 
-    c is the mean of e^{τr}, but for α > 0 at most its least + α. What v_old is off the velocity E[u | x_t] of its own
-    samples, the next round has c/(E[e^{τr} | x_t] + α) times; with the mean alone that would grow from round to round
-    where samples are worse than the mean by more than α. At α = 0 v_old is E[u | x_t], and nothing is there to grow.
+    c is the mean of e^{τr}, or less where the mean would let errors grow (`weighting.centre`).
     """
-    centre = torch.minimum(at.mean, at.least + at.alpha) if at.alpha else at.mean
-    centre = centre.expand_as(at.signal)
+    centre = at.centre.expand_as(at.signal)
     return at.signal - centre, centre, torch.full_like(at.signal, at.alpha)
