@@ -10,7 +10,7 @@ from orwcfm_fast.method.average import PolicyAverage
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.objectives import METHODS, Point, check_bounded, signal_of
 from orwcfm_fast.method.rollout import Rollout
-from orwcfm_fast.method.weighting import centre
+from orwcfm_fast.method.weighting import GROWTH, centre
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 
@@ -186,6 +186,33 @@ def test_an_average_of_past_policies_is_sampled_from_kept_and_restored(two_gauss
     assert torch.equal(again.average.values[0], first)
     assert [*again.train(3)][-1]["reward_mean"] == records[-1]["reward_mean"]
     assert torch.equal(parameters(again.policy), parameters(whole.policy))
+
+
+def test_how_far_errors_can_have_grown_is_kept_and_restored_and_sets_the_centre(two_gaussians, tmp_path):
+    """Where two rounds use up all growth, a third that had forgotten it would take the mean as its centre."""
+    from orwcfm_fast.checkpoints import checkpoint
+    from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
+
+    s = Finetune(**SMALL | {"alpha": 0.01, "tau": 3.0})
+
+    def trainer():
+        return build_trainer(two_gaussians.trainable_copy(), lambda x: (x[:, 0] > 0).float(), s)
+
+    whole, half, again = trainer(), trainer(), trainer()
+    [*whole.train(3)]
+    [*half.train(2)]
+    assert float(half.grown) == pytest.approx(GROWTH)
+    save_trainer(half, tmp_path / "step", {})
+    restore_trainer(again, checkpoint.load(tmp_path / "step"))
+    [*again.train(3)]
+    assert torch.equal(parameters(again.policy), parameters(whole.policy))
+    batches = whole.minibatches(whole.last.rollout, signal := whole.signal(whole.last.rollout))
+    assert (
+        float(batches.centre) == pytest.approx(float(signal.min()) + 0.01)
+        and batches.centre < 0.5 * batches.mean
+    )
+    whole.reset()
+    assert whole.grown == 1
 
 
 def test_the_average_follows_the_parameters_by_its_share():
