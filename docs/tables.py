@@ -193,6 +193,51 @@ def at_rest() -> str:
 
 
 @table
+def mnist_model() -> str:
+    found = results("mnist-model")
+    fid, low, high = found["fid_in_classifier_features"]
+    shares = found["class_shares"]
+    rows = [
+        ("accuracy of the classifier on the 10,000 test digits", f"{found['classifier_on_test_digits']:.2%}"),
+        ("its mean confidence in the model's samples", f"{found['confidence']:.3f}"),
+        ("share of the rarest and of the most frequent class", f"{min(shares):.1%}, {max(shares):.1%}"),
+        ("FID against the test digits in the classifier's features", f"{fid:.1f} ({low:.1f} to {high:.1f})"),
+        ("precision, recall", f"{found['precision']:.2f}, {found['recall']:.2f}"),
+        ("weights: model, classifier", f"{found['megabytes'][0]:.1f} MB, {found['megabytes'][1]:.1f} MB"),
+    ]
+    return lines(("of 4,096 samples", ""), rows)
+
+
+@table
+def forecast_checks() -> str:
+    rows = results("forecasts-cpu")["rows"]
+    parts = {
+        name: [row for row in rows if row["part"] == name] for name in ("coverage", "grid", "limit", "speed")
+    }
+    inside = [sum(row[key] for row in parts["coverage"]) for key in ("reward_inside", "w2_inside")]
+    worst = max(parts["grid"], key=lambda row: abs(row["off"]))
+    cells = [
+        (
+            "sets of 1,024 samples whose interval holds the forecast from 16,384 others: reward, W2",
+            f"{inside[0]} and {inside[1]} of {len(parts['coverage'])}",
+        ),
+        (
+            f"farthest from the quadrature solver in {len(parts['grid'])} settings of one and two dimensions",
+            f"{abs(worst['off']):.1f} standard errors",
+        ),
+        ("the limit line from 8,192 samples", f"{parts['limit'][0]['seconds']:.1f} s"),
+    ]
+    cells += [
+        (
+            f"{row['settings']} setting{'s' * (row['settings'] > 1)} of {row['rounds']} rounds from {row['n']:,} samples",
+            f"{row['seconds']:.0f} s",
+        )
+        for row in parts["speed"]
+    ]
+    return lines(("", ""), cells)
+
+
+@table
 def ranks() -> str:
     rows = []
     for row in results("ranks-cpu")["rows"]:

@@ -19,6 +19,7 @@ from orwcfm_fast.benchmarks.published import MODELS
 from orwcfm_fast.runs.recipe import FOLDER, RECIPES
 from orwcfm_fast.settings import Finetune, Pretrain, build
 
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 FEW = ("--steps", 2, "--batch", 2, "--quiet")
 SMALL = (
     "--rounds",
@@ -173,7 +174,7 @@ def test_mnist_on_a_laptop(run_cli, mnist):
         assert made.code == 0, made.err
     made = run_cli("finetune", "--recipe", "mnist-small", *SMALL)
     assert made.code == 0, made.err
-    found = finished("runs/mnist-even-digits-a1-t0.5-001")
+    found = finished("runs/mnist-even-digits-a1-t1-001")
     assert found["model"] == "unet-mnist-small" and found["method"] == "orw-centred"
     assert 0 < found["after"]["confidence"] <= 1, "by the classifier of MNIST"
 
@@ -183,6 +184,16 @@ def test_the_classifier_of_mnist_is_trained_from_files_of_its_format(mnist):
     from orwcfm_fast.rewards.digits import TRAINING, train_classifier
 
     assert train_classifier(TRAINING["mnist"].network(), "mnist", str(mnist)) > 0.95
+
+
+def test_the_mnist_model_ships_and_starts_without_data(run_cli, cache):
+    made = run_cli("finetune", "--data", "mnist", *SMALL)
+    assert made.code == 0, made.err
+    found = finished("runs/mnist-even-digits-a1-t0.5-001")
+    assert found["model"] == "unet-mnist-small" and found["before"]["confidence"] > 0.8
+    kept = json.loads((RESULTS / "mnist-model.json").read_text())
+    assert kept["confidence"] > 0.95 and kept["megabytes"][0] < 8
+    assert not cache.exists() or not any(cache.iterdir()), "nothing is made, nothing is looked for"
 
 
 def test_the_classifier_of_mnist_ships(cache):
