@@ -227,13 +227,11 @@ def forecast_checks() -> str:
         ),
         ("the limit line from 8,192 samples", f"{parts['limit'][0]['seconds']:.1f} s"),
     ]
-    cells += [
-        (
-            f"{row['settings']} setting{'s' * (row['settings'] > 1)} of {row['rounds']} rounds from {row['n']:,} samples",
-            f"{row['seconds']:.0f} s",
+    for row in parts["speed"]:
+        settings = f"{row['settings']} setting{'s' * (row['settings'] > 1)}"
+        cells.append(
+            (f"{settings} of {row['rounds']} rounds from {row['n']:,} samples", f"{row['seconds']:.0f} s")
         )
-        for row in parts["speed"]
-    ]
     return lines(("", ""), cells)
 
 
