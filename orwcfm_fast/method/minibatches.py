@@ -46,7 +46,9 @@ class Minibatches:
         self.rollout, self.signal, self.alpha, self.number = rollout, signal, alpha, number
         self.row, self.settings, self.seed, self.ranks = row, settings, seed, ranks
         self.mean = signal.mean()
-        self.centre, self.grown = centre(signal, self.mean, alpha, grown)
+        self.centre, self.grown = self.mean, grown
+        if row.centred:
+            self.centre, self.grown = centre(signal, self.mean, alpha, grown)
         n = len(signal)
         passes = math.ceil(settings.steps_per_round * settings.batch / n)
         self.order = torch.cat([noise.permutation(n, seed, number * passes + p) for p in range(passes)])

@@ -162,7 +162,9 @@ def test_every_method_raises_the_reward(name, two_gaussians):
         rounds=3, rollout=1024, batch=128, steps_per_round=40, probe=16, warmup=10, lr=2e-3, tau=2.0, method=name,
         alpha=0.1, ram_m=0.3, seed=1,
     )  # fmt: skip
-    records = [*build_trainer(policy, lambda x: (x[:, 0] > 0).float(), s).train(4)]
+    trainer = build_trainer(policy, lambda x: (x[:, 0] > 0).float(), s)
+    records = [*trainer.train(4)]
+    assert (trainer.grown > 1) == (name == "orw-centred")
     least = 0.02 if name == "awm" else 0.04  # awm divides its advantages by 5
     assert records[-1]["reward_mean"] > records[0]["reward_mean"] + least
 

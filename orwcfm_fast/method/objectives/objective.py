@@ -62,6 +62,7 @@ class Method:
         signal: what the reward becomes before the first step of a round.
         old, reference: whether the row has a term with v_old, with v_ref; a velocity without a term is not computed.
         uses_alpha: they depend on α; the options that set it are refused elsewhere, and at α = 0 v_ref is not computed.
+        centred: a number is subtracted from the weights, see `weighting.centre`.
         reads_velocity: the coefficients depend on the policy's velocity, and so change with every step.
         late: t has density 2t in place of 1, so that more draws lie near the data. The minimiser at each t is the same.
         rests: at τ = 0 the policy does not change.
@@ -75,6 +76,7 @@ class Method:
     old: bool
     reference: bool
     uses_alpha: bool = True
+    centred: bool = False
     reads_velocity: bool = False
     late: bool = False
     rests: bool = True

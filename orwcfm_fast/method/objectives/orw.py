@@ -11,7 +11,7 @@ def orw(at: Point) -> Coefficients:
     return at.signal, torch.zeros_like(at.signal), torch.full_like(at.signal, at.alpha)
 
 
-@method("orw-centred", "weight", old=True, reference=True, late=True)
+@method("orw-centred", "weight", old=True, reference=True, centred=True, late=True)
 def orw_centred(at: Point) -> Coefficients:
     """w = e^{τr} − c, b = c, a = α, t of density 2t: the default; only what the reward says moves the policy.
 
