@@ -13,7 +13,9 @@ from torch import Tensor
 from orwcfm_fast.theory.parallel import in_parallel
 
 STEP = 0.18  # of the flow, on average; Runge–Kutta 4. 4 steps to t = 0.7 on digits: E[r] to 0.001 a round
-RESOLVED = 0.02  # posterior variance, as a share of the data's, at which the flow may stop
+RESOLVED = (
+    0.02  # posterior variance of sample and reward, as a share of the data's, at which the flow may stop
+)
 
 
 class Empirical:
@@ -21,16 +23,16 @@ class Empirical:
 
     Attributes:
         samples: [S, D] less their mean, float32; points x_t are given less t times that mean.
-        times: from 0 to the earliest time at which x_t says which sample it leads to; shorter steps at the end,
-            where the velocity changes fast.
+        times: from 0 to the earliest time at which x_t says to which sample it leads, and to which reward; shorter
+            steps at the end, where the velocity changes fast.
     """
 
-    def __init__(self, samples: Tensor, generator: torch.Generator) -> None:
+    def __init__(self, samples: Tensor, rewards: Tensor, generator: torch.Generator) -> None:
         self.samples = samples - samples.mean(0)  # keeps float32 exponents small
         self.low, self.high = self.samples.amin(0), self.samples.amax(0)
         self.half_square = 0.5 * self.samples.square().sum(1)
         self.generator = generator
-        end = self._resolved_time()
+        end = self._resolved_time(rewards)
         steps = max(4, math.ceil(end / STEP))
         self.times = [end * (i / steps) ** 0.7 for i in range(steps + 1)]
 
@@ -50,13 +52,15 @@ class Empirical:
         noise = torch.randn(len(index), self.samples.shape[1], generator=self.generator)
         return t * self.samples[index] + (1 - t) * noise.to(self.samples)
 
-    def _resolved_time(self) -> float:
+    def _resolved_time(self, rewards: Tensor) -> float:
         index = torch.linspace(0, len(self.samples) - 1, min(512, len(self.samples))).long()
-        variance = float(self.samples.square().sum(1).mean()) + 1e-30
+        both = self.samples, rewards.to(self.samples)[:, None]
+        variances = [float((x - x.mean(0)).square().sum(1).mean()) + 1e-30 for x in both]
         for t in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93):
             kernel = self.kernel(t, self.noised(t, index))
-            mean = kernel @ self.samples / kernel.sum(1, keepdim=True)
-            if float((mean - self.samples[index]).square().sum(1).mean()) < RESOLVED * variance:
+            kernel = kernel / kernel.sum(1, keepdim=True)
+            left = [float((kernel @ x - x[index]).square().sum(1).mean()) for x in both]
+            if all(own < RESOLVED * variance for own, variance in zip(left, variances, strict=True)):
                 return t
         return 0.95
 

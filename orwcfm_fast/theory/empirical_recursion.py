@@ -68,7 +68,7 @@ class EmpiricalRecursion:
         self, samples: Tensor, rewards: Tensor, start: Tensor, draws: int, seed: int, threads: int
     ) -> None:
         self.rewards, self.start, self.threads = rewards, start, threads
-        self.measure = Empirical(samples, torch.Generator().manual_seed(seed))
+        self.measure = Empirical(samples, rewards, torch.Generator().manual_seed(seed))
         index = torch.arange(len(samples)).repeat(math.ceil(draws / len(samples))).to(samples.device)
         self.carried = start[index] * (len(samples) / len(index))
         still = self.velocity([], False)
