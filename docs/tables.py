@@ -159,23 +159,14 @@ def calibration_points() -> str:
 
 
 @table
-def longer() -> str:
-    usual = {(r["alpha"], r["tau"], r["rounds"]): r for r in results("calibration-digits")["rows"]}
-    rows = []
-    for row in results("calibration-longer")["rows"]:
-        own = usual[row["alpha"], row["tau"], row["rounds"]]
-        half = (row["forecast_high"] - row["forecast_low"]) / 2
-        forecast = f"{row['forecast']:.3f} ± {half:.3f}"
-        rows.append(
-            [
-                f"{row['tau']:g}",
-                f"{row['rounds']}",
-                forecast,
-                f"{own['reached']:.3f}",
-                f"{row['reached']:.3f}",
-            ]
-        )
-    return lines(("τ", "rounds", "forecast", "112 steps a round", "256 steps a round"), rows)
+def calibration_summary() -> str:
+    rows = (
+        [{"digits": "digits", "points": "two Gaussians"}[s["data"]], f"{s['rounds']}"]
+        + [f"{s[key]} of {s['settings']}" for key in ("reward_inside", "w2_inside")]
+        for data in ("digits", "points")
+        for s in results(f"calibration-{data}")["summary"]
+    )
+    return lines(("data", "rounds", "reward inside the interval", "coupled W2 inside"), rows)
 
 
 @table
@@ -206,6 +197,24 @@ def mnist_model() -> str:
         ("weights: model, classifier", f"{found['megabytes'][0]:.1f} MB, {found['megabytes'][1]:.1f} MB"),
     ]
     return lines(("of 4,096 samples", ""), rows)
+
+
+@table
+def forms() -> str:
+    rows = (
+        [f"{r['alpha']:g}"]
+        + [f"{r[key]:.3f}" for key in ("reward_orw", "reward_centred", "w2_orw", "w2_centred", "w2_between")]
+        for r in results("forecasts-cpu")["rows"]
+        if r["part"] == "forms"
+    )
+    columns = (
+        "reward, `orw`",
+        "`orw-centred`",
+        "W2 from the start, `orw`",
+        "`orw-centred`",
+        "W2 between the two",
+    )
+    return lines(("α", *columns), rows)
 
 
 @table

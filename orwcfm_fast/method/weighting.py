@@ -6,6 +6,7 @@ from torch import Tensor
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.rewards.standardize import standardize
 
+SHRINKING = 0.9
 GROWTH = 100.0  # on two Gaussians samples begin to stray where errors can have grown some 500 times
 
 
@@ -85,7 +86,7 @@ def centre(weights: Tensor, mean: Tensor, alpha: float, grown: Tensor) -> tuple[
     For α > 0 the policy is held between two velocities, and its own, v_old, is not quite the E[u | x_t] of its
     samples. What it is off, the round multiplies by c/(E[w | x_t] + α), at most by c/(least w + α). With the mean as c
     that grows from round to round where samples are worse than the mean by more than α. It may grow to GROWTH in all;
-    from then on c is the least w + α. At α = 0 v_old is E[u | x_t], and nothing is there to grow.
+    from then on c is SHRINKING of the least w + α, and it dies out. At α = 0 v_old is E[u | x_t], and nothing can grow.
 
     Args:
         weights: [N]; mean: their mean under the round's law.
@@ -94,5 +95,6 @@ def centre(weights: Tensor, mean: Tensor, alpha: float, grown: Tensor) -> tuple[
     if alpha == 0:
         return mean, grown
     bound = weights.min() + alpha
-    found = torch.minimum(mean, bound * (GROWTH / grown))
-    return found, (grown * found / bound).clamp_min(1)
+    after = grown * (mean / bound).clamp_min(1)
+    found = torch.where(after <= GROWTH, mean, torch.minimum(mean, SHRINKING * bound))
+    return found, after.clamp_max(GROWTH)

@@ -80,7 +80,7 @@ def restore_trainer(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
         if taken != step or not 0 <= step < 2**62:
             raise ValueError("its round and its step do not agree")
         grown = float(found.state.get("grown", 1))  # a checkpoint of before held no such thing
-        if not 1 <= grown <= 1.01 * GROWTH:
+        if not 1 <= grown <= GROWTH:
             raise ValueError(f"errors have grown {grown:g} times")
     trainer.continue_from(number, current, grown)
 

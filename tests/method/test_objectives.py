@@ -10,7 +10,7 @@ from orwcfm_fast.method.average import PolicyAverage
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.objectives import METHODS, Point, check_bounded, signal_of
 from orwcfm_fast.method.rollout import Rollout
-from orwcfm_fast.method.weighting import GROWTH, centre
+from orwcfm_fast.method.weighting import GROWTH, SHRINKING, centre
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 
@@ -210,7 +210,7 @@ def test_how_far_errors_can_have_grown_is_kept_and_restored_and_sets_the_centre(
     assert torch.equal(parameters(again.policy), parameters(whole.policy))
     batches = whole.minibatches(whole.last.rollout, signal := whole.signal(whole.last.rollout))
     assert (
-        float(batches.centre) == pytest.approx(float(signal.min()) + 0.01)
+        float(batches.centre) == pytest.approx(SHRINKING * (float(signal.min()) + 0.01))
         and batches.centre < 0.5 * batches.mean
     )
     whole.reset()

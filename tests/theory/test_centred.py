@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.method.weighting import GROWTH
+from orwcfm_fast.method.weighting import GROWTH, SHRINKING
 from orwcfm_fast.theory import GaussianMixture, exact_recursion
 
 TWO_GAUSSIANS = GaussianMixture([0.5, 0.5], [-1.5, 1.5], [0.3, 0.3])
@@ -63,13 +63,13 @@ def test_the_fixed_point_balances_reward_and_anchor(settled):
 
 def test_the_centre_is_the_mean_until_errors_can_have_grown_a_hundredfold():
     found = exact_recursion(TWO_GAUSSIANS, right, 0.1, 1.0, 10, cells=(64,), steps=24, check=False)
-    grown = 1.0
+    grown, centres = 1.0, []
     for stage in found.rounds[-1].velocity.stages:
         bound = float(stage.weight.min()) + 0.1
-        assert float(stage.centre) == pytest.approx(min(1.0, bound * GROWTH / grown))
-        grown = max(1.0, grown * float(stage.centre) / bound)
-    assert float(found.rounds[-1].velocity.stages[0].centre) == pytest.approx(1)
-    assert grown == pytest.approx(GROWTH) and float(stage.centre) == pytest.approx(bound) and bound < 0.6
+        grown *= max(1.0, 1 / bound)
+        centres.append(1.0 if grown <= GROWTH else SHRINKING * bound)
+        assert float(stage.centre) == pytest.approx(centres[-1])
+    assert centres[0] == 1 > 0.6 > centres[-1]
 
 
 @pytest.mark.parametrize("dim", [1, pytest.param(2, marks=pytest.mark.slow)])
