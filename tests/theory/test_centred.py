@@ -61,7 +61,7 @@ def test_the_fixed_point_balances_reward_and_anchor(settled):
     assert float(pull.abs().max()) > 0.1
 
 
-def test_the_centre_is_the_mean_until_errors_can_have_grown_a_hundredfold():
+def test_the_centre_is_the_mean_until_errors_can_have_grown_tenfold():
     found = exact_recursion(TWO_GAUSSIANS, right, 0.1, 1.0, 10, cells=(64,), steps=24, check=False)
     grown, centres = 1.0, []
     for stage in found.rounds[-1].velocity.stages:
