@@ -147,7 +147,7 @@ def test_chart_leaves_out_what_is_not_finite_and_survives_one_point():
 def measures_of_images(name: str, shares: dict[str, float]) -> Measures:
     exact = {k: Interval(v, v, v) for k, v in shares.items()}
     one = Interval(1.0, 1.0, 1.0)
-    return Measures(name, 64, one, one, 1.0, 1.0, 1.0, 1.0, one, 1.0, 0.9, classes=exact, vendi=one)
+    return Measures(name, 64, one, one, one, one, 1.0, 1.0, one, 1.0, 0.9, classes=exact, vendi=one)
 
 
 def test_a_report_on_images_shows_pairs_alone_and_the_share_of_each_class(run, tmp_path):
