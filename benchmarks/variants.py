@@ -18,14 +18,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from orwcfm_fast.benchmarks.methods import CPU, HELD_OUT, run
+from orwcfm_fast.benchmarks.methods import CPU, Bench, run
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
 from orwcfm_fast.method import coupling, noise
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.minibatches import Minibatches
 from orwcfm_fast.method.step import PolicyOptimizer
-from orwcfm_fast.runs.load import Loader
 
 TUNED_ON = (3, 4, 5)
 Change = Callable[[], AbstractContextManager[Any]]
@@ -138,22 +137,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    bench = Bench.of("digits")
     about: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(CPU),
         "versions": checkpoint.versions(),
-        "held_out": HELD_OUT,
+        "held_out": bench.held_out,
         "runs": [],
     }
     found: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else about
-    base = Loader(CPU, "fp32").default().policy
     for seed, alpha, name in product(TUNED_ON[: given.seeds], given.alpha, given.variant or VARIANTS):
         this = {"variant": name, "alpha": alpha, "tau": 0.5, "seed": seed}
         if any(this.items() <= row.items() for row in found["runs"]):
             continue
         changed, more = VARIANTS[name]
         with changed():
-            row = run(base, method="orw-centred", alpha=alpha, tau=0.5, rounds=8, seed=seed, **more)
+            row = run(bench, method="orw-centred", alpha=alpha, tau=0.5, rounds=8, seed=seed, **more)
         found["runs"].append(this | row)
         given.out.write_text(json.dumps(found, indent=1) + "\n")
         after = row["after"]
