@@ -39,10 +39,10 @@ ALPHAS, TAUS = (0.1, 0.3, 1.0, 3.0), (0.25, 0.5, 1.0)
 Rows = Iterator[dict[str, Any]]
 
 
-def scored(policy: Policy, reward: Reward, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def scored(policy: Policy, reward: Reward, n: int) -> tuple[Tensor, Tensor]:
     """n samples of a model, and their rewards."""
     s = Finetune()
-    x = sample(policy, start_noise(policy, n, seed), s, s.chunk)
+    x = sample(policy, start_noise(policy, n, 0), s, s.chunk)
     with torch.inference_mode():
         return x, reward(policy.decode(x)).double()
 

@@ -343,7 +343,7 @@ class Trainer:
         """The reward that is trained on, and the held-out one where there is one."""
         return [self.reward, *([self.holdout] if self.holdout else [])]
 
-    def continue_from(self, round: int, current: RoundState | None, grown: float = 1.0) -> None:
+    def continue_from(self, round: int, current: RoundState | None, grown: float) -> None:
         """Go on after so many rounds; the policy's weights and the optimiser's state are loaded already."""
         self.grown = torch.full_like(self.grown, grown)
         self.round, self.current, self.last = round, current, None

@@ -162,9 +162,7 @@ def make_plan(
     room = int(HEADROOM * limit) - process - sum(held.values())
     micro_batch = largest_fitting(min(s.micro_batch or batch, batch), room, step_at)
     stepping = step_at(micro_batch)
-    if (
-        s.graph
-    ):  # recorded graphs keep their memory: of a step, and of velocities of a minibatch and of a chunk
+    if s.graph:  # recordings keep their memory: of a step, of velocities of a minibatch and of a chunk
         velocities = (1 + METHODS.get(s.method).old) * drawn.peak(micro_batch)
         held["CUDA graphs"] = sum(stepping.values()) + velocities
         room, stepping = room - held["CUDA graphs"], dict.fromkeys(stepping, 0)

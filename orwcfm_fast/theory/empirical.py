@@ -13,9 +13,7 @@ from torch import Tensor
 from orwcfm_fast.theory.parallel import in_parallel
 
 STEP = 0.18  # of the flow, on average; Runge–Kutta 4. 4 steps to t = 0.7 on digits: E[r] to 0.001 a round
-RESOLVED = (
-    0.02  # posterior variance of sample and reward, as a share of the data's, at which the flow may stop
-)
+RESOLVED = 0.02  # what is not known yet of sample and reward, as a share of variance, where a flow may stop
 
 
 class Empirical:
