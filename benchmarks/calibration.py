@@ -131,7 +131,8 @@ def at_rest(data: str, base: Policy, alpha: float, name: str, rounds: int = 8) -
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many rewards and W2 lie inside, by data and number of rounds."""
+    """How many rewards and W2 lie inside, by data and number of rounds; runs with more steps are left out."""
+    rows = [r for r in rows if r.get("steps_per_round") != LONGER]
     found = []
     for data, rounds in sorted({(r["data"], r["rounds"]) for r in rows if "inside" in r}):
         own = [r for r in rows if (r["data"], r["rounds"]) == (data, rounds) and "inside" in r]

@@ -202,11 +202,12 @@ def mean_reward(looks: Sequence[Look], limit: float) -> float:
     return sum(s * look.reward for s, look in zip(spans, looks, strict=True)) / sum(spans)
 
 
-FOR_REWARDS, AFTER, AT_W2, AT_DIVERSITY = (0.65, 0.8), (3.0, 10.0, 30.0), (1.0, 1.5, 2.0), (0.97, 0.9)
-NEAR = AT_W2[1]
+FOR_REWARDS, AFTER, AT_DIVERSITY = (0.65, 0.8), (3.0, 10.0, 30.0), (0.97, 0.9)
+AT_W2 = {"digits": (1.0, 1.5, 2.0), "mnist": (2.0, 3.0, 4.0)}
+"""Levels at which rewards are read; settings near the pretrained model are chosen at the middle one of digits."""
 GOALS: dict[str, Callable[[Sequence[Look], float], float]] = {
     "soon": mean_reward,
-    "near": lambda looks, limit: reward_at_w2(looks, NEAR),
+    "near": lambda looks, limit: reward_at_w2(looks, AT_W2["digits"][1]),
 }
 """What the settings are chosen for: much reward soon, and much reward near the pretrained model."""
 

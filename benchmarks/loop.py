@@ -177,7 +177,7 @@ def measure(data: str, batch: int, repeats: int, euler_share: float, device: tor
         drawn, trained = rollout[rung.rollout], step[rung.step]
         both = loop_rates(drawn, trained, rung.reuse)
         nfe = EULER_STEPS if rung.rollout == "plain" else ready.settings.nfe
-        rate = rates[torch.bfloat16 if rung.rollout == "bf16" else torch.float32]
+        rate = rates[torch.bfloat16 if rung.rollout.startswith("bf16") else torch.float32]
         rows.append(
             Row(
                 data, rung.way, statistics.median(drawn), statistics.median(trained), statistics.median(both),

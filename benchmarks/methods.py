@@ -4,7 +4,8 @@
 
 Each run is written as soon as it is done; runs that F holds already are not repeated. Beside each stand its forecast,
 made before it, and the least W2 at which any method could have its reward (`theory.limit`); at the end, reward at equal
-W2. The figures of a round are those of its rollout, which the policy drew before the round's steps.
+W2. The figures of a round are those of its rollout, which the policy drew before the round's steps; its coupled W2 is
+that of the probe after them.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from torch import Tensor
 from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.benchmarks.calibration import beside
 from orwcfm_fast.benchmarks.forecasts import scored
-from orwcfm_fast.benchmarks.methods_report import EQUAL_W2, plot, reward_at
+from orwcfm_fast.benchmarks.methods_report import EQUAL_W2, pictures, plot, reward_at
 from orwcfm_fast.benchmarks.mnist import NAME, held_out_digits
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.device import device_name
@@ -35,7 +36,6 @@ from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.rollout import Rollout, sample, start_noise
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import Policy
-from orwcfm_fast.reporting.pictures import save_samples
 from orwcfm_fast.rewards import RewardSum, make_reward
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.runs.load import Loader
@@ -218,7 +218,7 @@ def main() -> None:
             flush=True,
         )
         if given.pictures:
-            save_samples(given.pictures, shown)
+            pictures(shown, given.pictures)
     keep()
     if given.plot:
         plot(found, given.plot)

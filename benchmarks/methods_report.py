@@ -7,6 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from orwcfm_fast.reporting.images import grid_image
+
 EQUAL_W2 = {"digits": (1.3, 1.9), "mnist": (2.5, 4.0)}
 
 
@@ -36,6 +40,20 @@ def plot(found: dict[str, Any], path: Path) -> None:
     front.set(xlabel="coupled W2", ylabel="mean reward", title=found["data"])
     rounds.set(xlabel="rounds trained", ylabel="mean reward")
     front.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def pictures(shown: dict[str, Tensor], path: Path) -> None:
+    """Write a PNG: samples [N, C, H, W] of each model from the same noise, a block a model under its name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.35 * len(shown)), layout="constrained")
+    for axes, (name, images) in zip(
+        figure.subplots(len(shown), squeeze=False)[:, 0], shown.items(), strict=True
+    ):
+        axes.imshow(grid_image(images, columns=16), cmap="gray")
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.axis("off")
     figure.savefig(path, dpi=120)
 
 

@@ -2,6 +2,7 @@
 
     orwcfm bench race                          short: those whose settings were chosen before, one seed, minutes
     orwcfm bench race --full --out FOLDER      equally many trials for each, then the chosen settings on other seeds
+    orwcfm bench race-mnist                    the short form from the MNIST model that ships, half a minute each
 
 Settings are chosen on tuning seeds, once for much reward soon and once for much reward near the pretrained model; then
 they run on seeds that nothing was chosen on. The plain loop has four times the seconds of the others (`PATIENCE`);
@@ -39,10 +40,11 @@ from orwcfm_fast.networks.policy import Policy
 from orwcfm_fast.runs.load import Loader
 
 TUNED_ON, RUN_ON = (3, 4, 5), (0, 1, 2)
-TUNING_SECONDS, SECONDS, SHORT_SECONDS = 10.0, 30.0, 8.0
+TUNING_SECONDS, SECONDS = 10.0, 30.0
+SHORT_SECONDS = {"digits": 8.0, "mnist": 30.0}
 GROWTH = 1.3
 LATE = 1.1  # a look that was due at the limit comes after the step under way
-# what the full form chose, in the newest benchmarks/results/race-*.json
+# what the full form chose, in the newest benchmarks/results/race-digits-*.json
 CHOSEN: dict[str, dict[str, Trial]] = {
     "orw-centred": {
         "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002, "alpha": 0.3, "tau": 2.0},
@@ -115,7 +117,7 @@ def race(
     Args:
         watch: told of every run that is over.
         data: digits; mnist in the short form, where the plain loop has no network of its own.
-        seconds: of each run; 0: SECONDS, in the short form SHORT_SECONDS.
+        seconds: of each run; 0: SECONDS, in the short form SHORT_SECONDS of the data.
         names: of the entrants; where empty all, in the short form those whose settings were chosen.
         held_out: samples of each look.
         base: start from this model instead of the pretrained one.
@@ -126,11 +128,14 @@ def race(
     where = (str(device or "cpu"), data, held_out, base)
     names = names or [name for name in (TRIALS if full else CHOSEN) if data == "digits" or name != "plain"]
     chosen, trials = choose(names, where, watch) if full else ({name: _settings(name) for name in names}, [])
-    limit, seeds = seconds or (SECONDS if full else SHORT_SECONDS), RUN_ON if full else RUN_ON[:1]
+    limit, seeds = seconds or (SECONDS if full else SHORT_SECONDS[data]), RUN_ON if full else RUN_ON[:1]
     plan = [(n, t) for n in names for t in {repr(t): t for t in chosen[n].values()}.values()]
     runs = _runs(plan, seeds, limit, where, lambda text: watch(f"racing, {text}"))
     rows = [
-        {"name": n, "goal": goal, "trial": t, **measures(r, limit), "runs": [[asdict(x) for x in one] for one in r]}
+        {
+            "name": n, "goal": goal, "trial": t, **measures(r, limit, data),
+            "runs": [[asdict(x) for x in one] for one in r],
+        }
         for goal in GOALS
         for (n, t), r in zip(plan, runs, strict=True)
         if chosen[n][goal] == t
@@ -180,7 +185,7 @@ def _patience(name: str) -> float:
     return entrants.PATIENCE.get(name, 1.0)
 
 
-def measures(runs: Sequence[Sequence[Look]], limit: float) -> dict[str, Any]:
+def measures(runs: Sequence[Sequence[Look]], limit: float, data: str = "digits") -> dict[str, Any]:
     """Of the runs of one entrant: each measure as [mean, twice its standard error over the seeds].
 
     Seconds and rewards after seconds are of the whole runs, the others of the looks up to the limit. seconds_to: the
@@ -194,7 +199,7 @@ def measures(runs: Sequence[Sequence[Look]], limit: float) -> dict[str, Any]:
         found["seconds_to"][f"{reward:g}"] = None if median == math.inf else median
     of: dict[str, tuple[Sequence[float], Callable[[Sequence[Look], float], float], Any]] = {
         "reward_after": ([s for s in AFTER if s <= limit], entrants.reward_after, runs),
-        "reward_at_w2": (AT_W2, entrants.reward_at_w2, early),
+        "reward_at_w2": (AT_W2[data], entrants.reward_at_w2, early),
         "reward_at_diversity": (AT_DIVERSITY, entrants.reward_at_diversity, early),
     }
     for key, (levels, read, looks) in of.items():

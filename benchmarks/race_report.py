@@ -5,27 +5,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orwcfm_fast.benchmarks.entrants import AFTER, AT_DIVERSITY, AT_W2, FOR_REWARDS, NEAR
+from orwcfm_fast.benchmarks.entrants import AFTER, AT_DIVERSITY, AT_W2, FOR_REWARDS
 
 Row = dict[str, Any]
-LAST = ("W2 at the end", "confidence")
-COLUMNS = {
-    "soon": (
-        "chosen for reward soon", *(f"s to {r:g}" for r in FOR_REWARDS),
-        *(f"reward after {s:g} s" for s in AFTER), *LAST,
-    ),
-    "near": (
-        "chosen for reward near", *(f"reward at W2 {w:g}" for w in AT_W2),
-        *(f"at diversity {d:g}" for d in AT_DIVERSITY), *LAST,
-    ),
-}  # fmt: skip
 RANKED_BY: dict[str, Callable[[Row], Any]] = {
     "soon": lambda row: (
         [math.inf if s is None else s for s in reversed(row["seconds_to"].values())],
         -row["reward"][0],
     ),
-    "near": lambda row: -row["reward_at_w2"][f"{NEAR:g}"][0],
+    "near": lambda row: -[*row["reward_at_w2"].values()][1][0],
 }
+
+
+def columns(found: dict[str, Any], goal: str) -> list[str]:
+    """Heads of the table of a goal."""
+    if goal == "soon":
+        own = [*(f"s to {r:g}" for r in FOR_REWARDS), *(f"reward after {s:g} s" for s in AFTER)]
+    else:
+        own = [f"reward at W2 {w:g}" for w in AT_W2[found["data"]]]
+        own += [f"at {d:g} of the diversity" for d in AT_DIVERSITY]
+    return [f"chosen for reward {goal}", *own, "W2 at the end", "confidence"]
 
 
 def ranked(found: dict[str, Any], goal: str) -> list[Row]:
@@ -34,12 +33,12 @@ def ranked(found: dict[str, Any], goal: str) -> list[Row]:
 
 
 def cells(row: Row) -> list[str]:
-    """Texts of a row, in the order of COLUMNS of its goal."""
+    """Texts of a row, in the order of its goal's columns."""
     if row["goal"] == "soon":
         own = [_seconds(row["seconds_to"][f"{r:g}"]) for r in FOR_REWARDS]
         own += [_interval(row["reward_after"].get(f"{s:g}")) for s in AFTER]
     else:
-        own = [_interval(row["reward_at_w2"][f"{w:g}"]) for w in AT_W2]
+        own = [_interval(value) for value in row["reward_at_w2"].values()]
         own += [_interval(row["reward_at_diversity"][f"{d:g}"]) for d in AT_DIVERSITY]
     return [row["name"], *own, _interval(row["w2"], 2), _interval(row["confidence"])]
 

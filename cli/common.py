@@ -58,7 +58,7 @@ Data = Annotated[
     option(
         "--data",
         panel="Model and data",
-        help="dataset on which a .pt file was trained (orwcfm list data)",
+        help="digits or mnist: take the model that ships; else the data of a .pt file (orwcfm list data)",
         metavar="NAME",
         autocompletion=names_of("data"),
     ),

@@ -1,6 +1,7 @@
 """Section Machine of the commands: list and bench; doctor has a file of its own."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,10 @@ from orwcfm_fast.cli.app import command
 from orwcfm_fast.cli.common import Debug, Json, option
 from orwcfm_fast.cli.completion import REGISTRIES, choices, registry
 from orwcfm_fast.cli.console import say
+from orwcfm_fast.errors import UserError
 
 SECTION = "Machine"
-BENCHMARKS = ("kernels", "loop", "race")
+BENCHMARKS = ("kernels", "loop", "race", "race-mnist")
 
 
 @command(SECTION, "list")
@@ -86,7 +88,9 @@ def bench(
 
     if what not in ("", *BENCHMARKS):
         raise unknown("bench", what, BENCHMARKS)
-    parts = {"kernels": _kernels, "loop": _loop, "race": _race}
+    if full and what == "race-mnist":
+        raise UserError("--full has no effect on race-mnist: its settings are those chosen on digits")
+    parts = {"kernels": _kernels, "loop": _loop, "race": _race, "race-mnist": partial(_race, data="mnist")}
     found = {part: parts[part](full, out, as_json) for part in ([what] if what else ("kernels", "loop"))}
     if as_json:
         print(json.dumps(found, indent=1))
@@ -127,19 +131,21 @@ def _loop(full: bool, out: Path | None, quiet: bool) -> dict[str, Any]:
     return found
 
 
-def _race(full: bool, out: Path | None, quiet: bool) -> dict[str, Any]:
+def _race(full: bool, out: Path | None, quiet: bool, data: str = "digits") -> dict[str, Any]:
     from orwcfm_fast.benchmarks import race, race_report
     from orwcfm_fast.benchmarks.record import save
     from orwcfm_fast.device import resolve_device
 
     with console.progress(1, "race", quiet) as bar:
-        found = race.race(full, lambda text: bar.at(0, text), resolve_device("auto"))
+        found = race.race(full, lambda text: bar.at(0, text), resolve_device("auto"), data)
     if not quiet:
-        for goal, columns in race_report.COLUMNS.items():
+        for goal in race_report.RANKED_BY:
             rows = race_report.ranked(found, goal)
-            console.out.print(console.plain_table(columns, map(race_report.cells, rows)))
+            console.out.print(
+                console.plain_table(race_report.columns(found, goal), map(race_report.cells, rows))
+            )
             for row in rows:
                 say(race_report.settings_of(row))
     if out:
-        say(str(save(found, out, race_report.plot, "race-")), quiet)
+        say(str(save(found, out, race_report.plot, f"race-{data}-")), quiet)
     return found

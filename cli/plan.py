@@ -1,6 +1,7 @@
 """Section Plan of the commands: predict."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,7 +108,8 @@ def predict(
         s = with_model_defaults(s, policy.model)
         # a run is forecast from where it started
         if loaded.run and loaded.run.reference.is_dir() and not exact:
-            policy, shown = loader.load(str(loaded.run.reference)).policy, f"the reference of {shown}"
+            model = str(loaded.run.reference)
+            policy, shown = loader.load(model).policy, f"the reference of {shown}"
         s = reward_options(s, loaded, given)
     reward = make_reward(s.reward, s)
     say(f"model: {shown}; reward {reward.name}", quiet or as_json)
@@ -128,6 +130,20 @@ def predict(
     forecasts = prediction.forecast_grid(reference, s)
     _show_forecasts(forecasts, as_json)
     say(f"picture: {prediction.save_front(out, forecasts)}", quiet or as_json)
+    rewards = s.reward if loaded.run or given.get("reward") else []
+    of = {"--checkpoint": [model], "--model": [preset], "--data": [data], "--reward": rewards}
+    more = [f"{flag} {shlex.quote(value)}" for flag, values in of.items() for value in values if value]
+    _advise(float(reference.rewards.std()), more, quiet or as_json)
+
+
+def _advise(spread: float, more: list[str], quiet: bool) -> None:
+    from orwcfm_fast.theory.advice import WISHES
+
+    if spread <= 0:
+        return
+    say(f"advice, for rewards of standard deviation {spread:.2g}:", quiet)
+    for wish in WISHES:
+        say(f"  {wish.name}: {wish.command(spread, more)}", quiet)
 
 
 def _show_forecasts(forecasts: list["Forecast"], as_json: bool) -> None:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLACE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.S)
 NO_YES = ("no", "yes")
+EVEN_DIGITS = 0.49  # standard deviation of that reward on samples of the digits model
 TABLES: dict[str, Callable[[], str]] = {}
 
 
@@ -47,10 +48,10 @@ def signed(value: float, digits: int) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def _methods() -> dict[tuple[float, str], list[dict[str, Any]]]:
+def _methods(data: str = "digits") -> dict[tuple[float, str], list[dict[str, Any]]]:
     """What each method came to at each α, a row a seed."""
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
-    for row in results("methods-digits")["runs"]:
+    for row in results(f"methods-{data}")["runs"]:
         after = row["after"] | {"reward": row["after"]["reward"][0]}
         after["over"] = after["w2_coupled"] / row["least_w2"][1]
         groups.setdefault((row["alpha"], row["method"]), []).append(after)
@@ -84,19 +85,94 @@ def alphas() -> str:
     return lines(("α", "reward, from 0.494", "coupled W2", "classifier confidence, from 0.967"), rows)
 
 
-@table
-def equal_drift() -> str:
+def _equal_drift(data: str) -> str:
     from orwcfm_fast.benchmarks.methods_report import EQUAL_W2, reward_at
 
-    runs = [row for row in results("methods-digits")["runs"] if row["rounds"] == 8]
+    runs = [row for row in results(f"methods-{data}")["runs"] if row["rounds"] == 8]
     rows = []
-    for w2 in EQUAL_W2["digits"]:
+    for w2 in EQUAL_W2[data]:
         rows.append([f"{w2:g}"])
         for method in ("orw", "orw-centred"):
             found = reward_at([row for row in runs if row["method"] == method], w2)
             assert found
             rows[-1].append(f"{found[0]:.3f} ± {2 * found[1]:.3f}")
     return lines(("coupled W2", "`orw`", "`orw-centred`"), rows)
+
+
+@table
+def wishes() -> str:
+    from orwcfm_fast.theory.advice import MANY_PROMPTS, WISHES
+
+    rows = (
+        [w.name, f"`{w.command(EVEN_DIGITS).removeprefix('orwcfm finetune ')}`", w.why]
+        for w in (*WISHES, MANY_PROMPTS)
+    )
+    return lines(("wish", "settings", "why"), rows)
+
+
+@table
+def equal_drift() -> str:
+    return _equal_drift("digits")
+
+
+@table
+def mnist_equal_drift() -> str:
+    return _equal_drift("mnist")
+
+
+@table
+def mnist() -> str:
+    rows = []
+    for (alpha, name), (after, *_) in _methods("mnist").items():
+        even = min(share for digit, share in after["classes"].items() if int(digit) % 2 == 0)
+        rows.append([
+            f"{alpha:g}", f"`{name}`", f"{after['reward']:.3f}", f"{after['w2_coupled']:.2f}", f"{after['over']:.2f}",
+            f"{after['confidence']:.3f}", f"{after['diversity']:.1f}", f"{after['fid'][0]:.0f}", f"{even:.1%}",
+        ])  # fmt: skip
+    columns = (
+        "reward",
+        "coupled W2",
+        "over the least",
+        "confidence",
+        "diversity",
+        "FID",
+        "rarest even class",
+    )
+    return lines(("α", "method", *columns), rows)
+
+
+@table
+def mnist_forecast() -> str:
+    rows = []
+    for run in sorted(results("methods-mnist")["runs"], key=lambda run: (run["method"], -run["alpha"])):
+        at = run["forecast"]
+        half = (at["forecast_high"] - at["forecast_low"]) / 2
+        rows.append([
+            f"`{run['method']}`", f"{run['alpha']:g}", f"{at['forecast']:.3f} ± {half:.3f}",
+            _bold(f"{at['reached']:.3f}", not at["inside"]), f"{at['w2_low']:.2f} to {at['w2_high']:.2f}",
+            _bold(f"{at['w2_reached']:.2f}", not at["w2_inside"]), f"{at['ess']:.0f}",
+        ])  # fmt: skip
+    return lines(
+        ("method", "α", "reward, forecast", "reached", "coupled W2, forecast", "reached", "ESS of the forecast"), rows
+    )  # fmt: skip
+
+
+@table
+def mnist_rounds() -> str:
+    """Rollouts of the rounds at α = 0."""
+    runs = {run["method"]: run["by_round"] for run in results("methods-mnist")["runs"] if run["alpha"] == 0}
+    keys = (("reward_mean", 3), ("w2_coupled", 2), ("confidence", 3), ("fid", 0))
+    for (
+        run
+    ) in runs.values():  # a rollout is drawn before the round's steps, its W2 is of the probe after them
+        w2 = [0.0, *(row["w2_coupled"] for row in run)]
+        run[:] = [row | {"w2_coupled": before} for row, before in zip(run, w2, strict=False)]
+    rows = (
+        [f"{k}", *(f"{run[k][key]:.{digits}f}" for run in runs.values() for key, digits in keys)]
+        for k in range(len(next(iter(runs.values()))))
+    )
+    heads = ("reward", "coupled W2", "confidence", "FID")
+    return lines(("rounds trained", *(f"{head}, `{name}`" for name in runs for head in heads)), rows)
 
 
 @table
@@ -116,8 +192,9 @@ def variants() -> str:
 def _race(goal: str) -> str:
     from orwcfm_fast.benchmarks import race_report
 
-    rows = (race_report.cells(row) for row in race_report.ranked(results("race-digits"), goal))
-    return lines(race_report.COLUMNS[goal], rows)
+    found = results("race-digits")
+    rows = (race_report.cells(row) for row in race_report.ranked(found, goal))
+    return lines(race_report.columns(found, goal), rows)
 
 
 @table
@@ -128,6 +205,21 @@ def race_soon() -> str:
 @table
 def race_near() -> str:
     return _race("near")
+
+
+@table
+def race_trials() -> str:
+    """Of each entrant the settings that were chosen, and the span of what all its trials scored."""
+    from orwcfm_fast.benchmarks import race_report
+
+    found = results("race-digits")
+    rows = []
+    for goal, score in (("soon", "mean reward"), ("near", "reward at W2 1.5")):
+        for row in race_report.ranked(found, goal):
+            own = [trial[goal] for trial in found["trials"] if trial["name"] == row["name"]]
+            settings = ", ".join(f"{key} {value:g}" for key, value in row["trial"].items())
+            rows.append([row["name"], goal, settings, score, f"{min(own):.3f} to {max(own):.3f}"])
+    return lines(("entrant", "chosen for", "settings", "scored by", "all twelve trials"), rows)
 
 
 def _bold(text: str, so: bool) -> str:

@@ -156,8 +156,8 @@ def whole(value: Tensor) -> Tensor:
 
 
 def like(value: Tensor, own: Tensor) -> Tensor:
-    """This rank's shard of a whole tensor where `own` is in shards, else the tensor."""
-    if not is_sharded(own):
+    """This rank's shard of a whole tensor where `own` is in shards, else the tensor as it is."""
+    if not is_sharded(own) or is_sharded(value):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -199,7 +199,7 @@ def reading(found: Checkpoint) -> Iterator[None]:
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"checkpoint {found.path}: not one to go on from ({why})") from None
 
 

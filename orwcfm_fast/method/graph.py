@@ -16,7 +16,7 @@ SEED = "seed"
 def record(body: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """The body's kernels, kept and not run: what runs them, and the tensor they leave its result in."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # rewards may run in another thread
         found = body()
     return graph.replay, found
 
@@ -70,8 +70,8 @@ class Recording:
 class VelocityGraphs:
     """Velocities without gradient, each shape of a policy's input as a recording; a policy's `replay`.
 
-    The first call of a shape runs as it is, which loads its kernels, and the second one records. Weights must be
-    changed in place, as all are here.
+    The first call of a shape runs as it is, which loads or compiles its kernels, and the second one records. Weights
+    must be changed in place, as all are here.
     """
 
     def __init__(self) -> None:
@@ -80,11 +80,12 @@ class VelocityGraphs:
     def __call__(self, policy: Policy, tensors: tuple[Tensor, ...]) -> Tensor:
         """policy.run(*tensors); what it returns is a copy."""
         key = (policy.network, policy.base_only, *((x.shape, x.dtype) for x in tensors))
-        if key not in self.recordings:
-            found = policy.run(*tensors)
-            self.recordings[key] = None
-            return found
-        recording = self.recordings[key] or self.record(policy, tensors)
+        # one mode for rollouts and anchors, which share a recording, and for what is compiled before it
+        with torch.inference_mode(False), torch.no_grad():
+            if key not in self.recordings:
+                self.recordings[key] = None
+                return policy.run(*(x.clone() for x in tensors))
+            recording = self.recordings[key] or self.record(policy, tensors)
         self.recordings[key] = recording
         for own, x in zip(recording.tensors, tensors, strict=True):
             own.copy_(x)
@@ -93,10 +94,9 @@ class VelocityGraphs:
 
     def record(self, policy: Policy, tensors: tuple[Tensor, ...]) -> Recording:
         """Where memory runs out, all recordings are given up: what is tried next has another shape."""
-        with torch.inference_mode(False), torch.no_grad():  # rollouts and anchors share a recording
-            own = tuple(x.clone() for x in tensors)
-            try:
-                return Recording(own, *record(lambda: policy.run(*own)))
-            except torch.OutOfMemoryError:
-                self.recordings.clear()
-                raise
+        own = tuple(x.clone() for x in tensors)
+        try:
+            return Recording(own, *record(lambda: policy.run(*own)))
+        except torch.OutOfMemoryError:
+            self.recordings.clear()
+            raise

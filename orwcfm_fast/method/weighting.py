@@ -90,7 +90,8 @@ def centre(weights: Tensor, mean: Tensor, alpha: float, grown: Tensor) -> tuple[
 
     Args:
         weights: [N]; mean: their mean under the round's law.
-        grown: the most that an error can have been multiplied by since the first round, 1 or more.
+        grown: the most that an error can have been multiplied by since the first round, 1 or more; GROWTH once a round
+            would have passed it.
     """
     if alpha == 0:
         return mean, grown

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.networks.lora_targets import parts, targets
 from orwcfm_fast.settings import Finetune
+from orwcfm_fast.sharding import like
 
 TRAINED, START = "default", "published"  # PEFT's names of adapters
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
@@ -203,7 +204,7 @@ def load_lora(network: nn.Module, state: dict[str, Tensor], where: str, name: st
         if key not in own or key not in state or own[key].shape != state[key].shape:
             raise UserError(f"{where}: adapters of another network or rank (at '{key}')")
     for prefix, part in _adapted(network, name).items():
-        mine = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+        mine = {k.removeprefix(prefix): like(v, own[k]) for k, v in state.items() if k.startswith(prefix)}
         peft().set_peft_model_state_dict(part, mine, name)
 
 

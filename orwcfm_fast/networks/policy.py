@@ -102,9 +102,8 @@ class Policy:
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.device))
         except Exception as error:
-            raise UserError(
-                f"--compile: torch.compile does not work here ({str(error).splitlines()[0]}); leave it out"
-            ) from error
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"--compile: torch.compile does not work here ({why}); leave it out") from error
         for part in self.pipeline.denoisers.values() if self.pipeline else [self.network]:
             part.compile()
 

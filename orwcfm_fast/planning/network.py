@@ -147,10 +147,11 @@ def make_plan(
         top = one.peak(size) if size >= batch else several.peak(size)
         return training.step(top, -(-batch // size))
 
-    def rollout_at(chunk: int) -> dict[str, int]:
+    def rollout_at(chunk: int, recorded: bool = False) -> dict[str, int]:
         others = 2 * (rollout - chunk) * one_sample
         waiting = min(WAITING * chunk, rollout) * one_sample if reward.concurrent else 0
-        return {"sampling": max(drawn.peak(chunk) + others + waiting, noised.peak(rollout))}
+        own = 0 if recorded else drawn.peak(chunk)
+        return {"sampling": max(own + others + waiting, noised.peak(rollout))}
 
     def scoring_at(size: int) -> dict[str, int]:
         return {"scoring": scored.peak(size) + rollout * one_sample}
@@ -162,20 +163,20 @@ def make_plan(
     room = int(HEADROOM * limit) - process - sum(held.values())
     micro_batch = largest_fitting(min(s.micro_batch or batch, batch), room, step_at)
     stepping = step_at(micro_batch)
+    method = METHODS.get(s.method)
+    velocities = method.old + method.has_reference(s.alpha)  # of each draw, before the first step
     if s.graph:  # recordings keep their memory: of a step, of velocities of a minibatch and of a chunk
-        velocities = (1 + METHODS.get(s.method).old) * drawn.peak(micro_batch)
-        held["CUDA graphs"] = sum(stepping.values()) + velocities
+        held["CUDA graphs"] = sum(stepping.values()) + velocities * drawn.peak(micro_batch)
         room, stepping = room - held["CUDA graphs"], dict.fromkeys(stepping, 0)
     chunk = largest_fitting(min(s.chunk, rollout), room, rollout_at)
     if s.graph:
         held["CUDA graphs"] += drawn.peak(chunk)
+        room -= drawn.peak(chunk)
     reward_batch = largest_fitting(wanted, room, scoring_at)
     per_step = (
         one.time(batch) if micro_batch == batch else several.time(micro_batch) * batch / (2 * micro_batch)
     )
     per_sample, probed = drawn.time(chunk) / chunk, probe_size(s)
-    method = METHODS.get(s.method)
-    velocities = method.old + method.has_reference(s.alpha)  # of each draw, before the first step
     seconds = {
         "rollout": per_sample * rollout,
         "reference": velocities * per_sample / s.nfe * batch * s.steps_per_round,
@@ -184,7 +185,7 @@ def make_plan(
         "probe": 2 * drawn.time(min(probed, chunk)) * max(1.0, probed / chunk),
     }
     return Plan(
-        str(device), micro_batch, chunk, held, stepping, rollout_at(chunk),
+        str(device), micro_batch, chunk, held, stepping, rollout_at(chunk, s.graph),
         scoring_at(reward_batch), process, limit, seconds,
         probe=memory.probe(chunk), evaluation=memory.evaluation(chunk),
         reward_batch=reward_batch if reward_batch < rollout else 0, flops=velocity_flops(policy),

@@ -11,7 +11,6 @@ from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.method.weighting import GROWTH
 from orwcfm_fast.networks.lora import load_lora
 from orwcfm_fast.runs import partial_round
-from orwcfm_fast.sharding import all_like
 
 
 def trained_files(trainer: Trainer) -> dict[str, checkpoint.Tensors]:
@@ -65,7 +64,7 @@ def restore_trainer(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
     policy, where = trainer.policy, str(found.path)
     with checkpoint.reading(found):
         if trainer.settings.lora:
-            load_lora(policy.network, all_like(policy.adapters_from(found.tensors), policy.network), where)
+            load_lora(policy.network, policy.adapters_from(found.tensors), where)
         else:
             checkpoint.load_weights(policy.network, found.tensors["model"], where)
         checkpoint.load_optimizer(trainer.optimizer.optimizer, found.tensors["optimizer"], where)

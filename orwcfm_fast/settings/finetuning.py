@@ -20,7 +20,7 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
         "",
         panel="Model and data",
         help="pretrained model: a run, a checkpoint, a .pt file of torchcfm or a preset",
-        default_text="the digits model",
+        default_text="the digits model, or the one of --data",
         metavar="MODEL",
     )
     model: str = setting(
@@ -34,7 +34,7 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
     data: str = setting(
         "",
         panel="Model and data",
-        help="dataset on which a .pt file was trained",
+        help="digits or mnist: start from the model that ships; else the data of a .pt file",
         default_text="the one of the checkpoint",
         metavar="NAME",
         complete="data",

@@ -52,8 +52,11 @@ class Empirical:
 
     def _resolved_time(self, rewards: Tensor) -> float:
         index = torch.linspace(0, len(self.samples) - 1, min(512, len(self.samples))).long()
-        both = self.samples, rewards.to(self.samples)[:, None]
-        variances = [float((x - x.mean(0)).square().sum(1).mean()) + 1e-30 for x in both]
+        mean = rewards.double().mean()
+        both = self.samples, (rewards.double() - mean).to(self.samples)[:, None]
+        # constant rewards but for rounding say nothing
+        least = (1e-30, 1e-30 + 1e-12 * float(mean) ** 2)
+        variances = [float(x.square().sum(1).mean()) + own for x, own in zip(both, least, strict=True)]
         for t in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93):
             kernel = self.kernel(t, self.noised(t, index))
             kernel = kernel / kernel.sum(1, keepdim=True)
@@ -88,12 +91,10 @@ class EmpiricalVelocity:
     def __init__(self, measure: Empirical, start: Tensor, stages: Sequence[Stage], centred: bool) -> None:
         self.measure, self.centred, count = measure, centred, len(start)
         self.alpha = torch.tensor([s.alpha for s in stages]).to(measure.samples)
-        centre = [s.masses * (s.masses @ s.weights) for s in stages]
-        rows = [start, *centre, *(s.masses * s.weights for s in stages)]
+        rows = [start, *(s.masses for s in stages), *(s.masses * s.weights for s in stages)]
         # times S, near 1: float32 products stay normal numbers
         self.rows = torch.stack(rows).to(measure.samples) * count
         self.centre = torch.tensor([s.centre for s in stages]).to(measure.samples)
-        self.mean_weight = torch.tensor([float(s.masses @ s.weights) for s in stages]).to(measure.samples)
         self.columns = self.rows.T.contiguous()
 
     def _factors(self, kernel: Tensor) -> Tensor:
@@ -101,7 +102,6 @@ class EmpiricalVelocity:
         sums = kernel @ self.columns
         rounds = len(self.alpha)
         start, mass, weighted = sums.split([1, rounds, rounds], dim=1)
-        mass = mass / self.mean_weight
         share = 1 / (weighted / mass + self.alpha)  # 1 / (E[w | x_t] + α)
         if not self.centred:
             return torch.cat([self.alpha * share / start, torch.zeros_like(mass), share / mass], 1)
@@ -111,7 +111,7 @@ class EmpiricalVelocity:
         since = kept.flip(1).cumprod(1).flip(1)
         later = torch.cat([since[:, 1:], torch.ones_like(since[:, :1])], 1) * share
         anchored = (since[:, :1] + (later * self.alpha).sum(1, True)) / start
-        return torch.cat([anchored, -since / self.mean_weight / mass, later / mass], 1)
+        return torch.cat([anchored, -since / mass, later / mass], 1)
 
     def mean(self, t: float, x: Tensor) -> Tensor:
         """D [n, D] at points x [n, D]."""

@@ -63,9 +63,13 @@ def test_drift_is_read_at_the_common_limit_and_seconds_from_the_whole_run():
 
 
 def test_settings_of_the_short_form_are_those_that_the_full_one_chose():
-    kept = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("race-*.json"))
-    chosen = json.loads(kept[-1].read_text("utf-8"))["chosen"] if kept else {}
-    assert chosen == race.CHOSEN
+    kept = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("race-digits-*.json"))
+    assert json.loads(kept[-1].read_text("utf-8"))["chosen"] == race.CHOSEN
+
+
+def test_mnist_is_raced_in_the_short_form_alone(run_cli):
+    refused = run_cli("bench", "race-mnist", "--full")
+    assert refused.code == 2 and "no effect on race-mnist" in refused.err
 
 
 @pytest.mark.slow

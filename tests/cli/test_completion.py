@@ -40,7 +40,7 @@ def complete(monkeypatch, capsys):
         ("orwcfm sample --model unet-ci", ["unet-cifar10"]),
         ("orwcfm pretrain --recipe mnist", ["mnist-even", "mnist-small"]),
         ("orwcfm list sol", ["solvers"]),
-        ("orwcfm bench ", ["kernels", "loop", "race"]),
+        ("orwcfm bench ", ["kernels", "loop", "race", "race-mnist"]),
     ],
 )
 def test_the_shell_is_offered_commands_options_and_values(complete, words, offered):

@@ -171,7 +171,7 @@ def test_doctor_plans_with_the_settings_of_a_run(run_cli):
 TRAIN = """
 import sys, torch
 from pathlib import Path
-from orwcfm_fast.data import source
+from orwcfm_fast.data.datasets import source
 from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.networks.policy import make_policy
 from orwcfm_fast.rewards import make_reward

@@ -257,5 +257,6 @@ def test_where_the_reward_changes_within_a_mode_flows_are_followed_until_it_is_k
     """Stopped as soon as they name a mode, 8gaussians under `right` was 3 standard errors below its exact answer."""
     points, _ = load_data("8gaussians")
     x, generator = points[:512], torch.Generator()
-    ends = [Empirical(x, r, generator.manual_seed(0)).end for r in (right(x), torch.zeros(512))]
-    assert ends[0] > 0.9 > 0.85 > ends[1]
+    rewards = (right(x), torch.zeros(512), torch.full((512,), 0.3), torch.full((512,), -1300.0))
+    ends = [Empirical(x, r, generator.manual_seed(0)).end for r in rewards]
+    assert ends[0] > 0.9 > 0.85 > ends[1] == ends[2] == ends[3]
