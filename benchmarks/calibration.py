@@ -1,12 +1,12 @@
 """What the forecast is worth: runs beside what was forecast before them.
 
-`python -m orwcfm_fast.benchmarks.calibration [digits|points|longer|rest …] --out FILE.json [--method orw-centred]`
+`python -m orwcfm_fast.benchmarks.calibration [digits|points|closer|rest …] --out FILE.json [--method orw-centred]`
 
 digits, points: α of 0.1, 0.3, 1 and 3 by three τ, each after 8 and after 14 rounds; a summary says how often what was
-reached lies within the forecast's interval. longer: digits at α = 0.1 with more gradient steps a round, which tells
-what the network has not learnt from what the forecast gets wrong. rest: τ = 0, where the forecast says that nothing
-moves. Every run is measured on noise that neither the forecast nor the training has drawn. Runs that FILE holds already
-are not repeated; date and versions are those of the first.
+reached lies within the forecast's interval. closer: digits at α = 0.1 with more gradient steps a round, and with more
+samples, which tells what the network has not learnt from what the forecast gets wrong. rest: τ = 0, where the forecast
+says that nothing moves. Every run is measured on noise that neither the forecast nor the training has drawn. Runs that
+FILE holds already are not repeated; date and versions are those of the first.
 """
 
 import argparse
@@ -46,7 +46,8 @@ POINTS = FIT["points"]
 REWARD = {"digits": "even-digits", "points": "right"}
 HELD_OUT = {"digits": 4096, "points": 20_000}
 HELD_OUT_SEED = 70_001
-PARTS, LONGER = ("digits", "points", "longer", "rest"), 256
+PARTS = ("digits", "points", "closer", "rest")
+CLOSER = ((256, 0), (256, 4096))  # steps a round and rollout, 0 for the usual one
 W2_BELOW = 0.15  # share by which a reached W2 may lie below the forecast's interval
 
 
@@ -59,11 +60,18 @@ class Case:
     tau: float
     method: str
     steps_per_round: int
+    rollout: int = 0  # 0: the usual one
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {key: value for key, value in vars(self).items() if key != "rollout" or value}
 
     @property
     def settings(self) -> Finetune:
-        more = {**FIT[self.data], "steps_per_round": self.steps_per_round}
-        return Finetune(method=self.method, alpha=self.alpha, tau=self.tau, rounds=max(AFTER), **more)
+        more = {key: self.named[key] for key in ("steps_per_round", "rollout") if key in self.named}
+        given = {**FIT[self.data], "method": self.method, "alpha": self.alpha, "tau": self.tau, **more}
+        return Finetune(**given, rounds=max(AFTER))
 
 
 def model_of(data: str) -> Policy:
@@ -90,13 +98,14 @@ def calibrate(case: Case, base: Policy, ahead: Forecast) -> list[dict[str, Any]]
     x0 = start_noise(base, n, HELD_OUT_SEED)
     x_ref = sample(base, x0, s, s.chunk)
     before, rows = reward(base.decode(x_ref)), []
-    for done, _ in enumerate(build_trainer(policy, reward, s, reference=base).train(s.rounds), 1):
+    rounds = AFTER[0] if case.rollout else s.rounds
+    for done, _ in enumerate(build_trainer(policy, reward, s, reference=base).train(rounds), 1):
         if done not in AFTER:
             continue
         x = sample(policy, x0, s, s.chunk)
         after = reward(policy.decode(x))
         rows.append({
-            **vars(case), "reward": REWARD[case.data], "rounds": done, "before": float(before.mean()),
+            **case.named, "reward": REWARD[case.data], "rounds": done, "before": float(before.mean()),
             "doubt": ahead.doubt,
             **beside(ahead.rounds[done], float(after.mean()), float(after.std()) / math.sqrt(n), coupled_w2(x, x_ref)),
         })  # fmt: skip
@@ -131,8 +140,8 @@ def at_rest(data: str, base: Policy, alpha: float, name: str, rounds: int = 8) -
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many rewards and W2 lie inside, by data and number of rounds; runs with more steps are left out."""
-    rows = [r for r in rows if r.get("steps_per_round") != LONGER]
+    """How many rewards and W2 lie inside, by data and number of rounds; those of `closer` are left out."""
+    rows = [r for r in rows if r.get("steps_per_round") != CLOSER[0][0]]
     found = []
     for data, rounds in sorted({(r["data"], r["rounds"]) for r in rows if "inside" in r}):
         own = [r for r in rows if (r["data"], r["rounds"]) == (data, rounds) and "inside" in r]
@@ -168,14 +177,17 @@ def main() -> None:
         base = model_of("digits" if data == "digits" else "two-gaussians")
         usual, cases = Finetune(**FIT[data]).steps_per_round, []
         if data in parts:
-            cases = [(a, t, usual) for t, a in product(TAUS, ALPHAS)]
-        if data == "digits" and "longer" in parts:
-            cases += [(ALPHAS[0], t, LONGER) for t in TAUS[:2]]
+            cases = [(a, t, usual, 0) for t, a in product(TAUS, ALPHAS)]
+        if data == "digits" and "closer" in parts:
+            cases += [(ALPHAS[0], TAUS[0], *more) for more in CLOSER]
         if cases:
             ahead = forecasts_of(data, base, arguments.method)
-            for alpha, tau, steps in cases:
-                case = Case(data, alpha, tau, arguments.method, steps)
-                if not any(vars(case).items() <= row.items() for row in found["rows"]):
+            for alpha, tau, steps, rollout in cases:
+                case = Case(data, alpha, tau, arguments.method, steps, rollout)
+                if not any(
+                    case.named.items() <= row.items() and case.rollout == row.get("rollout", 0)
+                    for row in found["rows"]
+                ):
                     for row in calibrate(case, base, ahead[alpha, tau]):
                         keep(row)
         if "rest" in parts:
