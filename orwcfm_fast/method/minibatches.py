@@ -13,7 +13,7 @@ from orwcfm_fast.method.coupling import Batch, couple, weighted_plan_draw
 from orwcfm_fast.method.objectives import Method, Point
 from orwcfm_fast.method.plans import PlannedPairs
 from orwcfm_fast.method.rollout import Rollout
-from orwcfm_fast.method.weighting import centre
+from orwcfm_fast.method.weighting import centre, mean_weight_at
 from orwcfm_fast.settings import Finetune
 
 
@@ -28,7 +28,6 @@ class Minibatches:
         number: of the round.
         row: the method, whose weights the batches carry where they do not follow the policy's velocity.
         seed: of the run, 0-d, on the samples' device.
-        grown: before the round, as in `weighting.centre`; the attribute is that after it.
     """
 
     def __init__(
@@ -41,14 +40,10 @@ class Minibatches:
         settings: Finetune,
         seed: Tensor,
         ranks: ProcessGroup,
-        grown: Tensor,
     ) -> None:
         self.rollout, self.signal, self.alpha, self.number = rollout, signal, alpha, number
         self.row, self.settings, self.seed, self.ranks = row, settings, seed, ranks
         self.mean = signal.mean()
-        self.centre, self.grown = self.mean, grown
-        if row.centred:
-            self.centre, self.grown = centre(signal, self.mean, alpha, grown)
         n = len(signal)
         passes = math.ceil(settings.steps_per_round * settings.batch / n)
         self.order = torch.cat([noise.permutation(n, seed, number * passes + p) for p in range(passes)])
@@ -87,10 +82,18 @@ class Minibatches:
         if rollout.condition is not None:
             batch = replace(batch, condition=rollout.condition[pick])
         if s.coupling == "independent" and not self.row.reads_velocity:
-            w, b, a = self.row.coefficients(self.point(batch))
+            w, b, a = self.row.coefficients(self.point(batch, pick))
             batch = replace(batch, w=w, b=b, a=a)
         return batch.part(self.ranks.share(s.batch))
 
-    def point(self, batch: Batch) -> Point:
-        """What the method may know of a batch whose w is still the signal."""
-        return Point(batch.w, self.mean, self.centre, 1 - batch.t, self.alpha, self.settings)
+    def point(self, batch: Batch, pick: Tensor) -> Point:
+        """What the method may know of a batch whose w is still the signal; pick [B]: the rows of its samples."""
+        found = self.mean
+        if self.row.centred:
+            of = self.rollout
+            found = centre(
+                mean_weight_at(batch.x_t, batch.t, of.x1, self.signal, pick, of.condition),
+                self.mean,
+                self.alpha,
+            )
+        return Point(batch.w, self.mean, found, 1 - batch.t, self.alpha, self.settings)

@@ -6,8 +6,7 @@ from torch import Tensor
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.rewards.standardize import standardize
 
-SHRINKING = 0.9
-GROWTH = 10.0  # quadrature loses mass where its errors grow 30 times, and samples stray at 500 times
+LEAST_NOISE = 0.05  # of x_t, in telling which samples it may have come from
 
 
 def weigh(
@@ -80,22 +79,34 @@ def check_positive(w: Tensor) -> None:
         raise UserError("coupling 'ot': every weight must be positive; use --coupling independent")
 
 
-def centre(weights: Tensor, mean: Tensor, alpha: float, grown: Tensor) -> tuple[Tensor, Tensor]:
-    """The number c that `orw-centred` subtracts from a round's weights, and what `grown` is after it; all 0-d.
+def mean_weight_at(
+    x_t: Tensor, t: Tensor, x1: Tensor, weights: Tensor, own: Tensor, condition: Tensor | None = None
+) -> Tensor:
+    """E[w | x_t] [B] as the other samples of the rollout tell it: their weights, averaged by N(x_t; t·x1, (1−t)²).
 
-    For α > 0 the policy is held between two velocities, and its own, v_old, is not quite the E[u | x_t] of its
-    samples. What it is off, the round multiplies by c/(E[w | x_t] + α), at most by c/(least w + α). With the mean as c
-    that grows from round to round where samples are worse than the mean by more than α. It may grow to GROWTH in all;
-    from then on c is SHRINKING of the least w + α, and it dies out. At α = 0 v_old is E[u | x_t], and nothing can grow.
+    A draw's own sample is left out, so that given x_t the estimate does not depend on the draw's noise.
 
     Args:
-        weights: [N]; mean: their mean under the round's law.
-        grown: the most that an error can have been multiplied by since the first round, 1 or more; GROWTH once a round
-            would have passed it.
+        x_t: points [B, *shape] of times t [B]; own: their samples' rows [B] among x1.
+        x1: samples [N, *shape] with weights [N]. condition: of each sample [N]; only those of the same one count.
+
+    Returns:
+        the mean weight itself where no other sample is of the same condition, and where all weights are equal.
     """
-    if alpha == 0:
-        return mean, grown
-    bound = weights.min() + alpha
-    after = grown * (mean / bound).clamp_min(1)
-    found = torch.where(after <= GROWTH, mean, torch.minimum(mean, SHRINKING * bound))
-    return found, after.clamp_max(GROWTH)
+    mean, points, samples = weights.mean(), x_t.flatten(1).float(), x1.flatten(1).float()
+    near = t[:, None] * (points @ samples.T) - 0.5 * t[:, None].square() * samples.square().sum(1)
+    near = near / (1 - t[:, None]).clamp_min(LEAST_NOISE).square()
+    near = near.scatter(1, own[:, None], -torch.inf)
+    if condition is not None:
+        near = near.masked_fill(condition[own][:, None] != condition, -torch.inf)
+    return mean + near.softmax(1).nan_to_num(0).to(weights) @ (weights - mean)
+
+
+def centre(weight_at: Tensor, mean: Tensor, alpha: float) -> Tensor:
+    """The number c that `orw-centred` subtracts from the weight of a draw: the mean weight, or E[w | x_t] + α if less.
+
+    What the policy's own velocity v_old is off from E[u | x_t] of its samples, a round multiplies by
+    c/(E[w | x_t] + α). With the mean as c that would grow from round to round where samples are worse than the mean by
+    more than α. Any c that depends on x_t alone has the same minimiser where v_old is right.
+    """
+    return torch.minimum(mean, weight_at + alpha)

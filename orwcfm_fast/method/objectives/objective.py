@@ -31,8 +31,8 @@ class Point:
     """What the coefficients of a minibatch's draws may depend on.
 
     Attributes:
-        signal: what the reward says of each sample, [B] (see `signal_of`); mean, centre: of the round's, 0-d (see
-            `weighting.centre`).
+        signal: what the reward says of each sample, [B] (see `signal_of`); mean: of the round's, 0-d; centre: what is
+            subtracted, [B] or 0-d (see `weighting.centre`).
         noise_level: s = 1 − t of each draw, [B].
         alpha: α in force; settings: of the run.
         own_loss: 1/D‖v − u‖² at the policy as it is now, [B]; where `Method.reads_velocity`.
@@ -62,7 +62,7 @@ class Method:
         signal: what the reward becomes before the first step of a round.
         old, reference: whether the row has a term with v_old, with v_ref; a velocity without a term is not computed.
         uses_alpha: they depend on α; the options that set it are refused elsewhere, and at α = 0 v_ref is not computed.
-        centred: a number is subtracted from the weights, see `weighting.centre`.
+        centred: `weighting.centre` is subtracted from the weights.
         reads_velocity: the coefficients depend on the policy's velocity, and so change with every step.
         late: t has density 2t in place of 1, so that more draws lie near the data. The minimiser at each t is the same.
         rests: at τ = 0 the policy does not change.
