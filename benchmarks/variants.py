@@ -108,7 +108,7 @@ def value_head() -> Iterator[None]:
         batch = picked(self, k)
         with torch.no_grad():
             g = at(batch).clamp_min(0)
-        return replace(batch, w=batch.w + self.centre - g, b=g)
+        return replace(batch, w=batch.w + batch.anchor_weight - batch.a - g, b=g)
 
     with patch.multiple(Minibatches, __init__=init, __getitem__=get):
         yield

@@ -1,6 +1,7 @@
 """Section Machine of the commands: list and bench; doctor has a file of its own."""
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,7 +91,9 @@ def bench(
         raise unknown("bench", what, BENCHMARKS)
     if full and what == "race-mnist":
         raise UserError("--full has no effect on race-mnist: its settings are those chosen on digits")
-    parts = {"kernels": _kernels, "loop": _loop, "race": _race, "race-mnist": partial(_race, data="mnist")}
+    parts: dict[str, Callable[..., dict[str, Any]]] = {
+        "kernels": _kernels, "loop": _loop, "race": _race, "race-mnist": partial(_race, data="mnist"),
+    }  # fmt: skip
     found = {part: parts[part](full, out, as_json) for part in ([what] if what else ("kernels", "loop"))}
     if as_json:
         print(json.dumps(found, indent=1))
