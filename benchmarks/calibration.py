@@ -70,7 +70,13 @@ class Case:
     @property
     def settings(self) -> Finetune:
         more = {key: self.named[key] for key in ("steps_per_round", "rollout") if key in self.named}
-        given: dict[str, Any] = {**FIT[self.data], "method": self.method, "alpha": self.alpha, "tau": self.tau, **more}
+        given: dict[str, Any] = {
+            **FIT[self.data],
+            "method": self.method,
+            "alpha": self.alpha,
+            "tau": self.tau,
+            **more,
+        }
         return Finetune(**given, rounds=max(AFTER))
 
 

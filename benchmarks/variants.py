@@ -106,9 +106,10 @@ def value_head() -> Iterator[None]:
 
     def get(self: Minibatches, k: int) -> Batch:
         batch = picked(self, k)
+        assert batch.b is not None
         with torch.no_grad():
             g = at(batch).clamp_min(0)
-        return replace(batch, w=batch.w + batch.anchor_weight - batch.a - g, b=g)
+        return replace(batch, w=batch.w + batch.b - g, b=g)
 
     with patch.multiple(Minibatches, __init__=init, __getitem__=get):
         yield
