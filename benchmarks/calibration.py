@@ -69,7 +69,8 @@ class Case:
 
     @property
     def settings(self) -> Finetune:
-        more = {key: self.named[key] for key in ("steps_per_round", "rollout") if key in self.named}
+        named = self.named
+        more: dict[str, Any] = {key: named[key] for key in ("steps_per_round", "rollout") if key in named}
         given: dict[str, Any] = {
             **FIT[self.data],
             "method": self.method,
