@@ -28,6 +28,7 @@ class Minibatches:
         number: of the round.
         row: the method, whose weights the batches carry where they do not follow the policy's velocity.
         seed: of the run, 0-d, on the samples' device.
+        grown: before the round, as in `weighting.centre`; the attribute is that after it.
     """
 
     def __init__(
@@ -40,10 +41,14 @@ class Minibatches:
         settings: Finetune,
         seed: Tensor,
         ranks: ProcessGroup,
+        grown: Tensor,
     ) -> None:
         self.rollout, self.signal, self.alpha, self.number = rollout, signal, alpha, number
         self.row, self.settings, self.seed, self.ranks = row, settings, seed, ranks
         self.mean = signal.mean()
+        self.centre, self.grown = self.mean, grown
+        if row.centred:
+            self.centre, self.grown = centre(signal, self.mean, alpha, grown)
         n = len(signal)
         passes = math.ceil(settings.steps_per_round * settings.batch / n)
         self.order = torch.cat([noise.permutation(n, seed, number * passes + p) for p in range(passes)])
@@ -88,12 +93,8 @@ class Minibatches:
 
     def point(self, batch: Batch, pick: Tensor) -> Point:
         """What the method may know of a batch whose w is still the signal; pick [B]: the rows of its samples."""
-        found = self.mean
-        if self.row.centred:
-            of = self.rollout
-            found = centre(
-                mean_weight_at(batch.x_t, batch.t, of.x1, self.signal, pick, of.condition),
-                self.mean,
-                self.alpha,
-            )
+        found, of = self.centre, self.rollout
+        if self.row.centred and self.alpha == 0:
+            weight_at = mean_weight_at(batch.x_t, batch.t, of.x1, self.signal, pick, of.condition)
+            found = torch.minimum(self.mean, weight_at)
         return Point(batch.w, self.mean, found, 1 - batch.t, self.alpha, self.settings)

@@ -67,6 +67,7 @@ class Trainer:
     Attributes:
         alpha, tau: in force; they begin as in the settings, and callbacks may change them.
         round, steps: whole rounds done, and their gradient steps.
+        grown: how far errors of the policy's velocity can have grown by then, 0-d (see `weighting.centre`).
         current: the round under way, None between rounds; last: the round before.
     """
 
@@ -112,6 +113,7 @@ class Trainer:
         self.phases = self.optimizer.phases
         self.seed = noise.seed_on(settings.seed, policy.device)
         self.alpha, self.tau = settings.alpha, settings.tau
+        self.grown = torch.ones((), device=policy.device)
         self.round = self.steps = 0
         self.current: RoundState | None = None
         self.last: RoundState | None = None
@@ -143,6 +145,7 @@ class Trainer:
                 self.boundary()
         if self.average and self.method.averages:
             self.average.update(self.method.averages(self.round + 1))
+        self.grown = batches.grown
         self.round, self.steps = self.round + 1, self.steps + len(current.losses)
         self.current, self.last = None, current
         record = self.measure(current, signal)
@@ -205,10 +208,19 @@ class Trainer:
         """
         if self.settings.coupling == "ot":
             check_positive(signal)
-        s = self.settings
-        found = Minibatches(rollout, signal, self.alpha, self.round, self.method, s, self.seed, self.ranks)
+        found = Minibatches(
+            rollout,
+            signal,
+            self.alpha,
+            self.round,
+            self.method,
+            self.settings,
+            self.seed,
+            self.ranks,
+            self.grown,
+        )
         if not self.method.reads_velocity:
-            at = Point(signal, found.mean, found.mean, torch.ones_like(signal), self.alpha, self.settings)
+            at = Point(signal, found.mean, found.centre, torch.ones_like(signal), self.alpha, self.settings)
             check_bounded(self.settings.method, self.method.coefficients(at))
         return found
 
@@ -331,8 +343,9 @@ class Trainer:
         """The reward that is trained on, and the held-out one where there is one."""
         return [self.reward, *([self.holdout] if self.holdout else [])]
 
-    def continue_from(self, round: int, current: RoundState | None) -> None:
+    def continue_from(self, round: int, current: RoundState | None, grown: float) -> None:
         """Go on after so many rounds; the policy's weights and the optimiser's state are loaded already."""
+        self.grown = torch.full_like(self.grown, grown)
         self.round, self.current, self.last = round, current, None
         self.steps = round * self.settings.steps_per_round
         if current:
@@ -358,6 +371,7 @@ class Trainer:
         self.optimizer.reset()
         if self.average:
             self.average.reset()
+        self.grown = torch.ones_like(self.grown)
         self.round = self.steps = 0
         self.current = self.last = None
         self.notify("on_reset")

@@ -8,6 +8,7 @@ import torch
 from orwcfm_fast.checkpoints import checkpoint
 from orwcfm_fast.method.pretrain import Pretrainer
 from orwcfm_fast.method.trainer import Trainer
+from orwcfm_fast.method.weighting import GROWTH
 from orwcfm_fast.networks.lora import load_lora
 from orwcfm_fast.runs import partial_round
 
@@ -34,6 +35,7 @@ def trainer_contents(
         "kind": "finetune",
         "round": trainer.round,
         "step": trainer.steps_taken,
+        "grown": float(trainer.grown),
     }
     current: dict[str, checkpoint.Tensors] = {}
     if trainer.current and trainer.current.losses:
@@ -76,7 +78,10 @@ def restore_trainer(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
         taken = number * trainer.settings.steps_per_round + (len(current.losses) if current else 0)
         if taken != step or not 0 <= step < 2**62:
             raise ValueError("its round and its step do not agree")
-    trainer.continue_from(number, current)
+        grown = float(found.state.get("grown", 1))  # a checkpoint of before held no such thing
+        if not 1 <= grown <= GROWTH:
+            raise ValueError(f"errors have grown {grown:g} times")
+    trainer.continue_from(number, current, grown)
 
 
 def save_pretrainer(trainer: Pretrainer, path: str | Path, more: dict[str, Any] | None = None) -> None:

@@ -68,11 +68,12 @@ class Empirical:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one round's velocity is made of: masses p and weights w over the samples [S], the round's α."""
+    """What one round's velocity is made of: masses p and weights w over the samples [S], the round's α and c."""
 
     masses: Tensor
     weights: Tensor
     alpha: float
+    centre: float = 1.0
 
 
 class EmpiricalVelocity:
@@ -93,7 +94,7 @@ class EmpiricalVelocity:
         rows = [start, *(s.masses for s in stages), *(s.masses * s.weights for s in stages)]
         # times S, near 1: float32 products stay normal numbers
         self.rows = torch.stack(rows).to(measure.samples) * count
-        self.mean_weight = torch.tensor([float(s.masses @ s.weights) for s in stages]).to(measure.samples)
+        self.centre = torch.tensor([s.centre for s in stages]).to(measure.samples)
         self.columns = self.rows.T.contiguous()
 
     def _factors(self, kernel: Tensor) -> Tensor:
@@ -104,8 +105,9 @@ class EmpiricalVelocity:
         share = 1 / (weighted / mass + self.alpha)  # 1 / (E[w | x_t] + α)
         if not self.centred:
             return torch.cat([self.alpha * share / start, torch.zeros_like(mass), share / mass], 1)
-        # D_k = share·(E[w·u] + α·D_ref) + kept·(D_{k−1} − E[u]), kept = share·c of `weighting.centre`
-        kept = (share * self.mean_weight).clamp_max(1)
+        # D_k = share·(E[w·u] + α·D_ref) + kept·(D_{k−1} − E[u]). The last is 0 but for what the masses are off, which
+        # must not grow from round to round
+        kept = (share * self.centre).clamp_max(1)
         since = kept.flip(1).cumprod(1).flip(1)
         later = torch.cat([since[:, 1:], torch.ones_like(since[:, :1])], 1) * share
         anchored = (since[:, :1] + (later * self.alpha).sum(1, True)) / start

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from orwcfm_fast.method.weighting import weigh
+from orwcfm_fast.method.weighting import centre, weigh
 from orwcfm_fast.theory.empirical import Empirical, EmpiricalVelocity, Stage
 from orwcfm_fast.theory.parallel import in_parallel
 
@@ -91,12 +91,14 @@ class EmpiricalRecursion:
         """Rounds 0 … N of one setting."""
         masses = self.start
         stages: list[Stage] = []
+        grown = torch.ones_like(masses[0])
         # v_ref by the sums of this setting: rounding alone can send a trajectory to another sample
         rest = self._landing(self.velocity([Stage(masses, torch.ones_like(masses), alpha)], centred))
         found = [Outcome(masses, float(masses @ self.rewards), 0.0, 0.0, 0.0)]
         for _ in range(rounds):
             weights = weigh(self.rewards, tau, weighting, normalize, masses)
-            stage = Stage(masses, weights, alpha)
+            c, grown = centre(weights, masses @ weights, alpha, grown)
+            stage = Stage(masses, weights, alpha, float(c))
             stages = [*stages, stage] if centred else [stage]
             landing = self._landing(self.velocity(stages, centred))
             if alpha == 0:  # what the flow makes of the masses is known

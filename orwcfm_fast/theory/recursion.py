@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orwcfm_fast.errors import UserError
-from orwcfm_fast.method.weighting import weigh
+from orwcfm_fast.method.weighting import centre, weigh
 from orwcfm_fast.theory.bounds import paper_drift
 from orwcfm_fast.theory.density import FLOOR, Density, Grid, as_double, check_edges, on_grid
 from orwcfm_fast.theory.parallel import single_threaded
@@ -20,6 +20,7 @@ from orwcfm_fast.theory.velocity import ExactVelocity, Stage, push
 
 FIGURES = ("reward", "w2", "entropy", "drift")
 METHODS = ("orw-centred", "orw")  # those whose recursion is known
+SEEN = 1e-6  # of the greatest density: below it no sample is drawn
 DEFAULT_STEPS = {1: 48, 2: 24}
 
 
@@ -143,7 +144,7 @@ def _solve(
             number, expected, w2, entropy, mean_drift, mass, q.reshape(shape), drift.reshape(shape), velocity
         )
 
-    q, velocity = start, still
+    q, velocity, grown = start, still, torch.ones_like(start[0])
     found = [summary(0, start, 1.0, None, still)]
     for number in range(1, rounds + 1):
         weight, a = weights(reward, q * grid.cell), alpha(found)
@@ -151,7 +152,8 @@ def _solve(
             raise UserError(
                 f"the least weight is {float(weight.min()):.4g}: use α > {-float(weight.min()):.4g}"
             )
-        velocity = velocity.after(Stage(q, weight, a))
+        c, grown = centre(weight[q > SEEN * q.max()], q @ weight / q.sum(), a, grown)
+        velocity = velocity.after(Stage(q, weight, a, c))
         noise, q = push(velocity, steps, threads)
         mass = float(q.sum()) * grid.cell
         if not math.isfinite(mass) or abs(mass - 1) > 0.05:
@@ -190,8 +192,8 @@ def exact_recursion(
         orw          v*_N(t, x) = (E[w·u | x_t=x] + α·v_ref(t, x)) / (E[w | x_t=x] + α)
         orw-centred  v*_N(t, x) = (E[(w − c)·u | x_t=x] + c·v*_{N−1}(t, x) + α·v_ref(t, x)) / (E[w | x_t=x] + α)
 
-    with expectations under q_{N−1}, w of mean 1, c = min(1, E[w | x_t] + α), and v*_0 = v_ref the velocity of
-    q_0: each is where the gradient of its objective vanishes. At α=0 v*_{N−1} is E[u | x_t], the two are one and
+    with expectations under q_{N−1}, w of mean 1, c of `weighting.centre`, mostly 1, and v*_0 = v_ref the velocity
+    of q_0: each is where the gradient of its objective vanishes. At α=0 v*_{N−1} is E[u | x_t], the two are one and
     q_N ∝ w·q_{N−1}, hence w^N·q_0. At α>0 the centred form comes to rest where
     E[(w − c)·(u − v) | x_t] = α·(v − v_ref).
 

@@ -9,7 +9,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from orwcfm_fast.method.weighting import centre
 from orwcfm_fast.theory.density import FLOOR, Grid
 from orwcfm_fast.theory.parallel import CHUNK, in_parallel
 
@@ -21,19 +20,15 @@ class Stage:
     density: Tensor
     weight: Tensor
     alpha: float
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean weight, 0-d."""
-        return self.density @ self.weight / self.density.sum()
+    centre: Tensor
 
 
 @dataclass(frozen=True)
 class ExactVelocity:
     """The velocity that minimises a round's objective, given those of the rounds before it.
 
-    With E[·] over x1 from the round's density q given x_t = x, c = min(mean of w, E[w] + α) as in
-    `weighting.centre`, and v_old the velocity of the round before:
+    With E[·] over x1 from the round's density q given x_t = x, c of `weighting.centre`, and v_old the velocity of
+    the round before:
 
         orw          v*(t, x) = (E[w·u] + α·v_ref) / (E[w] + α)
         orw-centred  v*(t, x) = (E[(w − c)·u] + c·v_old + α·v_ref) / (E[w] + α)
@@ -110,10 +105,8 @@ class ExactVelocity:
             weight, top, weight_slope, top_slope = posterior(2 * k + 2, 2 * k + 1)
             if self.centred:
                 _, plain, _, plain_slope = posterior(2 * k + 1, 2 * k + 1)
-                c = centre(weight, stage.mean, stage.alpha)
-                c_slope = torch.where(c < stage.mean, weight_slope, 0.0)
-                top = top + c * (mean - plain)
-                top_slope = top_slope + c * (slope - plain_slope) + c_slope * (mean - plain)
+                top = top + stage.centre * (mean - plain)
+                top_slope = top_slope + stage.centre * (slope - plain_slope)
             total = weight + stage.alpha
             mean = (top + stage.alpha * start) / total
             slope = (top_slope + stage.alpha * start_slope - mean * weight_slope) / total

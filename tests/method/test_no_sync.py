@@ -78,7 +78,9 @@ def parts_of_a_round(policy, settings):
     def run():
         rollout = draw(policy, settings.rollout, 0, settings.seed, settings, settings.chunk)
         w = torch.ones(settings.rollout, device=policy.device)
-        batches = Minibatches(rollout, w, settings.alpha, 0, row, settings, seed, SINGLE_PROCESS)
+        batches = Minibatches(
+            rollout, w, settings.alpha, 0, row, settings, seed, SINGLE_PROCESS, torch.ones(())
+        )
         old, anchor = ((lambda b, p=p: velocities(p, b, learner.sizes)) for p in (policy, reference))
         anchors = compute_anchors(batches, old, anchor, blended=not row.reads_velocity)
         steps = ((k, replace(batches[k], **anchors.of_step(k, policy.device))) for k in range(len(batches)))

@@ -10,7 +10,7 @@ from orwcfm_fast.method.average import PolicyAverage
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.objectives import METHODS, Point, check_bounded, signal_of
 from orwcfm_fast.method.rollout import Rollout
-from orwcfm_fast.method.weighting import mean_weight_at
+from orwcfm_fast.method.weighting import GROWTH, SHRINKING, centre, mean_weight_at
 from orwcfm_fast.runs.build import build_trainer
 from orwcfm_fast.settings import Finetune
 
@@ -39,7 +39,7 @@ def our_gradient(name, x):
     at = Point(
         signal,
         signal.mean(),
-        signal.mean(),
+        centre(signal, signal.mean(), ALPHA, torch.ones((), dtype=torch.float64))[0],
         x["s"],
         ALPHA,
         SETTINGS,
@@ -164,6 +164,7 @@ def test_every_method_raises_the_reward(name, two_gaussians):
     )  # fmt: skip
     trainer = build_trainer(policy, lambda x: (x[:, 0] > 0).float(), s)
     records = [*trainer.train(4)]
+    assert (trainer.grown > 1) == (name == "orw-centred")
     least = 0.02 if name == "awm" else 0.04  # awm divides its advantages by 5
     assert records[-1]["reward_mean"] > records[0]["reward_mean"] + least
 
@@ -189,6 +190,33 @@ def test_an_average_of_past_policies_is_sampled_from_kept_and_restored(two_gauss
     assert torch.equal(parameters(again.policy), parameters(whole.policy))
 
 
+def test_how_far_errors_can_have_grown_is_kept_and_restored_and_sets_the_centre(two_gaussians, tmp_path):
+    """Where two rounds use up all growth, a third that had forgotten it would take the mean as its centre."""
+    from orwcfm_fast.checkpoints import checkpoint
+    from orwcfm_fast.runs.trainer_state import restore_trainer, save_trainer
+
+    s = Finetune(**SMALL | {"alpha": 0.01, "tau": 3.0})
+
+    def trainer():
+        return build_trainer(two_gaussians.trainable_copy(), lambda x: (x[:, 0] > 0).float(), s)
+
+    whole, half, again = trainer(), trainer(), trainer()
+    [*whole.train(3)]
+    [*half.train(2)]
+    assert float(half.grown) == pytest.approx(GROWTH)
+    save_trainer(half, tmp_path / "step", {})
+    restore_trainer(again, checkpoint.load(tmp_path / "step"))
+    [*again.train(3)]
+    assert torch.equal(parameters(again.policy), parameters(whole.policy))
+    batches = whole.minibatches(whole.last.rollout, signal := whole.signal(whole.last.rollout))
+    assert (
+        float(batches.centre) == pytest.approx(SHRINKING * (float(signal.min()) + 0.01))
+        and batches.centre < 0.5 * batches.mean
+    )
+    whole.reset()
+    assert whole.grown == 1
+
+
 def test_the_weight_at_a_point_is_that_of_the_other_samples_near_it():
     """Three far samples in two prompts: by the kernel written out, the draw's own sample left out."""
     x1 = torch.tensor([[-2.0, 0.0], [0.5, 1.0], [0.7, 0.6], [0.6, 0.9]])
@@ -207,20 +235,19 @@ def test_the_weight_at_a_point_is_that_of_the_other_samples_near_it():
     assert torch.equal(mean_weight_at(x_t, t, x1, equal, own), equal.mean().expand(2))
 
 
-def test_what_is_subtracted_lets_no_error_grow(two_gaussians):
-    """c/(E[w | x_t] + α) is at most 1, also at α = 0; where α is large c is the mean, bit for bit."""
-    for alpha in (0.0, 0.1, 2.0):
-        s = Finetune(**SMALL | {"alpha": alpha, "tau": 3.0})
-        trainer = build_trainer(two_gaussians.trainable_copy(), lambda x: (x[:, 0] > 0).float(), s)
-        [*trainer.train(1)]
-        batches = trainer.minibatches(trainer.last.rollout, trainer.signal(trainer.last.rollout))
-        for k, batch in enumerate(batches):
-            pick = batches.order[k * s.batch : (k + 1) * s.batch]
-            assert torch.allclose(batch.w + batch.b, batches.signal[pick])
-            weight_at = batch.b - alpha
-            assert bool((batch.b <= batches.mean).all())
-            assert bool((batch.b == batches.mean).all()) == (alpha == 2)
-            assert alpha == 2 or bool((weight_at >= batches.signal.min() - 1e-5).all())
+def test_without_alpha_what_is_subtracted_lets_no_error_grow(two_gaussians):
+    """c/E[w | x_t] is at most 1: c is the mean or, where samples are worse, what they are worth there."""
+    s = Finetune(**SMALL | {"alpha": 0.0, "tau": 3.0})
+    trainer = build_trainer(two_gaussians.trainable_copy(), lambda x: (x[:, 0] > 0).float(), s)
+    [*trainer.train(1)]
+    rollout = trainer.last.rollout
+    batches = trainer.minibatches(rollout, signal := trainer.signal(rollout))
+    for k, batch in enumerate(batches):
+        pick = batches.order[k * s.batch : (k + 1) * s.batch]
+        weight_at = mean_weight_at(batch.x_t, batch.t, rollout.x1, signal, pick)
+        assert torch.equal(batch.b, torch.minimum(batches.mean, weight_at))
+        assert torch.allclose(batch.w + batch.b, signal[pick])
+        assert 0 < int((batch.b < batches.mean).sum()) < s.batch
 
 
 def test_the_average_follows_the_parameters_by_its_share():

@@ -15,13 +15,13 @@ from orwcfm_fast.method.rollout import Rollout
 from orwcfm_fast.settings import Finetune
 
 S = Finetune(method="orw", coupling="ot", rollout=32, batch=8, steps_per_round=6)
-SEED = torch.tensor(3)
+SEED, ONE = torch.tensor(3), torch.ones(())
 
 
 def batches_of(signal):
     x1 = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))
     rollout = Rollout(x1, torch.arange(32), signal)
-    return minibatches.Minibatches(rollout, signal, 0.5, 2, METHODS.get("orw"), S, SEED, SINGLE_PROCESS)
+    return minibatches.Minibatches(rollout, signal, 0.5, 2, METHODS.get("orw"), S, SEED, SINGLE_PROCESS, ONE)
 
 
 def test_each_minibatch_has_the_plan_of_its_own_samples_solved_once_ahead_of_its_step(monkeypatch):

@@ -15,7 +15,7 @@ def orw(at: Point) -> Coefficients:
 def orw_centred(at: Point) -> Coefficients:
     """w = e^{τr} − c, b = c, a = α, t of density 2t: the default; only what the reward says moves the policy.
 
-    c is the mean of e^{τr}, or E[e^{τr} | x_t] + α where that is less (`weighting.centre`).
+    c is the mean of e^{τr}, or less where the mean would let errors grow (`weighting.centre`).
     """
     centre = at.centre.expand_as(at.signal)
     return at.signal - centre, centre, torch.full_like(at.signal, at.alpha)
