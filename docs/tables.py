@@ -251,6 +251,24 @@ def calibration_points() -> str:
 
 
 @table
+def calibration_closer() -> str:
+    """Digits at α = 0.1, τ = 0.25 after 8 rounds: as it is, and with more steps and samples."""
+    from orwcfm_fast.settings import Finetune
+
+    found = [*results("calibration-digits")["rows"], *results("calibration-closer")["rows"]]
+    rows = [
+        [
+            f"{row['steps_per_round']}",
+            f"{row.get('rollout') or Finetune().rollout:,}",
+            f"{row['reached']:.3f}",
+        ]
+        for row in found
+        if (row["alpha"], row["tau"], row["rounds"]) == (0.1, 0.25, 8)
+    ]
+    return lines(("steps a round", "rollout", "reward reached"), rows)
+
+
+@table
 def calibration_summary() -> str:
     rows = (
         [{"digits": "digits", "points": "two Gaussians"}[s["data"]], f"{s['rounds']}"]

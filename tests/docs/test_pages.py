@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FIGURES = (ROOT / "docs/figures.md").read_text("utf-8")
 FORECAST = (ROOT / "docs/forecast.md").read_text("utf-8")
+PAPER = (ROOT / "docs/paper.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
 OF_OTHER_TOOLS = {
     "--help",
@@ -76,7 +77,7 @@ def test_figures_of_the_readme_are_those_of_the_manual():
     numbers = re.findall(r"\d+\.\d+|\b\d{2,}\b", re.sub(r"\]\(.*?\)|α = 0\.3", "", section))
     assert len(numbers) >= 10
     for number in numbers:
-        assert number in FIGURES + FORECAST, number
+        assert number in FIGURES + FORECAST + PAPER, number
 
 
 def test_the_tables_are_those_of_their_result_files():
