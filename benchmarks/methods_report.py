@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orwcfm_fast.reporting.images import grid_image
 
-EQUAL_W2 = {"digits": (1.3, 1.9), "mnist": (5.0, 8.0)}
+EQUAL_W2 = {"digits": (1.3, 1.9), "mnist": (5.0, 6.0, 7.0, 8.0, 9.0)}
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

@@ -7,6 +7,7 @@ from orwcfm_fast.errors import UserError
 from orwcfm_fast.rewards.standardize import standardize
 
 LEAST_NOISE = 0.05  # of x_t, in telling which samples it may have come from
+LEAST_OTHERS = 64  # fewer of them tell little: with 7 of each prompt a pipeline learnt more slowly
 SHRINKING = 0.9
 GROWTH = 10.0  # quadrature loses mass where its errors grow 30 times, and samples stray at 500 times
 
@@ -107,7 +108,13 @@ def centre(weights: Tensor, mean: Tensor, alpha: float, grown: Tensor) -> tuple[
 
 
 def mean_weight_at(
-    x_t: Tensor, t: Tensor, x1: Tensor, weights: Tensor, own: Tensor, condition: Tensor | None = None
+    x_t: Tensor,
+    t: Tensor,
+    x1: Tensor,
+    weights: Tensor,
+    own: Tensor,
+    condition: Tensor | None = None,
+    least: int = LEAST_OTHERS,
 ) -> Tensor:
     """E[w | x_t] [B] as the other samples of the rollout tell it: their weights, averaged by N(x_t; t·x1, (1−t)²).
 
@@ -118,7 +125,7 @@ def mean_weight_at(
         x1: samples [N, *shape] with weights [N]. condition: of each sample [N]; only those of the same one count.
 
     Returns:
-        the mean weight itself where no other sample is of the same condition, and where all weights are equal.
+        the mean weight itself where fewer than `least` others are of the same condition, or all weights are equal.
     """
     mean, points, samples = weights.mean(), x_t.flatten(1).float(), x1.flatten(1).float()
     near = t[:, None] * (points @ samples.T) - 0.5 * t[:, None].square() * samples.square().sum(1)
@@ -126,4 +133,5 @@ def mean_weight_at(
     near = near.scatter(1, own[:, None], -torch.inf)
     if condition is not None:
         near = near.masked_fill(condition[own][:, None] != condition, -torch.inf)
-    return mean + near.softmax(1).nan_to_num(0).to(weights) @ (weights - mean)
+    told = near.isfinite().sum(1) >= max(least, 1)
+    return torch.where(told, mean + near.softmax(1).to(weights) @ (weights - mean), mean)

@@ -20,6 +20,7 @@ OF_OTHER_TOOLS = {
     "--requeue",
     "--gpus-per-task",
     "--strict",
+    "--wheels",
 }
 
 

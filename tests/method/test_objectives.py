@@ -224,20 +224,23 @@ def test_the_weight_at_a_point_is_that_of_the_other_samples_near_it():
     own, t = torch.tensor([1, 0]), torch.tensor([0.5, 0.3])
     x_t = t[:, None] * x1[own] + (1 - t)[:, None] * torch.tensor([[0.3, -0.2], [-0.1, 0.4]])
     for of in (None, condition):
-        found = mean_weight_at(x_t, t, x1, weights, own, of)
+        found = mean_weight_at(x_t, t, x1, weights, own, of, least=1)
         for row in range(2):
             others = [j for j in range(4) if j != own[row] and (of is None or j != 3)]
             gap = (x_t[row] - t[row] * x1[others]).square().sum(1) / (2 * (1 - t[row]) ** 2)
             assert float(found[row]) == pytest.approx(float((-gap).softmax(0) @ weights[others]), rel=1e-4)
-    alone = mean_weight_at(x_t, t, x1, weights, torch.tensor([3, 3]), condition)
-    assert alone.tolist() == [pytest.approx(1.2)] * 2, "no other sample of its prompt: the mean"
+    for few in (
+        mean_weight_at(x_t, t, x1, weights, torch.tensor([3, 3]), condition, least=1),
+        mean_weight_at(x_t, t, x1, weights, own, least=4),
+    ):
+        assert few.tolist() == [pytest.approx(1.2)] * 2, "too few other samples of its prompt: the mean"
     equal = torch.full((4,), 0.7)
-    assert torch.equal(mean_weight_at(x_t, t, x1, equal, own), equal.mean().expand(2))
+    assert torch.equal(mean_weight_at(x_t, t, x1, equal, own, least=1), equal.mean().expand(2))
 
 
 def test_without_alpha_what_is_subtracted_lets_no_error_grow(two_gaussians):
     """c/E[w | x_t] is at most 1: c is the mean or, where samples are worse, what they are worth there."""
-    s = Finetune(**SMALL | {"alpha": 0.0, "tau": 3.0})
+    s = Finetune(**SMALL | {"alpha": 0.0, "tau": 3.0, "rollout": 128})
     trainer = build_trainer(two_gaussians.trainable_copy(), lambda x: (x[:, 0] > 0).float(), s)
     [*trainer.train(1)]
     rollout = trainer.last.rollout
