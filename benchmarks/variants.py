@@ -8,7 +8,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -25,7 +25,6 @@ from orwcfm_fast.method import coupling, noise
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.minibatches import Minibatches
 from orwcfm_fast.method.step import PolicyOptimizer
-from orwcfm_fast.rewards import make_reward
 
 TUNED_ON = (3, 4, 5)
 Change = Callable[[], AbstractContextManager[Any]]
@@ -115,42 +114,17 @@ def value_head() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One change: of the code, of settings, or normal noise of this deviation added to the rewards trained on."""
-
-    change: Change = nullcontext
-    settings: dict[str, Any] = field(default_factory=dict)
-    noise: float = 0.0
-
-    def bench(self, bench: Bench, seed: int) -> Bench:
-        """The bench with this reward; figures are of the reward without noise."""
-        if not self.noise:
-            return bench
-        clean, generator = bench.reward, torch.Generator().manual_seed(seed)
-
-        def noisy(images: Tensor) -> Tensor:
-            return clean(images) + self.noise * torch.randn(len(images), generator=generator)
-
-        return replace(bench, reward=make_reward(noisy, name="noisy"))
-
-
 UNIFORM = {"times": "uniform"}
-NOISE, SHARP = 1.0, {"tau": 2.0}
 
-VARIANTS: dict[str, Variant] = {
-    "as it is": Variant(),
-    "t of density 2(1 - t)": Variant(times(lambda u: 1 - u.sqrt())),
-    "uniform t": Variant(settings=UNIFORM),
-    "uniform t, lr 5e-4": Variant(settings={**UNIFORM, "lr": 5e-4}),
-    "uniform t, mean of the last half": Variant(averaged_steps, UNIFORM),
-    "uniform t, mean of the last half, no cooldown": Variant(averaged_steps, {**UNIFORM, "cooldown": 0.0}),
-    "uniform t, two draws of a sample": Variant(two_draws, UNIFORM),
-    "uniform t, value head": Variant(value_head, UNIFORM),
-    "sharp": Variant(settings=SHARP),
-    "sharp, noisy": Variant(settings=SHARP, noise=NOISE),
-    "noisy": Variant(noise=NOISE),
-    "noisy, twice the rollout": Variant(settings={"rollout": 4096}, noise=NOISE),
+VARIANTS: dict[str, tuple[Change, dict[str, Any]]] = {
+    "as it is": (nullcontext, {}),
+    "t of density 2(1 - t)": (times(lambda u: 1 - u.sqrt()), {}),
+    "uniform t": (nullcontext, UNIFORM),
+    "uniform t, lr 5e-4": (nullcontext, {**UNIFORM, "lr": 5e-4}),
+    "uniform t, mean of the last half": (averaged_steps, UNIFORM),
+    "uniform t, mean of the last half, no cooldown": (averaged_steps, {**UNIFORM, "cooldown": 0.0}),
+    "uniform t, two draws of a sample": (two_draws, UNIFORM),
+    "uniform t, value head": (value_head, UNIFORM),
 }
 
 
@@ -174,13 +148,12 @@ def main() -> None:
     }
     found: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else about
     for seed, alpha, name in product(TUNED_ON[: given.seeds], given.alpha, given.variant or VARIANTS):
-        variant = VARIANTS[name]
-        settings = {"tau": 0.5, "alpha": alpha, "seed": seed} | variant.settings
-        this = {"variant": name, "alpha": alpha, "tau": settings["tau"], "seed": seed}
+        this = {"variant": name, "alpha": alpha, "tau": 0.5, "seed": seed}
         if any(this.items() <= row.items() for row in found["runs"]):
             continue
-        with variant.change():
-            row = run(variant.bench(bench, seed), method="orw-centred", rounds=8, **settings)
+        changed, more = VARIANTS[name]
+        with changed():
+            row = run(bench, method="orw-centred", alpha=alpha, tau=0.5, rounds=8, seed=seed, **more)
         found["runs"].append(this | row)
         given.out.write_text(json.dumps(found, indent=1) + "\n")
         after = row["after"]

@@ -162,9 +162,8 @@ def mnist_rounds() -> str:
     """Rollouts of the rounds at α = 0."""
     runs = {run["method"]: run["by_round"] for run in results("methods-mnist")["runs"] if run["alpha"] == 0}
     keys = (("reward_mean", 3), ("w2_coupled", 2), ("confidence", 3), ("fid", 0))
-    for (
-        run
-    ) in runs.values():  # a rollout is drawn before the round's steps, its W2 is of the probe after them
+    # a rollout is drawn before the round's steps, its W2 is of the probe after them
+    for run in runs.values():
         w2 = [0.0, *(row["w2_coupled"] for row in run)]
         run[:] = [row | {"w2_coupled": before} for row, before in zip(run, w2, strict=False)]
     rows = (

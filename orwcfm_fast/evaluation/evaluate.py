@@ -90,9 +90,8 @@ class Measures:
                 found[key] = {name: Interval(**v) for name, v in value.items()}
             elif isinstance(value, dict):
                 found[key] = Interval(**value)
-            elif (
-                key in ("w2_exact", "w2_floor") and value is not None
-            ):  # summaries from before these had intervals
+            elif key in ("w2_exact", "w2_floor") and value is not None:
+                # a summary from before these had intervals
                 found[key] = Interval(value, value, value)
         return cls(**found)
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance, sample_with_drift
-from orwcfm_fast.evaluation.evaluate import evaluate, exact_w2, lipschitz
+from orwcfm_fast.evaluation.evaluate import Measures, evaluate, exact_w2, lipschitz
 from orwcfm_fast.evaluation.held_out import evaluator_for
 from orwcfm_fast.evaluation.intervals import Interval
 from orwcfm_fast.method.rollout import start_noise
@@ -116,3 +116,11 @@ def test_without_a_reference_there_is_no_w2():
     (found,) = evaluate({"a": policy()}, None, evaluator, HOW, 64, BatchSizes(chunk=64))
     assert found.w2_coupled is None and found.w2_exact is None and found.velocity_gap is None
     assert found.reward.mean == pytest.approx(0.5, abs=0.2)
+
+
+def test_a_summary_from_before_w2_had_an_interval_is_read():
+    evaluator = evaluator_for("moons", make_reward("right"), "right")
+    (found,) = evaluate({"a": policy()}, None, evaluator, HOW, 64, BatchSizes(chunk=64))
+    assert Measures.from_dict(found.to_dict()) == found
+    old = Measures.from_dict(found.to_dict() | {"w2_exact": 1.5})
+    assert old.w2_exact == Interval(1.5, 1.5, 1.5) and old.w2_floor is None
