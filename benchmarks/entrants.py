@@ -3,15 +3,18 @@
 All start from the same pretrained model, with the same network, reward and device, and have twelve trials each.
 """
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise, product
+from dataclasses import dataclass, field, replace
+from itertools import count, pairwise, product
 from typing import Any
 
 import torch
 
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
+from orwcfm_fast.errors import WorkError
 from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance
 from orwcfm_fast.method.callbacks import Progress, ReportProgress
 from orwcfm_fast.method.rollout import sample, start_noise
@@ -95,16 +98,28 @@ class Looks:
         self.began = self.clock()
 
     def after(self, steps: int) -> bool:
-        """Called after a gradient step: whether the race is over."""
+        """Called after a gradient step: whether the race is over.
+
+        Raises:
+            WorkError: the samples are no numbers any more.
+        """
         if self.x0.is_cuda:
             torch.cuda.synchronize()  # steps that are queued count too
         self.running += self.clock() - self.began
         over = self.running >= self.limit
         if over or self.running >= self.next:
-            self.seen.append(self._look(sample(self.policy, self.x0, Sampling(), self.held_out), steps))
+            look = self._look(sample(self.policy, self.x0, Sampling(), self.held_out), steps)
+            if not math.isfinite(look.reward + look.w2):
+                raise WorkError("its samples are not finite")
+            self.seen.append(look)
             self.next = self.running * self.growth
         self.began = self.clock()
         return over
+
+    def broke_off(self) -> None:
+        """From here to the limit there is no reward."""
+        last = self.seen[-1]
+        self.seen.append(replace(last, seconds=self.running, reward=0.0, diversity=0.0, confidence=0.0))
 
     def _look(self, x: torch.Tensor, steps: int) -> Look:
         images = self.policy.decode(x)
@@ -121,14 +136,23 @@ class Over(Exception):
 
 
 def run(name: str, base: Policy, trial: Trial, seed: int, looks: Callable[[Policy], Looks]) -> list[Look]:
-    """One entrant from the base's weights to the limit.
+    """One entrant from the base's weights to the limit; one that breaks off has no reward from there on.
 
     Args:
         name: of a method, or "plain".
         looks: policy → its clock, started.
     """
-    if name == "plain":
-        return _plain(base, trial, seed, looks)
+    clock, go = (_plain if name == "plain" else _method)(name, base, trial, seed, looks)
+    try:
+        go()
+    except Over:
+        pass
+    except WorkError:
+        clock.broke_off()
+    return clock.seen
+
+
+def _method(name, base, trial, seed, looks) -> tuple[Looks, Callable[[], None]]:
     policy = base.trainable_copy()
     s = Finetune(**COMMON | {"method": name, "seed": seed} | trial)
 
@@ -139,26 +163,24 @@ def run(name: str, base: Policy, trial: Trial, seed: int, looks: Callable[[Polic
 
     trainer = build_trainer(policy, make_reward(REWARD), s, reference=base, callbacks=[ReportProgress(watch)])
     clock = looks(policy)
-    try:
-        for _ in trainer.train(100_000):
-            pass
-    except Over:
-        pass
-    return clock.seen
+    return clock, lambda: deque(trainer.train(100_000), maxlen=0)
 
 
-def _plain(base: Policy, trial: Trial, seed: int, looks: Callable[[Policy], Looks]) -> list[Look]:
+def _plain(name, base, trial, seed, looks) -> tuple[Looks, Callable[[], None]]:
     torch.manual_seed(seed)
     network = torchcfm_network(base.model, base.network.state_dict()).to(base.device)
     loop = PlainLoop(network, make_reward(REWARD), base.shape, **trial)
-    clock, steps = looks(Policy(network, base.shape, base.model, base.data)), 0
-    while True:
-        loop.step()
-        steps += 1
-        if steps % EPOCH == 0:
-            loop.end_epoch()
-        if clock.after(steps):
-            return clock.seen
+    clock = looks(Policy(network, base.shape, base.model, base.data))
+
+    def go() -> None:
+        for steps in count(1):
+            loop.step()
+            if steps % EPOCH == 0:
+                loop.end_epoch()
+            if clock.after(steps):
+                raise Over
+
+    return clock, go
 
 
 # What is read off a run.

@@ -42,7 +42,7 @@ from orwcfm_fast.runs.load import Loader
 TUNED_ON, RUN_ON = (3, 4, 5), (0, 1, 2)
 TUNING_SECONDS, SECONDS = 10.0, 30.0
 SHORT_SECONDS = {"digits": 8.0, "mnist": 30.0}
-GROWTH = 1.3
+TUNING_GROWTH, GROWTH = 1.7, 1.3
 LATE = 1.1  # a look that was due at the limit comes after the step under way
 # what the full form chose, in the newest benchmarks/results/race-digits-*.json
 CHOSEN: dict[str, dict[str, Trial]] = {
@@ -64,6 +64,7 @@ class Job(NamedTuple):
     trial: Trial
     seed: int
     limit: float
+    growth: float
     device: str
     data: str
     held_out: int
@@ -79,7 +80,7 @@ def _run(job: Job, base: Policy | None = None) -> list[Look]:
     own, clock = base or _base(job.device, job.data), entrants.clock_of(torch.device(job.device))
 
     def looks(policy: Policy) -> Looks:
-        return Looks(policy, own, job.seed, job.limit, GROWTH, clock, job.held_out)
+        return Looks(policy, own, job.seed, job.limit, job.growth, clock, job.held_out)
 
     return entrants.run(job.name, own, job.trial, job.seed, looks)
 
@@ -130,7 +131,7 @@ def race(
     chosen, trials = choose(names, where, watch) if full else ({name: _settings(name) for name in names}, [])
     limit, seeds = seconds or (SECONDS if full else SHORT_SECONDS[data]), RUN_ON if full else RUN_ON[:1]
     plan = [(n, t) for n in names for t in {repr(t): t for t in chosen[n].values()}.values()]
-    runs = _runs(plan, seeds, limit, where, lambda text: watch(f"racing, {text}"))
+    runs = _runs(plan, seeds, (limit, GROWTH), where, lambda text: watch(f"racing, {text}"))
     rows = [
         {
             "name": n, "goal": goal, "trial": t, **measures(r, limit, data),
@@ -152,7 +153,8 @@ def race(
 def choose(names: Sequence[str], where: tuple, watch: Callable[[str], None]):
     """({name: {goal: trial}}, every trial with what it scored for each goal, a mean over the tuning seeds)."""
     plan = [(name, trial) for name in names for trial in TRIALS[name]]
-    runs = _runs(plan, TUNED_ON, TUNING_SECONDS, where, lambda text: watch(f"choosing settings, {text}"))
+    clock = (TUNING_SECONDS, TUNING_GROWTH)
+    runs = _runs(plan, TUNED_ON, clock, where, lambda text: watch(f"choosing settings, {text}"))
     trials: list[dict[str, Any]] = [
         {
             "name": name,
@@ -168,10 +170,10 @@ def choose(names: Sequence[str], where: tuple, watch: Callable[[str], None]):
     return chosen, trials
 
 
-def _runs(plan, seeds, limit, where, watch) -> list[list[list[Look]]]:
-    """The runs of every (name, trial), a list over the seeds for each."""
-    *same, base = where
-    jobs = [Job(n, t, seed, _patience(n) * limit, *same) for n, t in plan for seed in seeds]
+def _runs(plan, seeds, clock, where, watch) -> list[list[list[Look]]]:
+    """The runs of every (name, trial), a list over the seeds for each; clock: limit and growth of `Looks`."""
+    (limit, growth), (*same, base) = clock, where
+    jobs = [Job(n, t, seed, _patience(n) * limit, growth, *same) for n, t in plan for seed in seeds]
     runs = run_all(jobs, base, watch)
     return [runs[k : k + len(seeds)] for k in range(0, len(runs), len(seeds))]
 

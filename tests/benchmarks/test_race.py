@@ -88,6 +88,17 @@ def test_an_entrant_starts_from_the_same_samples_and_runs_to_the_limit(name, dig
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["raft", "plain"])
+def test_an_entrant_whose_samples_are_no_numbers_has_no_reward_from_there_on(name, digits_model):
+    ticks = iter(range(1000))
+    found = entrants.run(
+        name, digits_model, TRIALS[name][0] | {"lr": 1e30}, 0,
+        lambda policy: Looks(policy, digits_model, 0, limit=60, growth=1.0, clock=lambda: next(ticks), held_out=16),
+    )  # fmt: skip
+    assert found[-1].reward == 0 and entrants.reward_at_w2(found, 1) == 0
+
+
+@pytest.mark.slow
 def test_the_full_race_chooses_on_tuning_seeds_and_prints_whoever_wins_first(
     monkeypatch, run_cli, digits_model
 ):
@@ -113,7 +124,7 @@ def test_the_full_race_chooses_on_tuning_seeds_and_prints_whoever_wins_first(
 
 @pytest.mark.slow
 def test_runs_side_by_side_are_those_of_one_process(digits_model):
-    jobs = [race.Job("raft", TRIALS["raft"][0], seed, 1e-6, "cpu", "digits", 16) for seed in (0, 1)]
+    jobs = [race.Job("raft", TRIALS["raft"][0], seed, 1e-6, 1.3, "cpu", "digits", 16) for seed in (0, 1)]
     told = []
     (first, _), (second, _) = race.run_all(jobs, None, told.append)
     assert first.reward != second.reward and told == ["1 of 2: raft", "2 of 2: raft"]
