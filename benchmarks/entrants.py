@@ -5,7 +5,6 @@ All start from the same pretrained model, with the same network, reward and devi
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise, product
@@ -163,7 +162,12 @@ def _method(name, base, trial, seed, looks) -> tuple[Looks, Callable[[], None]]:
 
     trainer = build_trainer(policy, make_reward(REWARD), s, reference=base, callbacks=[ReportProgress(watch)])
     clock = looks(policy)
-    return clock, lambda: deque(trainer.train(100_000), maxlen=0)
+
+    def go() -> None:
+        for _ in trainer.train(100_000):
+            pass
+
+    return clock, go
 
 
 def _plain(name, base, trial, seed, looks) -> tuple[Looks, Callable[[], None]]:

@@ -24,7 +24,7 @@ from orwcfm_fast.device import device_name
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.anchors import blend, velocities
 from orwcfm_fast.method.coupling import Batch, couple
-from orwcfm_fast.method.graph import VelocityGraphs
+from orwcfm_fast.method.graph import Choice, VelocityGraphs
 from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.networks.inference import InferenceCopy
@@ -83,7 +83,10 @@ class LoopBenchmark:
     """All ways of drawing samples and of taking gradient steps on one data set, each a call that can be timed."""
 
     def __init__(self, data: str, batch: int, euler_share: float, device: torch.device = CPU) -> None:
-        self.batch, self.settings = batch, DEFAULT.model_copy(update={"batch": batch, "rollout": batch})
+        self.batch, self.settings = (
+            batch,
+            DEFAULT.model_copy(update={"batch": batch, "rollout": batch, "graph": "off"}),
+        )
         self.policies = {p: bench_policy(data, p, device) for p in ("fp32", "bf16")}
         first = self.policies["fp32"]
         self.steps = max(2, round(EULER_STEPS * euler_share))
@@ -99,7 +102,7 @@ class LoopBenchmark:
         add_lora(adapted.network, Finetune(lora=LORA_RANK))
         self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)
         if device.type == "cuda":
-            self.learners["bf16 graph"] = self.learner(self.policies["bf16"], graph=True)
+            self.learners["bf16 graph"] = self.learner(self.policies["bf16"], graph="on")
             self.learners["bf16 compiled"] = self.learner(self.policies["bf16"].trainable_copy())
         self.references = {way: one.policy.frozen_copy() for way, one in self.learners.items()}
         self.inference = {way: InferenceCopy(one.policy) for way, one in self.learners.items()}
@@ -107,12 +110,12 @@ class LoopBenchmark:
             way = "bf16 compiled"
             for policy in (self.learners[way].policy, self.references[way], self.inference[way].policy):
                 policy.compile()
-        self.graphs = VelocityGraphs()
+        self.graphs = VelocityGraphs(Choice("velocities"))
         self.x0 = start_noise(first, batch, 0)
         self.x1 = torch.randn(batch, *first.shape, device=device).clamp(-1, 1)
         self.seed = torch.tensor(0, device=device)
 
-    def learner(self, policy: Policy, **change: bool) -> PolicyOptimizer:
+    def learner(self, policy: Policy, **change: str) -> PolicyOptimizer:
         return PolicyOptimizer(policy, self.settings.model_copy(update=change))
 
     def coupled(self) -> Batch:

@@ -32,6 +32,8 @@ class RunController(Callback):
         self.early: list[Finding] = []  # what the guard found in the round's weights
         self.rollbacks, self.refused_round = 0, 0  # rollbacks since a round after the last refused one stood
         trainer.sizes.on_change = self.note
+        for choice in trainer.graph_choices:
+            choice.on_choice = self.note
 
     def note(self, text: str) -> None:
         """Report a line now, and keep it for the round's record."""
@@ -127,6 +129,7 @@ class RunController(Callback):
             "guard": self.guard.to_state(),
             "notes": self.notes,
             "rollbacks": [self.rollbacks, self.refused_round],
+            "graphs": {choice.name: choice.replays for choice in self.trainer.graph_choices},
         }
         return found | ({"steering": self.steering.to_state()} if self.steering else {})
 
@@ -146,6 +149,12 @@ class RunController(Callback):
             isinstance(rollbacks, list) and len(rollbacks) == 2 and all(type(n) is int for n in rollbacks)
         ):
             raise UserError(f"{where}: state.json: rollbacks are damaged")
+        graphs = state.get("graphs", {})
+        if not isinstance(graphs, dict) or not all(x in (True, False, None) for x in graphs.values()):
+            raise UserError(f"{where}: state.json: graphs are damaged")
+        for choice in trainer.graph_choices:
+            if choice.replays is None:
+                choice.replays = graphs.get(choice.name)
         trainer.alpha, trainer.tau = values.pop("alpha"), values.pop("tau")
         for name, size in values.items():
             setattr(trainer.sizes, name, size)

@@ -9,13 +9,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from orwcfm_fast.batch_sizes import BatchSizes
 from orwcfm_fast.distributed import SINGLE_PROCESS, ProcessGroup
-from orwcfm_fast.errors import UserError
 from orwcfm_fast.kernels.anchored_residual import anchored_residual
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.anchors import blend
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.exchange import LocalGradient, ReplicatedGradient, ShardedGradient
-from orwcfm_fast.method.graph import StepGraph
+from orwcfm_fast.method.graph import Choice, StepGraph, can_record
 from orwcfm_fast.method.objectives import METHODS, Point
 from orwcfm_fast.networks.lora import trained_parameters
 from orwcfm_fast.networks.policy import Policy
@@ -65,11 +64,10 @@ class PolicyOptimizer:
         if sharded:
             self.exchange = ShardedGradient(policy.network, sharded, ranks, accumulates=settings.lora > 0)
         self.rehearsals = REHEARSALS
-        self.graph = StepGraph() if settings.graph else None
-        if self.graph and (policy.device.type != "cuda" or ranks.world > 1):
-            raise UserError("--graph: needs an NVIDIA GPU, and no more than one; leave it out (--no-graph)")
-        if self.graph and policy.pipeline:
-            raise UserError("--graph: is not for pipelines; leave it out (--no-graph)")
+        self.phases = Phases(policy.device)
+        self.graph: StepGraph | None = None
+        if can_record(settings, policy, ranks):
+            self.graph = StepGraph(Choice("steps", settings), self.phases)
         self.warm = (
             0  # the largest micro-batch of the last step with this optimiser state; 0 before the first
         )
@@ -78,7 +76,6 @@ class PolicyOptimizer:
             self.parameters, lr, weight_decay=0.0, fused=True, capturable=self.graph is not None
         )
         self.schedule = LambdaLR(self.optimizer, lambda step: rate(settings, step))
-        self.phases = Phases(policy.device)
 
     def go_on_from(self, step: int) -> None:
         """Set the schedule to where it stands before that step; the optimiser's state may be another."""
@@ -101,16 +98,14 @@ class PolicyOptimizer:
         def take(size: int) -> Tensor:
             # a first step, and one of a new size, compiles kernels and makes the optimiser's state
             if self.graph and self.warm == self.sizes.micro_batch:
-                with self.phases("policy"):
-                    return self.graph(batch, seed, lambda b, s: self.update(self.gradient(b, s, size)), size)
+                return self.graph(batch, seed, lambda b, s: self.update(self.gradient(b, s, size)), size)
             return self.gradient(batch, seed, size, self.exchange)
 
         if self.ranks.world > 1 and self.rehearsals and not self.settings.shard:
             self.rehearse(batch, seed, n)
         found = self.sizes.fit("micro_batch", take, n)
         if len(found) == 2:  # losses alone: the gradient is there, the update is not
-            with self.phases("optimizer"):
-                found = self.update(self.ranks.total(found))
+            found = self.update(found)
         self.warm = self.sizes.micro_batch
         self.schedule.step()
         return found
@@ -140,13 +135,15 @@ class PolicyOptimizer:
         return exchange
 
     def update(self, losses: Tensor) -> Tensor:
-        """Clip the gradient, step the optimiser; the losses and the gradient's norm [3]."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
-        nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return torch.cat([losses, norm.float().view(1)])
+        """Clip the gradient, step the optimiser; the losses, of all processes, and the gradient's norm [3]."""
+        with self.phases("optimizer"):
+            losses = self.ranks.total(losses)
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
+            nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm, foreach=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            return torch.cat([losses, norm.float().view(1)])
 
     def gradient(
         self, batch: Batch, seed: Tensor, micro_batch: int, exchange: LocalGradient | None = None

@@ -85,7 +85,7 @@ def make_plan(
     reference = policy.frozen_copy(exact=s.shard)
     optimizer = PolicyOptimizer(policy, s)
     inference = InferenceCopy(policy, off=s.shard)
-    optimizer.graph = None  # a CUDA graph holds what the step that it records allocates
+    recorded, optimizer.graph = optimizer.graph is not None, None  # a graph holds what its step allocates
     seed = noise.seed_on(s.seed, device)
 
     def step(size: int, parts: int = 1) -> None:
@@ -165,11 +165,11 @@ def make_plan(
     stepping = step_at(micro_batch)
     method = METHODS.get(s.method)
     velocities = method.old + method.has_reference(s.alpha)  # of each draw, before the first step
-    if s.graph:  # recordings keep their memory: of a step, of velocities of a minibatch and of a chunk
+    if recorded:  # where chosen, their memory is kept: of a step, of velocities of a minibatch and of a chunk
         held["CUDA graphs"] = sum(stepping.values()) + velocities * drawn.peak(micro_batch)
         room, stepping = room - held["CUDA graphs"], dict.fromkeys(stepping, 0)
     chunk = largest_fitting(min(s.chunk, rollout), room, rollout_at)
-    if s.graph:
+    if recorded:
         held["CUDA graphs"] += drawn.peak(chunk)
         room -= drawn.peak(chunk)
     reward_batch = largest_fitting(wanted, room, scoring_at)
@@ -185,7 +185,7 @@ def make_plan(
         "probe": 2 * drawn.time(min(probed, chunk)) * max(1.0, probed / chunk),
     }
     return Plan(
-        str(device), micro_batch, chunk, held, stepping, rollout_at(chunk, s.graph),
+        str(device), micro_batch, chunk, held, stepping, rollout_at(chunk, recorded),
         scoring_at(reward_batch), process, limit, seconds,
         probe=memory.probe(chunk), evaluation=memory.evaluation(chunk),
         reward_batch=reward_batch if reward_batch < rollout else 0, flops=velocity_flops(policy),

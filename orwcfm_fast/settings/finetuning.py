@@ -1,6 +1,8 @@
 """Settings of `orwcfm finetune` and `orwcfm sweep`; the defaults are those of the digits run."""
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import field_validator
 
 from orwcfm_fast.settings.declare import setting
 from orwcfm_fast.settings.method import MethodGrid, OnlineMethod
@@ -10,6 +12,7 @@ from orwcfm_fast.settings.training import Training
 
 Times = Literal["own", "uniform", "late"]
 LoraKind = Literal["plain", "dora", "rslora"]
+Graph = Literal["auto", "on", "off"]
 Best = Literal["reward_mean", "reward_max", "ess", "diversity", "w2_coupled", "none"]
 
 
@@ -70,10 +73,11 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
         panel="Training",
         help="density of the times t of the draws: uniform, late (2t), or the method's own, late for orw-centred",
     )
-    graph: bool = setting(
-        False,
+    graph: Graph = setting(
+        "auto",
         panel="Training",
-        help='one GPU: replay velocities and gradient steps as CUDA graphs (a step\'s time is reported under "policy")',
+        help="on one GPU replay velocities and gradient steps as CUDA graphs: on, off, or auto, where that is measured "
+        "to be faster (the time of a replayed step is reported under policy)",
     )
     compile: bool = setting(
         False,
@@ -188,6 +192,11 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
         help="log to tensorboard, wandb or wandb:PROJECT as well; may be repeated",
         metavar="LOGGER",
     )
+
+    @field_validator("graph", mode="before")
+    @classmethod
+    def _once_a_flag(cls, value: Any) -> Any:  # in runs of before
+        return ("on" if value else "off") if isinstance(value, bool) else value
 
 
 class Sweep(MethodGrid, Finetune):  # type: ignore[misc]

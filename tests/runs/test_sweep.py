@@ -135,7 +135,7 @@ def test_sweep_keeps_what_is_done_goes_on_and_widens(run_cli, tiny_run, monkeypa
     more = run_cli("sweep", "--out", "s", "--alpha", 3, "--quiet")
     assert more.code == 0 and begun[3:] == ["a3-t0.5"], more.err
     assert [r["alpha"] for r in rows(Path("s"))[1:]] == ["0.0", "1.0", "3.0"]
-    assert widened(Path("s"), {"graph": True}).graph, "of the machine, as --device is"
+    assert widened(Path("s"), {"graph": "on"}).graph == "on", "of the machine, as --device is"
     other = run_cli("sweep", "--out", "s", "--rounds", 5)
     assert other.code == 2 and "has --rounds 2, not 5" in other.err and other.err.count("\n") == 1
     taken = run_cli("sweep", "--out", "run", "--checkpoint", "base", *SMALL)
