@@ -119,14 +119,15 @@ def rollouts(s: Sizes) -> dict[str, Any]:
 
 
 def rounds(s: Sizes) -> dict[str, Any]:
-    """Seconds of a second round of digits, and of the network of `data`, phase by phase."""
-    found = {}
+    """Seconds of a second round of digits, and of the network of `data`, by phase; what was replayed from graphs."""
+    found: dict[str, Any] = {}
     policies = {"digits": digits_model(s, "auto"), s.data: bench_policy(s.data, "auto", s.device)}
     for name, policy in policies.items():
         policy = policy.trainable_copy()
         trainer = build_trainer(policy, lambda x: x.flatten(1).mean(1), Finetune(**s.round))
         records = [*trainer.train(2)]
         found[name] = {k: v for k, v in records[1].items() if k.startswith(("seconds_", "images_per_s_"))}
+        found[name]["graphs"] = {choice.name: choice.replays for choice in trainer.graph_choices}
     return found
 
 
