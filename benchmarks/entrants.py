@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from orwcfm_fast.benchmarks.plain_loop import PlainLoop, torchcfm_network
-from orwcfm_fast.errors import WorkError
+from orwcfm_fast.errors import RewardError
 from orwcfm_fast.evaluation.drift import coupled_w2, pairwise_distance
 from orwcfm_fast.method.callbacks import Progress, ReportProgress
 from orwcfm_fast.method.rollout import sample, start_noise
@@ -58,7 +58,10 @@ PATIENCE = {"plain": 4.0}
 
 @dataclass(frozen=True)
 class Look:
-    """What held-out samples show; seconds and gradient steps since the start, with the looks taken out."""
+    """What held-out samples show; seconds and gradient steps since the start, with the looks taken out.
+
+    broke_off: why the run ended before the limit, where it did.
+    """
 
     seconds: float
     steps: int
@@ -66,6 +69,7 @@ class Look:
     w2: float
     diversity: float
     confidence: float
+    broke_off: str = ""
 
 
 @dataclass
@@ -100,7 +104,7 @@ class Looks:
         """Called after a gradient step: whether the race is over.
 
         Raises:
-            WorkError: the samples are no numbers any more.
+            RewardError: the samples are no longer finite.
         """
         if self.x0.is_cuda:
             torch.cuda.synchronize()  # steps that are queued count too
@@ -109,16 +113,16 @@ class Looks:
         if over or self.running >= self.next:
             look = self._look(sample(self.policy, self.x0, Sampling(), self.held_out), steps)
             if not math.isfinite(look.reward + look.w2):
-                raise WorkError("its samples are not finite")
+                raise RewardError("its samples are not finite")
             self.seen.append(look)
             self.next = self.running * self.growth
         self.began = self.clock()
         return over
 
-    def broke_off(self) -> None:
+    def broke_off(self, reason: str) -> None:
         """From here to the limit there is no reward."""
         last = self.seen[-1]
-        self.seen.append(replace(last, seconds=self.running, reward=0.0, diversity=0.0, confidence=0.0))
+        self.seen.append(replace(last, seconds=self.running, reward=0.0, confidence=0.0, broke_off=reason))
 
     def _look(self, x: torch.Tensor, steps: int) -> Look:
         images = self.policy.decode(x)
@@ -141,17 +145,22 @@ def run(name: str, base: Policy, trial: Trial, seed: int, looks: Callable[[Polic
         name: of a method, or "plain".
         looks: policy → its clock, started.
     """
-    clock, go = (_plain if name == "plain" else _method)(name, base, trial, seed, looks)
+    clock, go = (
+        _plain(base, trial, seed, looks) if name == "plain" else _method(name, base, trial, seed, looks)
+    )
     try:
         go()
     except Over:
         pass
-    except WorkError:
-        clock.broke_off()
+    except RewardError as error:
+        clock.broke_off(str(error))
     return clock.seen
 
 
-def _method(name, base, trial, seed, looks) -> tuple[Looks, Callable[[], None]]:
+Start = tuple[Looks, Callable[[], None]]
+
+
+def _method(name: str, base: Policy, trial: Trial, seed: int, looks: Callable[[Policy], Looks]) -> Start:
     policy = base.trainable_copy()
     s = Finetune(**COMMON | {"method": name, "seed": seed} | trial)
 
@@ -170,7 +179,7 @@ def _method(name, base, trial, seed, looks) -> tuple[Looks, Callable[[], None]]:
     return clock, go
 
 
-def _plain(name, base, trial, seed, looks) -> tuple[Looks, Callable[[], None]]:
+def _plain(base: Policy, trial: Trial, seed: int, looks: Callable[[Policy], Looks]) -> Start:
     torch.manual_seed(seed)
     network = torchcfm_network(base.model, base.network.state_dict()).to(base.device)
     loop = PlainLoop(network, make_reward(REWARD), base.shape, **trial)

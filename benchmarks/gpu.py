@@ -124,10 +124,13 @@ def rounds(s: Sizes) -> dict[str, Any]:
     policies = {"digits": digits_model(s, "auto"), s.data: bench_policy(s.data, "auto", s.device)}
     for name, policy in policies.items():
         policy = policy.trainable_copy()
-        trainer = build_trainer(policy, lambda x: x.flatten(1).mean(1), Finetune(**s.round))
+        trainer = build_trainer(policy, lambda x: x.flatten(1).mean(1), Finetune(**s.round, graph="auto"))
         records = [*trainer.train(2)]
         found[name] = {k: v for k, v in records[1].items() if k.startswith(("seconds_", "images_per_s_"))}
-        found[name]["graphs"] = {choice.name: choice.replays for choice in trainer.graph_choices}
+        if trainer.graphs:
+            found[name]["graphs"] = trainer.graphs.choices.chosen | {
+                "seconds": trainer.graphs.choices.seconds
+            }
     return found
 
 

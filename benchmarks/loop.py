@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from orwcfm_fast.device import device_name
 from orwcfm_fast.method import noise
 from orwcfm_fast.method.anchors import blend, velocities
 from orwcfm_fast.method.coupling import Batch, couple
-from orwcfm_fast.method.graph import Choice, VelocityGraphs
+from orwcfm_fast.method.graph import GraphChoices, VelocityGraphs
 from orwcfm_fast.method.rollout import sample, start_noise
 from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.networks.inference import InferenceCopy
@@ -53,6 +54,7 @@ LADDER = (
     Rung("the same in bf16", "bf16", "bf16"),
     Rung("LoRA, fp32", "lora", "lora"),
     Rung("bf16, in CUDA graphs", "bf16 graph", "bf16 graph"),
+    Rung("bf16, cuDNN's algorithms measured", "bf16 cudnn", "bf16 cudnn"),
     Rung("bf16, compiled", "bf16 compiled", "bf16 compiled"),
     Rung("one fresh batch a step, fp32", "fp32", "fp32", 1.0),
     Rung("one fresh batch a step, bf16", "bf16", "bf16", 1.0),
@@ -85,7 +87,7 @@ class LoopBenchmark:
     def __init__(self, data: str, batch: int, euler_share: float, device: torch.device = CPU) -> None:
         self.batch, self.settings = (
             batch,
-            DEFAULT.model_copy(update={"batch": batch, "rollout": batch, "graph": "off"}),
+            DEFAULT.model_copy(update={"batch": batch, "rollout": batch}),
         )
         self.policies = {p: bench_policy(data, p, device) for p in ("fp32", "bf16")}
         first = self.policies["fp32"]
@@ -102,6 +104,7 @@ class LoopBenchmark:
         add_lora(adapted.network, Finetune(lora=LORA_RANK))
         self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)
         if device.type == "cuda":
+            self.learners["bf16 cudnn"] = self.learner(self.policies["bf16"])
             self.learners["bf16 graph"] = self.learner(self.policies["bf16"], graph="on")
             self.learners["bf16 compiled"] = self.learner(self.policies["bf16"].trainable_copy())
         self.references = {way: one.policy.frozen_copy() for way, one in self.learners.items()}
@@ -110,7 +113,7 @@ class LoopBenchmark:
             way = "bf16 compiled"
             for policy in (self.learners[way].policy, self.references[way], self.inference[way].policy):
                 policy.compile()
-        self.graphs = VelocityGraphs(Choice("velocities"))
+        self.graphs = VelocityGraphs(GraphChoices())
         self.x0 = start_noise(first, batch, 0)
         self.x1 = torch.randn(batch, *first.shape, device=device).clamp(-1, 1)
         self.seed = torch.tensor(0, device=device)
@@ -134,12 +137,14 @@ class LoopBenchmark:
         return replace(policy, replay=self.graphs) if way.endswith("graph") else policy
 
     def step(self, way: str) -> int:
-        self.learners[way].step(self.anchored(way), self.seed)
+        with cudnn_of(way):
+            self.learners[way].step(self.anchored(way), self.seed)
         return self.batch
 
     def draw(self, way: str) -> int:
         policy = self.torchcfm if way == "solver" else self.replayed(way, self.inference[way].refresh())
-        sample(policy, self.x0, self.settings, self.batch)
+        with cudnn_of(way):
+            sample(policy, self.x0, self.settings, self.batch)
         return self.batch
 
     def plain_rollout(self) -> int:
@@ -161,6 +166,11 @@ class LoopBenchmark:
         for way in self.learners:
             ways[way] = lambda way=way: self.step(way)  # type: ignore[misc]
         return ways
+
+
+def cudnn_of(way: str) -> AbstractContextManager[None]:
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=True, benchmark=way.endswith("cudnn"), allow_tf32=cudnn.allow_tf32)
 
 
 def measure(data: str, batch: int, repeats: int, euler_share: float, device: torch.device = CPU) -> list[Row]:

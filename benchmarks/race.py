@@ -153,8 +153,8 @@ def race(
 def choose(names: Sequence[str], where: tuple, watch: Callable[[str], None]):
     """({name: {goal: trial}}, every trial with what it scored for each goal, a mean over the tuning seeds)."""
     plan = [(name, trial) for name in names for trial in TRIALS[name]]
-    clock = (TUNING_SECONDS, TUNING_GROWTH)
-    runs = _runs(plan, TUNED_ON, clock, where, lambda text: watch(f"choosing settings, {text}"))
+    pace = (TUNING_SECONDS, TUNING_GROWTH)
+    runs = _runs(plan, TUNED_ON, pace, where, lambda text: watch(f"choosing settings, {text}"))
     trials: list[dict[str, Any]] = [
         {
             "name": name,
@@ -170,9 +170,9 @@ def choose(names: Sequence[str], where: tuple, watch: Callable[[str], None]):
     return chosen, trials
 
 
-def _runs(plan, seeds, clock, where, watch) -> list[list[list[Look]]]:
-    """The runs of every (name, trial), a list over the seeds for each; clock: limit and growth of `Looks`."""
-    (limit, growth), (*same, base) = clock, where
+def _runs(plan, seeds, pace, where, watch) -> list[list[list[Look]]]:
+    """The runs of every (name, trial), a list over the seeds for each; pace: limit and growth of `Looks`."""
+    (limit, growth), (*same, base) = pace, where
     jobs = [Job(n, t, seed, _patience(n) * limit, growth, *same) for n, t in plan for seed in seeds]
     runs = run_all(jobs, base, watch)
     return [runs[k : k + len(seeds)] for k in range(0, len(runs), len(seeds))]

@@ -26,15 +26,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of a name: auto, cpu, cuda or cuda:N.
-
-    A GPU that is named by number becomes the current one; on every GPU cuDNN measures its algorithms for each shape.
+    """The torch device of a name: auto, cpu, cuda or cuda:N. A GPU that is named by number becomes the current one.
 
     Raises:
         UserError: the name is no device, or this machine lacks it.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -45,10 +43,8 @@ def resolve_device(name: str) -> torch.device:
         )
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device '{name}': only cpu and cuda are supported")
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # a run has few shapes
-        if device.index is not None:
-            torch.cuda.set_device(device)  # where events, streams and graphs are made
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where events, streams and graphs are made
     return device
 
 

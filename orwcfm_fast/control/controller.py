@@ -32,8 +32,9 @@ class RunController(Callback):
         self.early: list[Finding] = []  # what the guard found in the round's weights
         self.rollbacks, self.refused_round = 0, 0  # rollbacks since a round after the last refused one stood
         trainer.sizes.on_change = self.note
-        for choice in trainer.graph_choices:
-            choice.on_choice = self.note
+        self.graphs = trainer.graphs.choices if trainer.graphs else None
+        if self.graphs:
+            self.graphs.on_choice = lambda text: self.on_note(text)
 
     def note(self, text: str) -> None:
         """Report a line now, and keep it for the round's record."""
@@ -129,7 +130,7 @@ class RunController(Callback):
             "guard": self.guard.to_state(),
             "notes": self.notes,
             "rollbacks": [self.rollbacks, self.refused_round],
-            "graphs": {choice.name: choice.replays for choice in self.trainer.graph_choices},
+            "graphs": self.graphs.chosen if self.graphs else {},
         }
         return found | ({"steering": self.steering.to_state()} if self.steering else {})
 
@@ -150,11 +151,10 @@ class RunController(Callback):
         ):
             raise UserError(f"{where}: state.json: rollbacks are damaged")
         graphs = state.get("graphs", {})
-        if not isinstance(graphs, dict) or not all(x in (True, False, None) for x in graphs.values()):
+        if not isinstance(graphs, dict) or not all(isinstance(x, bool) for x in graphs.values()):
             raise UserError(f"{where}: state.json: graphs are damaged")
-        for choice in trainer.graph_choices:
-            if choice.replays is None:
-                choice.replays = graphs.get(choice.name)
+        if self.graphs:
+            self.graphs.chosen = {**graphs}
         trainer.alpha, trainer.tau = values.pop("alpha"), values.pop("tau")
         for name, size in values.items():
             setattr(trainer.sizes, name, size)

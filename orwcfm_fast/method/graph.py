@@ -1,6 +1,7 @@
 """Gradient steps and velocities as CUDA graphs: each launched by one call, on buffers that stay where they are."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from orwcfm_fast.timing import Phases
 
 SEED = "seed"
 TRIES = 3  # timed calls of each way, before the faster one is chosen
+MARGIN = 1.05  # a recording keeps memory
 
 
 def can_record(settings: Finetune, policy: Policy, ranks: ProcessGroup) -> bool:
@@ -37,43 +39,59 @@ def can_record(settings: Finetune, policy: Policy, ranks: ProcessGroup) -> bool:
     return not missing
 
 
-class Choice:
-    """Whether calls are replayed from recordings: as told, else as the first calls of either way, timed, show.
+class GraphChoices:
+    """Which calls are replayed from recordings, by label: what is called and its number of samples.
+
+    Calls of a label are timed as they are, then, once recorded, as replays; the faster way stays. The two follow each
+    other, so that a recording never lies in memory beside what the call itself needs.
 
     Args:
-        name: of what is called, in messages.
-        settings: `graph` tells.
+        told: all are replayed, and nothing is timed.
 
     Attributes:
-        replays: None while it is open.
-        on_choice: called with a line of text when it is made.
+        chosen: whether the calls of a label are replayed, once it is known.
+        on_choice: called with a line of text for each choice.
     """
 
-    def __init__(self, name: str, settings: Finetune | None = None) -> None:
-        self.name = name
-        self.replays: bool | None = None if settings and settings.graph == "auto" else True
+    def __init__(self, told: bool = True) -> None:
+        self.told = told
+        self.chosen: dict[str, bool] = {}
+        self.seconds: defaultdict[str, dict[bool, list[float]]] = defaultdict(lambda: {False: [], True: []})
         self.on_choice: Callable[[str], None] = lambda text: None
-        self.key: Any = None  # of the calls that are timed: those of one shape
-        self.seconds: dict[bool, list[float]] = {False: [], True: []}
 
-    def settle(self, replays: bool, reason: str) -> None:
-        self.replays = replays
-        self.on_choice(f"{self.name} are {'' if replays else 'not '}replayed from CUDA graphs: {reason}")
+    def choose(self, label: str, replays: bool, reason: str) -> None:
+        self.chosen[label] = replays
+        self.on_choice(f"{label} are {'' if replays else 'not '}replayed from CUDA graphs: {reason}")
 
-    def take(self, key: Any, call: Callable[[], Tensor], replay: Callable[[], Tensor]) -> Tensor:
-        """What the way in force gives; while the choice is open they take turns and are timed."""
-        if self.replays is not None:
-            return replay() if self.replays else call()
-        self.key = key if self.key is None else self.key
-        if key != self.key:
-            return call()
-        way = len(self.seconds[True]) < len(self.seconds[False])
-        found, seconds = timed(replay if way else call)
-        self.seconds[way].append(seconds)
-        if len(self.seconds[True]) == TRIES:
-            times = min(self.seconds[False]) / min(self.seconds[True])
-            self.settle(times > 1, f"{times:.2g} times as fast")
+    def refused(self, label: str) -> bool:
+        """Whether the calls of this label are not replayed, now and later."""
+        return not self.told and self.chosen.get(label) is False
+
+    def records(self, label: str) -> bool:
+        """Whether a recording is wanted now."""
+        return self.told or self.chosen.get(label, len(self.seconds[label][False]) >= TRIES)
+
+    def take(self, label: str, replayed: bool, way: Callable[[], Tensor]) -> Tensor:
+        """What one of the two ways gives; timed, while it is open which one stays."""
+        if self.told or label in self.chosen:
+            return way()
+        found, seconds = timed(way)
+        times = self.seconds[label]
+        times[replayed].append(seconds)
+        if len(times[True]) == TRIES:
+            faster = min(times[False]) / min(times[True])
+            self.choose(label, faster > MARGIN, f"{faster:.2f} times as fast")
         return found
+
+    def failed(self, label: str, error: Exception) -> None:
+        """A recording could not be made.
+
+        Raises:
+            Exception: the same, where all calls should be replayed.
+        """
+        if self.told:
+            raise error
+        self.choose(label, False, str(error).split("\n")[0] or type(error).__name__)
 
 
 def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
@@ -91,10 +109,24 @@ def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
 
 def record(body: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """The body's kernels, kept and not run: what runs them, and the tensor they leave its result in."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # rewards may run in another thread
-        found = body()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # rewards may run in another thread
+            found = body()
+    except RuntimeError as error:
+        raise first_of(error) from None
+    finally:
+        torch.cuda.set_stream(
+            stream
+        )  # the end of a broken recording fails too, and leaves its own stream current
     return graph.replay, found
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The error in whose handling this one came up, or itself."""
+    while error.__context__:
+        error = error.__context__
+    return error
 
 
 class StepGraph:
@@ -104,12 +136,12 @@ class StepGraph:
     weights and optimiser state are changed in place, and so must the learning rate be.
 
     Args:
-        choice: whether to.
+        choices: whether to replay.
         phases: a replay's seconds are "policy".
     """
 
-    def __init__(self, choice: Choice, phases: Phases) -> None:
-        self.choice, self.phases = choice, phases
+    def __init__(self, choices: GraphChoices, phases: Phases) -> None:
+        self.choices, self.phases = choices, phases
         self.forget()
 
     def forget(self) -> None:
@@ -123,28 +155,32 @@ class StepGraph:
         self, batch: Batch, seed: Tensor, body: Callable[[Batch, Tensor], Tensor], micro_batch: int
     ) -> Tensor:
         """body(batch, seed); what it returns is a copy."""
+        label = f"steps of {len(batch.w)} in parts of {micro_batch}"
         tensors = {name: x for name, x in vars(batch).items() if isinstance(x, Tensor)} | {SEED: seed}
-        key = (micro_batch, batch.whole, {name: (x.shape, x.dtype) for name, x in tensors.items()})
-        if self.choice.replays is not False and key != self.key:
-            self.record(key, batch, tensors, body)
-        found = self.choice.take(key, lambda: body(batch, seed), lambda: self.run(tensors))
-        if self.choice.replays is False:
+        key = (label, batch.whole, {name: (x.shape, x.dtype) for name, x in tensors.items()})
+        if key != self.key:
+            self.forget()
+            if self.choices.records(label):
+                self.record(label, batch, tensors, body)
+                self.key = key if self.replay else None
+        if not self.replay:
+            return self.choices.take(label, False, lambda: body(batch, seed))
+        found = self.choices.take(label, True, lambda: self.run(tensors))
+        if self.choices.refused(label):
             self.forget()
         return found
 
-    def record(self, key: Any, batch: Batch, tensors: dict[str, Tensor], body: Callable[..., Tensor]) -> None:
-        """A recording that fails while the choice is open decides it."""
-        self.forget()
+    def record(
+        self, label: str, batch: Batch, tensors: dict[str, Tensor], body: Callable[..., Tensor]
+    ) -> None:
         self.tensors = {name: x.clone() for name, x in tensors.items()}
         fields: dict[str, Any] = {name: x for name, x in self.tensors.items() if name != SEED}
         own = replace(batch, **fields), self.tensors[SEED]
         try:
             self.replay, self.found = record(lambda: body(*own))
-        except RuntimeError as error:
-            if self.choice.replays is not None:
-                raise
-            return self.choice.settle(False, first_line(error))
-        self.key = key
+        except Exception as error:
+            self.forget()
+            self.choices.failed(label, error)
 
     def run(self, tensors: dict[str, Tensor]) -> Tensor:
         assert self.replay and self.found is not None
@@ -173,54 +209,53 @@ class Recording:
 class VelocityGraphs:
     """Velocities without gradient, each shape of a policy's input as a recording; a policy's `replay`.
 
-    The first call of a shape runs as it is, which loads or compiles its kernels, and the second one records. Weights
-    must be changed in place, as all are here.
+    The first call of a shape runs as it is, which loads or compiles its kernels. Weights must be changed in place, as
+    all are here.
 
     Args:
-        choice: whether to.
+        choices: whether to replay.
     """
 
-    def __init__(self, choice: Choice) -> None:
-        self.choice = choice
+    def __init__(self, choices: GraphChoices) -> None:
+        self.choices = choices
         self.recordings: dict[Any, Recording | None] = {}
 
     def __call__(self, policy: Policy, tensors: tuple[Tensor, ...]) -> Tensor:
         """policy.run(*tensors); what it returns is a copy."""
-        key = (policy.network, policy.base_only, *((x.shape, x.dtype) for x in tensors))
+        label = f"velocities of {len(tensors[0])}"
+        if self.choices.refused(label):
+            return policy.run(*tensors)
+        key = (label, policy.network, policy.base_only, *((x.shape, x.dtype) for x in tensors))
 
         def call() -> Tensor:
             return policy.run(*(x.clone() for x in tensors))
 
         # one mode for rollouts and anchors, which share a recording, and for what is compiled before it
         with torch.inference_mode(False), torch.no_grad():
-            if self.choice.replays is False:
-                return call()
             if key not in self.recordings:
                 self.recordings[key] = None
                 return call()
-            self.recordings[key] = recording = self.recordings[key] or self.record(policy, tensors)
-            if recording is None:
-                return call()
-            found = self.choice.take(key, call, lambda: recording.run(tensors))
-        if self.choice.replays is False:
-            self.recordings.clear()
+            if not self.recordings[key] and self.choices.records(label):
+                self.recordings[key] = self.record(label, policy, tensors)
+            if not (recording := self.recordings.get(key)):
+                return self.choices.take(label, False, call)
+            found = self.choices.take(label, True, lambda: recording.run(tensors))
+        if self.choices.refused(label):
+            self.forget(label)
         return found
 
-    def record(self, policy: Policy, tensors: tuple[Tensor, ...]) -> Recording | None:
-        """One that fails while the choice is open decides it.
+    def forget(self, label: str) -> None:
+        """Give the memory of its recordings back."""
+        self.recordings = {key: kept for key, kept in self.recordings.items() if key[0] != label}
 
-        Later, where memory runs out, all recordings are given up: what is tried next has another shape.
-        """
+    def record(self, label: str, policy: Policy, tensors: tuple[Tensor, ...]) -> Recording | None:
+        """None where it failed and is not needed; else all recordings are given up: what is tried next is smaller."""
         own = tuple(x.clone() for x in tensors)
         try:
             return Recording(own, *record(lambda: policy.run(*own)))
-        except RuntimeError as error:
-            if self.choice.replays is None:
-                self.choice.settle(False, first_line(error))
-                return None
-            self.recordings.clear()
-            raise
-
-
-def first_line(error: Exception) -> str:
-    return str(error).split("\n")[0] or type(error).__name__
+        except Exception as error:
+            self.forget(label)
+            if self.choices.told:
+                self.recordings.clear()
+            self.choices.failed(label, error)
+            return None

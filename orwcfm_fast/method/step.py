@@ -14,7 +14,7 @@ from orwcfm_fast.method import noise
 from orwcfm_fast.method.anchors import blend
 from orwcfm_fast.method.coupling import Batch
 from orwcfm_fast.method.exchange import LocalGradient, ReplicatedGradient, ShardedGradient
-from orwcfm_fast.method.graph import Choice, StepGraph, can_record
+from orwcfm_fast.method.graph import GraphChoices, StepGraph, can_record
 from orwcfm_fast.method.objectives import METHODS, Point
 from orwcfm_fast.networks.lora import trained_parameters
 from orwcfm_fast.networks.policy import Policy
@@ -67,7 +67,7 @@ class PolicyOptimizer:
         self.phases = Phases(policy.device)
         self.graph: StepGraph | None = None
         if can_record(settings, policy, ranks):
-            self.graph = StepGraph(Choice("steps", settings), self.phases)
+            self.graph = StepGraph(GraphChoices(told=settings.graph == "on"), self.phases)
         self.warm = (
             0  # the largest micro-batch of the last step with this optimiser state; 0 before the first
         )
@@ -141,9 +141,10 @@ class PolicyOptimizer:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
             nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm, foreach=True)
+            found = torch.cat([losses, norm.float().view(1)])
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            return torch.cat([losses, norm.float().view(1)])
+            return found
 
     def gradient(
         self, batch: Batch, seed: Tensor, micro_batch: int, exchange: LocalGradient | None = None

@@ -15,7 +15,7 @@ from orwcfm_fast.method.anchors import Anchors, compute_anchors, velocities
 from orwcfm_fast.method.average import PolicyAverage
 from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.checks import check_trainable
-from orwcfm_fast.method.graph import Choice, VelocityGraphs
+from orwcfm_fast.method.graph import VelocityGraphs
 from orwcfm_fast.method.minibatches import Minibatches
 from orwcfm_fast.method.objectives import METHODS, Method, Point, check_bounded, signal_of
 from orwcfm_fast.method.rollout import Rollout, draw, start_conditions
@@ -109,7 +109,7 @@ class Trainer:
         self.optimizer = PolicyOptimizer(policy, settings, self.sizes, ranks, sharded)
         self.method: Method = METHODS.get(settings.method)
         self.average = PolicyAverage(self.optimizer.parameters) if self.method.averages else None
-        self.graphs = VelocityGraphs(Choice("velocities", settings)) if self.optimizer.graph else None
+        self.graphs = VelocityGraphs(self.optimizer.graph.choices) if self.optimizer.graph else None
         self.phases = self.optimizer.phases
         self.seed = noise.seed_on(settings.seed, policy.device)
         self.alpha, self.tau = settings.alpha, settings.tau
@@ -320,11 +320,6 @@ class Trainer:
     def steps_taken(self) -> int:
         """Gradient steps in all, those of the round under way among them."""
         return self.steps + (len(self.current.losses) if self.current else 0)
-
-    @property
-    def graph_choices(self) -> list[Choice]:
-        """Of velocities and of steps, where they may be replayed from CUDA graphs."""
-        return [graphs.choice for graphs in (self.graphs, self.optimizer.graph) if graphs]
 
     def where(self) -> str:
         """Where the loop stands, in words."""

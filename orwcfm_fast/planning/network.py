@@ -85,7 +85,8 @@ def make_plan(
     reference = policy.frozen_copy(exact=s.shard)
     optimizer = PolicyOptimizer(policy, s)
     inference = InferenceCopy(policy, off=s.shard)
-    recorded, optimizer.graph = optimizer.graph is not None, None  # a graph holds what its step allocates
+    recorded = optimizer.graph is not None and ranks == 1
+    optimizer.graph = None  # it would hold what its step allocates
     seed = noise.seed_on(s.seed, device)
 
     def step(size: int, parts: int = 1) -> None:

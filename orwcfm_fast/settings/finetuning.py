@@ -74,7 +74,7 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
         help="density of the times t of the draws: uniform, late (2t), or the method's own, late for orw-centred",
     )
     graph: Graph = setting(
-        "auto",
+        "off",
         panel="Training",
         help="on one GPU replay velocities and gradient steps as CUDA graphs: on, off, or auto, where that is measured "
         "to be faster (the time of a replayed step is reported under policy)",
@@ -195,7 +195,7 @@ class Finetune(Training, Sampling, RewardsWithHoldout, OnlineMethod):
 
     @field_validator("graph", mode="before")
     @classmethod
-    def _once_a_flag(cls, value: Any) -> Any:  # in runs of before
+    def _once_a_flag(cls, value: Any) -> Any:  # older runs hold true or false
         return ("on" if value else "off") if isinstance(value, bool) else value
 
 

@@ -44,6 +44,15 @@ def test_rewards_at_equal_seconds_drift_and_diversity_lie_on_lines_between_looks
     assert entrants.mean_reward(looks((0, 0.4, 0, 1), (3, 0.8, 0, 1)), 4) == pytest.approx(0.5)
 
 
+def test_a_run_that_breaks_off_has_no_reward_from_there_on():
+    clock = Looks.__new__(Looks)
+    clock.seen, clock.running = [*RUN], 7.0
+    clock.broke_off("not finite")
+    assert entrants.reward_after(clock.seen, 60) == 0
+    assert entrants.reward_at_w2(clock.seen, 9) == entrants.reward_at_diversity(clock.seen, 0.5) == 0
+    assert entrants.mean_reward(clock.seen, 14) < entrants.mean_reward(RUN, 14) / 1.9
+
+
 def test_every_method_and_the_plain_loop_have_equally_many_trials_that_their_settings_allow():
     assert {*TRIALS} == {*METHODS.names(), "plain"}
     for name, trials in TRIALS.items():
@@ -95,7 +104,7 @@ def test_an_entrant_whose_samples_are_no_numbers_has_no_reward_from_there_on(nam
         name, digits_model, TRIALS[name][0] | {"lr": 1e30}, 0,
         lambda policy: Looks(policy, digits_model, 0, limit=60, growth=1.0, clock=lambda: next(ticks), held_out=16),
     )  # fmt: skip
-    assert found[-1].reward == 0 and entrants.reward_at_w2(found, 1) == 0
+    assert found[-1].reward == 0 and found[-1].broke_off and not found[0].broke_off
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ FINETUNE = {
     "--batch": ALWAYS, "--lr": ALWAYS, "--warmup": ALWAYS, "--grad-clip": ALWAYS, "--steps-per-round": ALWAYS,
     "--cooldown": ALWAYS,
     "--times": ALWAYS,
-    "--graph": ALWAYS,  # refused where there is no GPU
+    "--graph": ALWAYS,  # on is refused where there is no GPU
     "--compile": ALWAYS,
     "--micro-batch": [("--micro-batch", 64, "--batch", 64, "a batch of 64 is no larger")],
     "--lora": ALWAYS,

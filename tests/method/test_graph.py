@@ -2,23 +2,24 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from orwcfm_fast.benchmarks.ways import bench_policy
 from orwcfm_fast.control.controller import RunController
+from orwcfm_fast.distributed import SINGLE_PROCESS
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method import graph, noise
 from orwcfm_fast.method.coupling import couple
-from orwcfm_fast.method.graph import Choice, StepGraph, VelocityGraphs
+from orwcfm_fast.method.graph import GraphChoices, StepGraph, VelocityGraphs, can_record
 from orwcfm_fast.method.step import PolicyOptimizer
 from orwcfm_fast.method.trainer import Trainer
 from orwcfm_fast.networks.policy import Policy, make_policy
 from orwcfm_fast.settings import Finetune
 
 SETTINGS = Finetune(batch=8, warmup=4, steps_per_round=6)
-AUTO = SETTINGS  # measured, where there is a GPU
 
 
 def batch_of(step, n=8, device="cpu", alpha=1.0):
@@ -40,7 +41,7 @@ def learner_of(device, **change):
 
 def told(learner):
     """Steps are to be replayed, without measuring."""
-    return StepGraph(Choice("steps"), learner.phases)
+    return StepGraph(GraphChoices(), learner.phases)
 
 
 def recorded_late(body):
@@ -127,77 +128,127 @@ class Clock:
         return timed
 
 
-@pytest.mark.parametrize("replaying", [0.5, 2.0])
-def test_of_calls_and_replays_that_take_turns_the_faster_way_is_chosen(monkeypatch, replaying):
-    clock, ways, said = Clock(monkeypatch), [], []
-    choice = Choice("steps", AUTO)
-    choice.on_choice = said.append
-    call = clock.lasting(1.0, lambda: ways.append("call"))
-    replay = clock.lasting(replaying, lambda: ways.append("replay"))
-    for key in (8, 3, 8, 8, 3, 8, 8, 8):  # those of another shape tell nothing
-        choice.take(key, call, replay)
-    assert ways == ["call", "call", "replay", "call", "call", "replay", "call", "replay"]
-    assert choice.replays is (replaying < 1) and len(said) == 1 and f"{1 / replaying:.2g} times" in said[0]
-    choice.take(3, call, replay)
-    assert ways[-1] == ("replay" if replaying < 1 else "call")
+def measuring(trainer):
+    """As with --graph auto on a GPU."""
+    choices = GraphChoices(told=False)
+    trainer.optimizer.graph = StepGraph(choices, trainer.optimizer.phases)
+    trainer.graphs = VelocityGraphs(choices)
+    return choices
 
 
-@pytest.mark.parametrize("replaying", [0.5, 2.0])
-def test_steps_and_rounds_are_the_same_while_and_after_it_is_measured_which_way_is_faster(
-    monkeypatch, replaying
+@pytest.mark.parametrize("replaying, replayed", [(0.5, True), (0.97, False), (2.0, False)])
+def test_the_way_that_is_measured_to_be_faster_stays_and_a_recording_that_is_not_used_goes(
+    monkeypatch, replaying, replayed
 ):
-    clock = Clock(monkeypatch)
+    clock, recorded_after = Clock(monkeypatch), []
 
     def record(body):
+        recorded_after.append(clock.now)
         replay, found = recorded_late(body)
         return clock.lasting(replaying - 1, replay), found  # the body itself takes 1
 
     monkeypatch.setattr(graph, "record", record)
-    monkeypatch.setattr(PolicyOptimizer, "update", clock.lasting(1.0, PolicyOptimizer.update))
-    batches = [batch_of(k) for k in range(10)]
-    plain, learner = learner_of("cpu"), learner_of("cpu")
-    learner.graph = StepGraph(Choice("steps", AUTO), learner.phases)
-    torch.testing.assert_close(results(learner, batches), results(plain, batches), rtol=0, atol=0)
-    assert learner.graph.choice.replays is (replaying < 1)
-    assert (learner.graph.replay is None) is (replaying > 1), "a recording that is not used keeps no memory"
+    monkeypatch.setattr(Policy, "run", clock.lasting(1.0, Policy.run))  # in a velocity and in a step
+    trainer = trained(0)
+    choices, said = measuring(trainer), []
+    choices.on_choice = said.append
+    for _ in trainer.train(4):
+        pass
+    labels = ["velocities of 4", "velocities of 2", "velocities of 6", "steps of 6 in parts of 6"]
+    assert sorted(choices.chosen) == sorted(labels) and {*choices.chosen.values()} == {replayed}
+    assert len(said) == 4 and all(f"{1 / replaying:.2f} times as fast" in text for text in said)
+    assert min(recorded_after) >= 4, (
+        "one call that loads kernels and three that are timed, before any recording"
+    )
+    assert any(trainer.graphs.recordings.values()) is (trainer.optimizer.graph.replay is not None) is replayed
+    same_rounds(trained(4), trainer)
 
+
+def test_of_two_ways_the_fastest_of_three_calls_each_counts(monkeypatch):
+    clock, choices = Clock(monkeypatch), GraphChoices(told=False)
+    for replayed, seconds in ((False, (5, 2, 3)), (True, (9, 2.5, 9))):
+        for lasting in seconds:
+            assert choices.records("steps") is replayed
+            choices.take("steps", replayed, clock.lasting(lasting, lambda: None))
+    assert choices.chosen == {"steps": False}
+
+
+@pytest.mark.parametrize("fails_at, without", [(1, 4), (3, 3)])
+def test_without_a_recording_that_fails_the_loop_goes_on(monkeypatch, fails_at, without):
+    clock, count = Clock(monkeypatch), []
     monkeypatch.setattr(Policy, "run", clock.lasting(1.0, Policy.run))
-    plain, measured = trained(), trained(graphs=VelocityGraphs(Choice("velocities", AUTO)))
-    same_rounds(plain, measured)
-    assert measured.graphs.choice.replays is (replaying < 1)
-    assert any(measured.graphs.recordings.values()) is (replaying < 1)
 
-
-def test_where_nothing_can_be_recorded_the_loop_goes_on_without_unless_it_was_told_to(monkeypatch):
     def record(body):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        count.append(1)
+        if len(count) >= fails_at:
+            raise torch.OutOfMemoryError("out of memory\nmore")
+        replay, found = recorded_late(body)
+        return clock.lasting(-0.5, replay), found
 
     monkeypatch.setattr(graph, "record", record)
-    trainer = trained(0, graphs=VelocityGraphs(Choice("velocities", AUTO)))
-    trainer.optimizer.graph = StepGraph(Choice("steps", AUTO), trainer.optimizer.phases)
-    RunController(trainer)
-    assert len([*trainer.train(2)]) == 2
-    assert [choice.replays for choice in trainer.graph_choices] == [False, False]
-    same_rounds(trained(), trainer)
+    trainer, shown = trained(0), []
+    choices = measuring(trainer)
+    controller = RunController(trainer)
+    controller.report_to(shown.append)
+    assert len([*trainer.train(4)]) == 4
+    reason = "are not replayed from CUDA graphs: out of memory"
+    assert sum(text.endswith(reason) for text in shown) == without, (
+        "the third is of minibatches, as the second"
+    )
+    assert len(choices.chosen) == 4 and [*choices.chosen.values()].count(False) == without
+    assert trainer.sizes.chunk == 4 and trainer.sizes.micro_batch == 6, "nothing is halved for a recording"
+    same_rounds(trained(4), trainer)
+
+
+def test_what_failed_first_is_raised_where_all_must_be_replayed(monkeypatch):
+    def record(body):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graph, "record", record)
     with pytest.raises(RuntimeError, match="not permitted"):
-        trained(1, graphs=VelocityGraphs(Choice("velocities")))
+        trained(1, graphs=VelocityGraphs(GraphChoices()))
+    try:
+        try:
+            raise torch.OutOfMemoryError("the cause")
+        finally:
+            raise RuntimeError("capture_end fails in its turn")
+    except RuntimeError as error:
+        assert str(graph.first_of(error)) == "the cause"
 
 
-def test_what_was_chosen_is_kept_for_a_resumed_run_that_is_not_told_otherwise():
-    def controlled(settings=AUTO):
-        trainer = trained(0, graphs=VelocityGraphs(Choice("velocities", settings)))
-        return RunController(trainer), trainer.graphs.choice
+def test_what_was_chosen_is_kept_for_a_resumed_run():
+    def controlled():
+        trainer = trained(0)
+        choices = measuring(trainer)
+        return RunController(trainer), choices
 
-    controller, choice = controlled()
-    choice.settle(False, "0.9 times as fast")
-    assert controller.notes == ["velocities are not replayed from CUDA graphs: 0.9 times as fast"]
+    controller, choices = controlled()
+    choices.choose("velocities of 4", False, "0.9 times as fast")
     state = json.loads(json.dumps(controller.to_state()))
-    for settings, expected in ((AUTO, False), (AUTO.model_copy(update={"graph": "on"}), True)):
-        resumed, choice = controlled(settings)
-        resumed.restore(state, "a checkpoint")
-        assert choice.replays is expected
+    resumed, choices = controlled()
+    resumed.restore(state, "a checkpoint")
+    assert choices.refused("velocities of 4") and not choices.refused("velocities of 2")
     with pytest.raises(UserError, match="graphs are damaged"):
-        resumed.restore(state | {"graphs": {"velocities": "yes"}}, "a checkpoint")
+        resumed.restore(state | {"graphs": {"velocities of 4": "yes"}}, "a checkpoint")
+
+
+def test_nothing_is_recorded_where_it_cannot_be():
+    on, auto, off = (Finetune(graph=how) for how in ("on", "auto", "off"))
+    cpu, gpu, pipeline = (
+        SimpleNamespace(device=torch.device(device), pipeline=pipeline)
+        for device, pipeline in (("cpu", None), ("cuda", None), ("cuda", object()))
+    )
+    assert can_record(on, gpu, SINGLE_PROCESS) and can_record(auto, gpu, SINGLE_PROCESS)
+    assert not can_record(off, gpu, SINGLE_PROCESS)
+    assert not any(can_record(auto, policy, SINGLE_PROCESS) for policy in (cpu, pipeline))
+    two = SimpleNamespace(world=2)
+    assert not can_record(auto, gpu, two)
+    for policy, ranks, reason in (
+        (gpu, two, "no more than one"),
+        (pipeline, SINGLE_PROCESS, "not for pipelines"),
+    ):
+        with pytest.raises(UserError, match=f"--graph on: .*{reason}; use --graph off"):
+            can_record(on, policy, ranks)
 
 
 def test_a_graph_is_refused_without_a_gpu():
@@ -212,7 +263,7 @@ def test_a_graph_takes_the_steps_that_are_taken_without(micro_batch):
     batches = [batch_of(k, device="cuda", alpha=0.5 + k) for k in range(8)]
     same_order = torch.backends.cudnn.flags(enabled=True, deterministic=True)
     with same_order, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        expected = results(learner_of("cuda", micro_batch=micro_batch, graph="off"), batches)
+        expected = results(learner_of("cuda", micro_batch=micro_batch), batches)
         found = results(learner_of("cuda", micro_batch=micro_batch, graph="on"), batches)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -252,7 +303,7 @@ def same_rounds(one, other):
 def test_replayed_rollouts_and_anchors_are_those_of_a_run_without(monkeypatch, change):
     recordings = []
     monkeypatch.setattr(graph, "record", lambda body: recordings.append(1) or recorded_late(body))
-    plain, replayed = trained(**change), trained(graphs=VelocityGraphs(Choice("velocities")), **change)
+    plain, replayed = trained(**change), trained(graphs=VelocityGraphs(GraphChoices()), **change)
     same_rounds(plain, replayed)
     assert len(recordings) == 4, "chunks of 4 and of 2, minibatches of 6 of the policy and of its reference"
 
@@ -267,7 +318,7 @@ def test_where_memory_runs_out_for_a_recorded_velocity_all_are_given_up(monkeypa
         return recorded_late(body)
 
     monkeypatch.setattr(graph, "record", record)
-    trainer = trained(1, graphs=VelocityGraphs(Choice("velocities")))
+    trainer = trained(1, graphs=VelocityGraphs(GraphChoices()))
     assert trainer.sizes.chunk == 2 and sizes[:2] == [4, 2]
     assert {x.found.shape[0] for x in trainer.graphs.recordings.values() if x} == {2, 6}
 
@@ -278,5 +329,5 @@ def test_where_memory_runs_out_for_a_recorded_velocity_all_are_given_up(monkeypa
 def test_recorded_rounds_are_those_of_a_run_without(change):
     same_order = torch.backends.cudnn.flags(enabled=True, deterministic=True)
     with same_order, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        plain, replayed = trained(3, "cuda", graph="off", **change), trained(3, "cuda", graph="on", **change)
+        plain, replayed = trained(3, "cuda", **change), trained(3, "cuda", graph="on", **change)
     same_rounds(plain, replayed)
