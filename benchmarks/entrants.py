@@ -37,6 +37,7 @@ LOOPS: tuple[Trial, ...] = (
 RATES = (5e-4, 1e-3, 2e-3)
 STRENGTHS: dict[str, tuple[Trial, Trial]] = {  # how strongly the reward pulls: a milder and a stronger one
     "orw-centred": ({"alpha": 1.0, "tau": 2.0}, {"alpha": 0.3, "tau": 2.0}),
+    "orw-centred, no anchor": ({"alpha": 0.0, "tau": 1.0}, {"alpha": 0.0, "tau": 2.0}),
     "orw": ({"alpha": 1.0, "tau": 2.0}, {"alpha": 0.3, "tau": 2.0}),
     "nft": ({"nft_beta": 1.0}, {"nft_beta": 0.1}),
     "awm": ({"kl": 0.003}, {"kl": 0.001}),
@@ -134,6 +135,11 @@ class Looks:
         )  # fmt: skip
 
 
+def method_of(name: str) -> str:
+    """The method of an entrant that is not the plain loop."""
+    return name.partition(",")[0]
+
+
 class Over(Exception):
     """The limit is reached in the middle of a round."""
 
@@ -142,7 +148,7 @@ def run(name: str, base: Policy, trial: Trial, seed: int, looks: Callable[[Polic
     """One entrant from the base's weights to the limit; one that breaks off has no reward from there on.
 
     Args:
-        name: of a method, or "plain".
+        name: of a method, with what is special about it after a comma, or "plain".
         looks: policy → its clock, started.
     """
     clock, go = (
@@ -162,7 +168,7 @@ Start = tuple[Looks, Callable[[], None]]
 
 def _method(name: str, base: Policy, trial: Trial, seed: int, looks: Callable[[Policy], Looks]) -> Start:
     policy = base.trainable_copy()
-    s = Finetune(**COMMON | {"method": name, "seed": seed} | trial)
+    s = Finetune(**COMMON | {"method": method_of(name), "seed": seed} | trial)
 
     def watch(progress: Progress) -> None:
         steps = progress.round * s.steps_per_round + progress.step

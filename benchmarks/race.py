@@ -48,7 +48,35 @@ LATE = 1.1  # a look that was due at the limit comes after the step under way
 CHOSEN: dict[str, dict[str, Trial]] = {
     "orw-centred": {
         "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002, "alpha": 0.3, "tau": 2.0},
+        "near": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.0005, "alpha": 1.0, "tau": 2.0},
+    },
+    "orw": {
+        "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002, "alpha": 0.3, "tau": 2.0},
         "near": {"rollout": 512, "steps_per_round": 16, "batch": 64, "lr": 0.0005, "alpha": 1.0, "tau": 2.0},
+    },
+    "nft": {
+        "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002, "nft_beta": 0.1},
+        "near": {"rollout": 512, "steps_per_round": 16, "batch": 64, "lr": 0.0005, "nft_beta": 1.0},
+    },
+    "awm": {
+        "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.001, "kl": 0.001},
+        "near": {"rollout": 512, "steps_per_round": 16, "batch": 64, "lr": 0.0005, "kl": 0.001},
+    },
+    "adrpo": {
+        "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002, "adrpo_beta0": 1.0},
+        "near": {"rollout": 512, "steps_per_round": 16, "batch": 64, "lr": 0.0005, "adrpo_beta0": 1.0},
+    },
+    "ram": {
+        "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002, "ram_m": 0.5},
+        "near": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.0005, "ram_m": 0.5},
+    },
+    "raft": {
+        "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002, "raft_best_of": 4},
+        "near": {"rollout": 512, "steps_per_round": 16, "batch": 64, "lr": 0.0005, "raft_best_of": 4},
+    },
+    "rwr": {
+        "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002},
+        "near": {"rollout": 512, "steps_per_round": 16, "batch": 64, "lr": 0.0005},
     },
     "plain": {
         "soon": {"batch": 32, "lr": 0.004, "alpha": 1.0, "tau": 2.0},

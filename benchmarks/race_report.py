@@ -24,7 +24,7 @@ def columns(found: dict[str, Any], goal: str) -> list[str]:
     else:
         own = [f"reward at W2 {w:g}" for w in AT_W2[found["data"]]]
         own += [f"at {d:g} of the diversity" for d in AT_DIVERSITY]
-    return [f"chosen for reward {goal}", *own, "W2 at the end", "confidence"]
+    return [f"chosen for reward {goal}", *own, "W2 at the end", "diversity kept", "confidence"]
 
 
 def ranked(found: dict[str, Any], goal: str) -> list[Row]:
@@ -40,7 +40,13 @@ def cells(row: Row) -> list[str]:
     else:
         own = [_interval(value) for value in row["reward_at_w2"].values()]
         own += [_interval(row["reward_at_diversity"][f"{d:g}"]) for d in AT_DIVERSITY]
-    return [row["name"], *own, _interval(row["w2"], 2), _interval(row["confidence"])]
+    return [
+        row["name"],
+        *own,
+        _interval(row["w2"], 2),
+        _interval(row["diversity"], 2),
+        _interval(row["confidence"]),
+    ]
 
 
 def settings_of(row: Row) -> str:

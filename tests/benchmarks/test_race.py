@@ -54,11 +54,11 @@ def test_a_run_that_breaks_off_has_no_reward_from_there_on():
 
 
 def test_every_method_and_the_plain_loop_have_equally_many_trials_that_their_settings_allow():
-    assert {*TRIALS} == {*METHODS.names(), "plain"}
+    assert {entrants.method_of(name) for name in TRIALS} == {*METHODS.names(), "plain"}
     for name, trials in TRIALS.items():
         assert len({repr(trial) for trial in trials}) == len(trials) == 12
         for trial in trials if name != "plain" else ():
-            Finetune(**COMMON | {"method": name} | trial)
+            Finetune(**COMMON | {"method": entrants.method_of(name)} | trial)
     assert not {*race.TUNED_ON} & {*race.RUN_ON}
 
 
