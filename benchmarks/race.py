@@ -2,7 +2,7 @@
 
     orwcfm bench race                          short: those whose settings were chosen before, one seed, minutes
     orwcfm bench race --full --out FOLDER      equally many trials for each, then the chosen settings on other seeds
-    orwcfm bench race-mnist                    the short form from the MNIST model that ships, half a minute each
+    orwcfm bench race-mnist                    from the MNIST model that ships, the settings for much reward soon
 
 Settings are chosen on tuning seeds, once for much reward soon and once for much reward near the pretrained model; then
 they run on seeds that nothing was chosen on. The plain loop has four times the seconds of the others (`PATIENCE`);
@@ -41,14 +41,32 @@ from orwcfm_fast.runs.load import Loader
 
 TUNED_ON, RUN_ON = (3, 4, 5), (0, 1, 2)
 TUNING_SECONDS, SECONDS = 10.0, 30.0
-SHORT_SECONDS = {"digits": 8.0, "mnist": 30.0}
 TUNING_GROWTH, GROWTH = 1.7, 1.3
+
+
+class Short(NamedTuple):
+    """The short form on one data set: seconds, growth and samples of the looks, and of which goals the settings run."""
+
+    seconds: float
+    growth: float
+    held_out: int
+    goals: tuple[str, ...]
+
+
+SHORT = {
+    "digits": Short(8.0, GROWTH, entrants.HELD_OUT, tuple(GOALS)),
+    "mnist": Short(30.0, 2.0, 96, ("soon",)),  # a look takes as long as some steps
+}
 LATE = 1.1  # a look that was due at the limit comes after the step under way
 # what the full form chose, in the newest benchmarks/results/race-digits-*.json
 CHOSEN: dict[str, dict[str, Trial]] = {
     "orw-centred": {
         "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002, "alpha": 0.3, "tau": 2.0},
         "near": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.0005, "alpha": 1.0, "tau": 2.0},
+    },
+    "orw-centred, no anchor": {
+        "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002, "alpha": 0.0, "tau": 2.0},
+        "near": {"rollout": 512, "steps_per_round": 16, "batch": 64, "lr": 0.0005, "alpha": 0.0, "tau": 2.0},
     },
     "orw": {
         "soon": {"rollout": 128, "steps_per_round": 4, "batch": 32, "lr": 0.002, "alpha": 0.3, "tau": 2.0},
@@ -100,7 +118,8 @@ class Job(NamedTuple):
 
 @cache
 def _base(device: str, data: str) -> Policy:
-    loader = Loader(torch.device(device), "auto" if device.startswith("cuda") else "fp32")
+    precision = "auto" if device.startswith("cuda") else {"digits": "fp32", "mnist": "bf16"}[data]
+    loader = Loader(torch.device(device), precision)
     return loader.default().policy if data == "digits" else loader.load("unet-mnist-small").policy
 
 
@@ -138,7 +157,7 @@ def race(
     data: str = "digits",
     seconds: float = 0.0,
     names: Sequence[str] = (),
-    held_out: int = entrants.HELD_OUT,
+    held_out: int = 0,
     base: Policy | None = None,
 ) -> dict[str, Any]:
     """The race, full or short.
@@ -146,26 +165,27 @@ def race(
     Args:
         watch: told of every run that is over.
         data: digits; mnist in the short form, where the plain loop has no network of its own.
-        seconds: of each run; 0: SECONDS, in the short form SHORT_SECONDS of the data.
+        seconds: of each run; 0: SECONDS, in the short form those of the data.
         names: of the entrants; where empty all, in the short form those whose settings were chosen.
-        held_out: samples of each look.
+        held_out: samples of each look; 0: those of the data's short form, which the full one has too.
         base: start from this model instead of the pretrained one.
 
     Returns:
         date, device, versions, the trials and the settings chosen, and a row for every entrant and goal.
     """
-    where = (str(device or "cpu"), data, held_out, base)
+    short = SHORT[data]
+    where = (str(device or "cpu"), data, held_out or short.held_out, base)
     names = names or [name for name in (TRIALS if full else CHOSEN) if data == "digits" or name != "plain"]
     chosen, trials = choose(names, where, watch) if full else ({name: _settings(name) for name in names}, [])
-    limit, seeds = seconds or (SECONDS if full else SHORT_SECONDS[data]), RUN_ON if full else RUN_ON[:1]
-    plan = [(n, t) for n in names for t in {repr(t): t for t in chosen[n].values()}.values()]
-    runs = _runs(plan, seeds, (limit, GROWTH), where, lambda text: watch(f"racing, {text}"))
+    limit, seeds = seconds or (SECONDS if full else short.seconds), RUN_ON if full else RUN_ON[:1]
+    plan = [(n, t) for n in names for t in {repr(t): t for t in (chosen[n][g] for g in short.goals)}.values()]
+    runs = _runs(plan, seeds, (limit, short.growth), where, lambda text: watch(f"racing, {text}"))
     rows = [
         {
             "name": n, "goal": goal, "trial": t, **measures(r, limit, data),
             "runs": [[asdict(x) for x in one] for one in r],
         }
-        for goal in GOALS
+        for goal in short.goals
         for (n, t), r in zip(plan, runs, strict=True)
         if chosen[n][goal] == t
     ]  # fmt: skip

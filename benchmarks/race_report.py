@@ -69,12 +69,12 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    names = [row["name"] for row in ranked(found, "near")]
+    names = [*dict.fromkeys(row["name"] for row in found["rows"])]
     for k, (goal, key, label) in enumerate(
         (("soon", "seconds", "seconds, looks taken out"), ("near", "w2", "coupled W2"))
     ):
         axes = figure.add_subplot(1, 2, k + 1)
-        for row in ranked(found, goal):
+        for row in ranked(found, goal) or ranked(found, "soon"):
             for one in row["runs"]:
                 axes.plot(
                     [look[key] for look in one], [look["reward"] for look in one], lw=1,

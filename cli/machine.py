@@ -143,7 +143,8 @@ def _race(full: bool, out: Path | None, quiet: bool, data: str = "digits") -> di
         found = race.race(full, lambda text: bar.at(0, text), resolve_device("auto"), data)
     if not quiet:
         for goal in race_report.RANKED_BY:
-            rows = race_report.ranked(found, goal)
+            if not (rows := race_report.ranked(found, goal)):
+                continue
             console.out.print(
                 console.plain_table(race_report.columns(found, goal), map(race_report.cells, rows))
             )
