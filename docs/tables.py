@@ -188,10 +188,10 @@ def variants() -> str:
     return lines(("α", "change", "seeds", "reward", "coupled W2", "confidence", "deviation"), rows)
 
 
-def _race(goal: str) -> str:
+def _race(goal: str, data: str = "digits") -> str:
     from orwcfm_fast.benchmarks import race_report
 
-    found = results("race-digits")
+    found = results(f"race-{data}")
     rows = (race_report.cells(row) for row in race_report.ranked(found, goal))
     return lines(race_report.columns(found, goal), rows)
 
@@ -204,6 +204,11 @@ def race_soon() -> str:
 @table
 def race_near() -> str:
     return _race("near")
+
+
+@table
+def race_mnist() -> str:
+    return _race("soon", "mnist")
 
 
 @table
