@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,7 +53,6 @@ LADDER = (
     Rung("the same in bf16", "bf16", "bf16"),
     Rung("LoRA, fp32", "lora", "lora"),
     Rung("bf16, in CUDA graphs", "bf16 graph", "bf16 graph"),
-    Rung("bf16, cuDNN's algorithms measured", "bf16 cudnn", "bf16 cudnn"),
     Rung("bf16, compiled", "bf16 compiled", "bf16 compiled"),
     Rung("one fresh batch a step, fp32", "fp32", "fp32", 1.0),
     Rung("one fresh batch a step, bf16", "bf16", "bf16", 1.0),
@@ -85,10 +83,7 @@ class LoopBenchmark:
     """All ways of drawing samples and of taking gradient steps on one data set, each a call that can be timed."""
 
     def __init__(self, data: str, batch: int, euler_share: float, device: torch.device = CPU) -> None:
-        self.batch, self.settings = (
-            batch,
-            DEFAULT.model_copy(update={"batch": batch, "rollout": batch}),
-        )
+        self.batch, self.settings = batch, DEFAULT.model_copy(update={"batch": batch, "rollout": batch})
         self.policies = {p: bench_policy(data, p, device) for p in ("fp32", "bf16")}
         first = self.policies["fp32"]
         self.steps = max(2, round(EULER_STEPS * euler_share))
@@ -104,7 +99,6 @@ class LoopBenchmark:
         add_lora(adapted.network, Finetune(lora=LORA_RANK))
         self.policies["lora"], self.learners["lora"] = adapted, self.learner(adapted)
         if device.type == "cuda":
-            self.learners["bf16 cudnn"] = self.learner(self.policies["bf16"])
             self.learners["bf16 graph"] = self.learner(self.policies["bf16"], graph="on")
             self.learners["bf16 compiled"] = self.learner(self.policies["bf16"].trainable_copy())
         self.references = {way: one.policy.frozen_copy() for way, one in self.learners.items()}
@@ -137,14 +131,12 @@ class LoopBenchmark:
         return replace(policy, replay=self.graphs) if way.endswith("graph") else policy
 
     def step(self, way: str) -> int:
-        with cudnn_of(way):
-            self.learners[way].step(self.anchored(way), self.seed)
+        self.learners[way].step(self.anchored(way), self.seed)
         return self.batch
 
     def draw(self, way: str) -> int:
         policy = self.torchcfm if way == "solver" else self.replayed(way, self.inference[way].refresh())
-        with cudnn_of(way):
-            sample(policy, self.x0, self.settings, self.batch)
+        sample(policy, self.x0, self.settings, self.batch)
         return self.batch
 
     def plain_rollout(self) -> int:
@@ -166,11 +158,6 @@ class LoopBenchmark:
         for way in self.learners:
             ways[way] = lambda way=way: self.step(way)  # type: ignore[misc]
         return ways
-
-
-def cudnn_of(way: str) -> AbstractContextManager[None]:
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(enabled=True, benchmark=way.endswith("cudnn"), allow_tf32=cudnn.allow_tf32)
 
 
 def measure(data: str, batch: int, repeats: int, euler_share: float, device: torch.device = CPU) -> list[Row]:

@@ -12,6 +12,7 @@ drift and confidence are everybody's at the common limit.
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -44,8 +45,14 @@ TUNING_SECONDS, SECONDS = 10.0, 30.0
 TUNING_GROWTH, GROWTH = 1.7, 1.3
 
 
-class Short(NamedTuple):
-    """The short form on one data set: seconds, growth and samples of the looks, and of which goals the settings run."""
+class Track(NamedTuple):
+    """The race on one data set.
+
+    Attributes:
+        seconds: of the short form.
+        growth, held_out: of the looks, see `Looks`.
+        goals: those that are raced for.
+    """
 
     seconds: float
     growth: float
@@ -53,9 +60,9 @@ class Short(NamedTuple):
     goals: tuple[str, ...]
 
 
-SHORT = {
-    "digits": Short(8.0, GROWTH, entrants.HELD_OUT, tuple(GOALS)),
-    "mnist": Short(30.0, 2.0, 96, ("soon",)),  # a look takes as long as some steps
+TRACKS = {
+    "digits": Track(8.0, GROWTH, entrants.HELD_OUT, tuple(GOALS)),
+    "mnist": Track(30.0, 2.0, 96, ("soon",)),  # a look takes as long as some steps
 }
 LATE = 1.1  # a look that was due at the limit comes after the step under way
 # what the full form chose, in the newest benchmarks/results/race-digits-*.json
@@ -160,39 +167,40 @@ def race(
     held_out: int = 0,
     base: Policy | None = None,
 ) -> dict[str, Any]:
-    """The race, full or short.
+    """The race, full or track.
 
     Args:
         watch: told of every run that is over.
         data: digits; mnist in the short form, where the plain loop has no network of its own.
         seconds: of each run; 0: SECONDS, in the short form those of the data.
         names: of the entrants; where empty all, in the short form those whose settings were chosen.
-        held_out: samples of each look; 0: those of the data's short form, which the full one has too.
+        held_out: samples of each look; 0: those of the data.
         base: start from this model instead of the pretrained one.
 
     Returns:
-        date, device, versions, the trials and the settings chosen, and a row for every entrant and goal.
+        date, device, versions, seconds by the clock on the wall, the trials and the settings chosen, and a row for
+        every entrant and goal.
     """
-    short = SHORT[data]
-    where = (str(device or "cpu"), data, held_out or short.held_out, base)
+    track, began = TRACKS[data], time.perf_counter()
+    where = (str(device or "cpu"), data, held_out or track.held_out, base)
     names = names or [name for name in (TRIALS if full else CHOSEN) if data == "digits" or name != "plain"]
     chosen, trials = choose(names, where, watch) if full else ({name: _settings(name) for name in names}, [])
-    limit, seeds = seconds or (SECONDS if full else short.seconds), RUN_ON if full else RUN_ON[:1]
-    plan = [(n, t) for n in names for t in {repr(t): t for t in (chosen[n][g] for g in short.goals)}.values()]
-    runs = _runs(plan, seeds, (limit, short.growth), where, lambda text: watch(f"racing, {text}"))
+    limit, seeds = seconds or (SECONDS if full else track.seconds), RUN_ON if full else RUN_ON[:1]
+    plan = [(n, t) for n in names for t in {repr(t): t for t in (chosen[n][g] for g in track.goals)}.values()]
+    runs = _runs(plan, seeds, (limit, track.growth), where, lambda text: watch(f"racing, {text}"))
     rows = [
         {
             "name": n, "goal": goal, "trial": t, **measures(r, limit, data),
             "runs": [[asdict(x) for x in one] for one in r],
         }
-        for goal in short.goals
+        for goal in track.goals
         for (n, t), r in zip(plan, runs, strict=True)
         if chosen[n][goal] == t
     ]  # fmt: skip
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(torch.device(where[0])),
-        "versions": checkpoint.versions(),
+        "versions": checkpoint.versions(), "wall_seconds": round(time.perf_counter() - began),
         "data": data, "reward": entrants.REWARD, "limit": limit, "seeds": [*seeds], "tuned_on": [*TUNED_ON],
         "chosen": chosen, "trials": trials, "rows": rows,
     }  # fmt: skip

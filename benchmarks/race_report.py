@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orwcfm_fast.benchmarks.entrants import AFTER, AT_DIVERSITY, AT_W2, FOR_REWARDS
+from orwcfm_fast.benchmarks.entrants import AFTER, AT_DIVERSITY, AT_W2, FOR_REWARDS, Look, seconds_to
 
 Row = dict[str, Any]
 RANKED_BY: dict[str, Callable[[Row], Any]] = {
@@ -35,7 +35,7 @@ def ranked(found: dict[str, Any], goal: str) -> list[Row]:
 def cells(row: Row) -> list[str]:
     """Texts of a row, in the order of its goal's columns."""
     if row["goal"] == "soon":
-        own = [_seconds(row["seconds_to"][f"{r:g}"]) for r in FOR_REWARDS]
+        own = [_seconds_to(row, reward) for reward in FOR_REWARDS]
         own += [_interval(row["reward_after"].get(f"{s:g}")) for s in AFTER]
     else:
         own = [_interval(value) for value in row["reward_at_w2"].values()]
@@ -50,12 +50,26 @@ def cells(row: Row) -> list[str]:
 
 
 def settings_of(row: Row) -> str:
-    """The settings of a row in one line."""
-    return f"{row['name']}: " + ", ".join(f"{key} {value:g}" for key, value in row["trial"].items())
+    """The settings of a row in one line, and why runs broke off, where some did."""
+    line = f"{row['name']}: " + ", ".join(f"{key} {value:g}" for key, value in row["trial"].items())
+    reasons = [reason for one in row["runs"] if (reason := one[-1].get("broke_off"))]
+    return line + "".join(f"; broke off: {reason}" for reason in reasons)
+
+
+def _seconds_to(row: Row, reward: float) -> str:
+    """The median of the seeds, and the least and the most."""
+    text = _seconds(row["seconds_to"][f"{reward:g}"])
+    if len(row["runs"]) == 1:
+        return text
+    each = (seconds_to([Look(**look) for look in one], reward) for one in row["runs"])
+    found = sorted(math.inf if s is None else s for s in each)
+    return text if found[0] == math.inf else f"{text} ({_seconds(found[0])} to {_seconds(found[-1])})"
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+    if value in (None, math.inf):
+        return "–"
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def _interval(value: list[float] | None, digits: int = 3) -> str:

@@ -16,6 +16,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLACE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.S)
 NO_YES = ("no", "yes")
 EVEN_DIGITS = 0.49  # standard deviation of that reward on samples of the digits model
+RACE_STEPS = (10, 20, 40, 100)
 TABLES: dict[str, Callable[[], str]] = {}
 
 
@@ -204,6 +205,29 @@ def race_soon() -> str:
 @table
 def race_near() -> str:
     return _race("near")
+
+
+@table
+def race_steps() -> str:
+    """Of the soonest entrants, reward and share of the diversity after so many steps: means, linear between looks."""
+    import numpy as np
+
+    def after(row: dict[str, Any], steps: int, key: str) -> list[float]:
+        return [
+            float(np.interp(steps, [x["steps"] for x in one], [x[key] for x in one])) for one in row["runs"]
+        ]
+
+    def cell(row: dict[str, Any], steps: int) -> str:
+        start, then = (after(row, k, "diversity") for k in (0, steps))
+        kept = statistics.mean(b / a for a, b in zip(start, then, strict=True))
+        return f"{statistics.mean(after(row, steps, 'reward')):.3f}, {kept:.2f}"
+
+    rows = (
+        [row["name"], *(cell(row, k) for k in RACE_STEPS)]
+        for row in results("race-digits")["rows"]
+        if row["goal"] == "soon" and row["name"] in ("raft", "nft", "orw-centred, no anchor")
+    )
+    return lines(("reward, diversity kept", *(f"after {k} steps" for k in RACE_STEPS)), rows)
 
 
 @table

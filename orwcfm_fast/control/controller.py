@@ -6,6 +6,7 @@ from typing import Any
 from orwcfm_fast.control.guard import MAX_ROLLBACKS, Fault, Finding, Guard, milder
 from orwcfm_fast.control.target_w2 import W2Steering
 from orwcfm_fast.control.values import read_values
+from orwcfm_fast.device import device_name
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.callbacks import Callback
 from orwcfm_fast.method.rollout import Rollout
@@ -123,6 +124,10 @@ class RunController(Callback):
         """α, τ and batch sizes in force."""
         return {"alpha": self.trainer.alpha, "tau": self.trainer.tau, **self.trainer.sizes.values()}
 
+    def measured_on(self) -> list[Any]:
+        """On what it was measured which calls are faster as CUDA graphs."""
+        return [device_name(self.trainer.policy.device), self.settings.compile]
+
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint must hold of it."""
         found = {
@@ -130,7 +135,7 @@ class RunController(Callback):
             "guard": self.guard.to_state(),
             "notes": self.notes,
             "rollbacks": [self.rollbacks, self.refused_round],
-            "graphs": self.graphs.chosen if self.graphs else {},
+            "graphs": {"measured": self.measured_on(), "chosen": self.graphs.chosen if self.graphs else {}},
         }
         return found | ({"steering": self.steering.to_state()} if self.steering else {})
 
@@ -150,11 +155,12 @@ class RunController(Callback):
             isinstance(rollbacks, list) and len(rollbacks) == 2 and all(type(n) is int for n in rollbacks)
         ):
             raise UserError(f"{where}: state.json: rollbacks are damaged")
-        graphs = state.get("graphs", {})
-        if not isinstance(graphs, dict) or not all(isinstance(x, bool) for x in graphs.values()):
+        graphs = state.get("graphs", {"chosen": {}})
+        chosen = graphs.get("chosen") if isinstance(graphs, dict) else None
+        if not isinstance(chosen, dict) or not all(isinstance(x, bool) for x in chosen.values()):
             raise UserError(f"{where}: state.json: graphs are damaged")
-        if self.graphs:
-            self.graphs.chosen = {**graphs}
+        if self.graphs and graphs.get("measured") == self.measured_on():
+            self.graphs.chosen = {**chosen, **self.graphs.chosen}
         trainer.alpha, trainer.tau = values.pop("alpha"), values.pop("tau")
         for name, size in values.items():
             setattr(trainer.sizes, name, size)

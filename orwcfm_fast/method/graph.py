@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orwcfm_fast.device import out_of_memory
 from orwcfm_fast.distributed import ProcessGroup
 from orwcfm_fast.errors import UserError
 from orwcfm_fast.method.coupling import Batch
@@ -78,18 +79,18 @@ class GraphChoices:
         found, seconds = timed(way)
         times = self.seconds[label]
         times[replayed].append(seconds)
-        if len(times[True]) == TRIES:
+        if len(times[True]) >= TRIES:
             faster = min(times[False]) / min(times[True])
             self.choose(label, faster > MARGIN, f"{faster:.2f} times as fast")
         return found
 
     def failed(self, label: str, error: Exception) -> None:
-        """A recording could not be made.
+        """A recording could not be made; where memory ran out, these calls are not replayed.
 
         Raises:
-            Exception: the same, where all calls should be replayed.
+            Exception: the same, for other reasons, and where all calls should be replayed.
         """
-        if self.told:
+        if self.told or not out_of_memory(error):
             raise error
         self.choose(label, False, str(error).split("\n")[0] or type(error).__name__)
 
@@ -110,23 +111,19 @@ def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
 def record(body: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """The body's kernels, kept and not run: what runs them, and the tensor they leave its result in."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    failed: list[Exception] = []
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # rewards may run in another thread
-            found = body()
-    except RuntimeError as error:
-        raise first_of(error) from None
+            try:
+                found = body()
+            except Exception as error:
+                failed.append(error)
+                raise
+    except Exception as error:  # the end of a broken recording fails too, and leaves its own stream current
+        raise (failed or [error])[0] from None
     finally:
-        torch.cuda.set_stream(
-            stream
-        )  # the end of a broken recording fails too, and leaves its own stream current
+        torch.cuda.set_stream(stream)
     return graph.replay, found
-
-
-def first_of(error: BaseException) -> BaseException:
-    """The error in whose handling this one came up, or itself."""
-    while error.__context__:
-        error = error.__context__
-    return error
 
 
 class StepGraph:

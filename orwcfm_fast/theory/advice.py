@@ -42,7 +42,13 @@ SOON = {
     "rollout": 128, "steps_per_round": 4, "batch": 32, "rounds": 5, "lr": 0.002, "warmup": 2,
 }  # fmt: skip
 WISHES = (
-    Wish("much reward soon", None, None, "small rounds; more of them cost diversity", SOON),
+    Wish(
+        "much reward soon",
+        None,
+        None,
+        "small rounds; costs much of the diversity, more rounds cost more",
+        SOON,
+    ),
     Wish("more reward, diversity kept", 0.3, 0.25, "drift settles, samples stay clear", {"rounds": 14}),
     Wish("some reward, hardly any drift", 1.0, 0.25, "the default"),
     Wish("all the reward there is", 0.0, 0.25, "nothing holds it back; diversity falls", {"rounds": 12}),

@@ -1,6 +1,7 @@
 """The race: what is read off a run, and that everybody starts and is tried alike."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,22 @@ def test_drift_is_read_at_the_common_limit_and_seconds_from_the_whole_run():
     assert found["seconds_to"] == {"0.65": 4, "0.8": None}, "only one of two has three looks at 0.8"
     assert race.measures([patient], limit=6)["seconds_to"]["0.8"] == 5
     assert found["diversity"][0] == pytest.approx(44 / 50)
+
+
+def test_seconds_stand_with_their_range_and_a_run_that_broke_off_with_its_reason():
+    slower = [*looks((0, 0.5, 0, 50)), *looks((9, 0.9, 3, 40), (10, 0.9, 3, 40), (11, 0.9, 3, 40))]
+    clock = Looks.__new__(Looks)
+    clock.seen, clock.running = [*RUN], 7.0
+    clock.broke_off("its samples are not finite")
+    row = {
+        "name": "raft",
+        "goal": "soon",
+        "trial": {"lr": 0.1},
+        **race.measures([slower, clock.seen], limit=11),
+    }
+    row["runs"] = [[asdict(look) for look in one] for one in (slower, clock.seen)]
+    assert race_report.cells(row)[1:3] == ["6.5 (4 to 9)", "– (9 to –)"]
+    assert race_report.settings_of(row) == "raft: lr 0.1; broke off: its samples are not finite"
 
 
 def test_settings_of_the_short_form_are_those_that_the_full_one_chose():

@@ -200,20 +200,40 @@ def test_without_a_recording_that_fails_the_loop_goes_on(monkeypatch, fails_at, 
     same_rounds(trained(4), trainer)
 
 
-def test_what_failed_first_is_raised_where_all_must_be_replayed(monkeypatch):
+@pytest.mark.parametrize("told", [True, False])
+def test_a_recording_that_fails_for_another_reason_than_memory_ends_the_run(monkeypatch, told):
     def record(body):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graph, "record", record)
     with pytest.raises(RuntimeError, match="not permitted"):
-        trained(1, graphs=VelocityGraphs(GraphChoices()))
-    try:
-        try:
-            raise torch.OutOfMemoryError("the cause")
-        finally:
+        trained(4, graphs=VelocityGraphs(GraphChoices(told)))
+
+
+def test_a_recording_that_breaks_gives_its_cause_and_the_stream_back(monkeypatch):
+    class Capture:
+        def __init__(self, *args, **kwargs):
+            streams.append("capture")
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
             raise RuntimeError("capture_end fails in its turn")
-    except RuntimeError as error:
-        assert str(graph.first_of(error)) == "the cause"
+
+    def body():
+        raise torch.OutOfMemoryError("the cause")
+
+    streams = ["own"]
+    for name, stand_in in {
+        "CUDAGraph": object, "graph": Capture, "set_stream": streams.append, "current_stream": lambda: streams[-1],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with pytest.raises(torch.OutOfMemoryError, match="the cause"):
+        graph.record(body)
+    assert streams == ["own", "capture", "own"]
+    with pytest.raises(RuntimeError, match="in its turn"):
+        graph.record(lambda: torch.zeros(1))
 
 
 def test_what_was_chosen_is_kept_for_a_resumed_run():
@@ -228,8 +248,24 @@ def test_what_was_chosen_is_kept_for_a_resumed_run():
     resumed, choices = controlled()
     resumed.restore(state, "a checkpoint")
     assert choices.refused("velocities of 4") and not choices.refused("velocities of 2")
-    with pytest.raises(UserError, match="graphs are damaged"):
-        resumed.restore(state | {"graphs": {"velocities of 4": "yes"}}, "a checkpoint")
+    elsewhere, choices = controlled()
+    elsewhere.restore(
+        state | {"graphs": state["graphs"] | {"measured": ["another GPU", False]}}, "a checkpoint"
+    )
+    assert not choices.chosen
+    for damaged in ({"chosen": {"velocities of 4": "yes"}}, {}, []):
+        with pytest.raises(UserError, match="graphs are damaged"):
+            resumed.restore(state | {"graphs": damaged}, "a checkpoint")
+
+
+def test_what_was_chosen_after_a_round_that_is_rolled_back_stays_chosen():
+    trainer = trained(0)
+    choices = measuring(trainer)
+    controller = RunController(trainer)
+    state = json.loads(json.dumps(controller.to_state()))
+    choices.choose("steps of 6 in parts of 6", True, "2.00 times as fast")
+    controller.restore(state, "a checkpoint")
+    assert choices.chosen == {"steps of 6 in parts of 6": True}
 
 
 def test_nothing_is_recorded_where_it_cannot_be():
