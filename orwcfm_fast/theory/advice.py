@@ -13,13 +13,13 @@ class Wish:
     """One wish and what answers it.
 
     Attributes:
-        alpha, pull: α, and τ times the standard deviation of the rewards; None of a method that has none.
+        pull: τ times the standard deviation of the rewards.
         settings: beside α and τ, those that differ from the defaults.
     """
 
     name: str
-    alpha: float | None
-    pull: float | None
+    alpha: float
+    pull: float
     why: str
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -29,26 +29,15 @@ class Wish:
         Args:
             more: arguments that go first, of model and reward.
         """
-        given = dict(self.settings)
-        if self.alpha is not None and self.pull is not None:
-            tau = self.pull / (1.0 if self.settings.get("weights") == "advantage" else spread)
-            given = {"alpha": f"{self.alpha:g}", "tau": f"{tau:.2g}", **given}
+        tau = self.pull / (1.0 if self.settings.get("weights") == "advantage" else spread)
+        given = {"alpha": f"{self.alpha:g}", "tau": f"{tau:.2g}", **self.settings}
         flags = (f"--{key.replace('_', '-')} {value}" for key, value in given.items())
         return " ".join(("orwcfm finetune", *more, *flags))
 
 
-SOON = {
-    "method": "nft", "nft_beta": 0.1,
-    "rollout": 128, "steps_per_round": 4, "batch": 32, "rounds": 5, "lr": 0.002, "warmup": 2,
-}  # fmt: skip
+SMALL_ROUNDS = {"rollout": 128, "steps_per_round": 4, "batch": 32, "rounds": 5, "lr": 0.002, "warmup": 2}
 WISHES = (
-    Wish(
-        "much reward soon",
-        None,
-        None,
-        "small rounds; costs much of the diversity, more rounds cost more",
-        SOON,
-    ),
+    Wish("much reward soon", 0.0, 1.0, "small rounds: new samples after few steps; diversity falls", SMALL_ROUNDS),
     Wish("more reward, diversity kept", 0.3, 0.25, "drift settles, samples stay clear", {"rounds": 14}),
     Wish("some reward, hardly any drift", 1.0, 0.25, "the default"),
     Wish("all the reward there is", 0.0, 0.25, "nothing holds it back; diversity falls", {"rounds": 12}),

@@ -31,13 +31,13 @@ def test_what_is_advised_can_be_typed_and_every_option_of_it_counts(wish):
     model = {"model": "diffusers:flux", "prompts": "prompts.txt"} if wish is MANY_PROMPTS else {}
     s = Finetune(**given | model)
     effects.check_effect(effects.FINETUNE, given, s, out=None, overwrite=False)
-    assert given.get("alpha") == wish.alpha and ("tau" in given) == (wish.pull is not None)
+    assert s.alpha == wish.alpha
     assert all(getattr(s, key) == value for key, value in wish.settings.items())
 
 
 def test_a_reward_in_other_units_is_advised_the_same_weights():
-    digits, kilobytes = (_settings(WISHES[1].command(spread))["tau"] for spread in (0.5, 50.0))
-    assert digits * 0.5 == pytest.approx(kilobytes * 50.0) == pytest.approx(WISHES[1].pull)
+    digits, kilobytes = (_settings(WISHES[0].command(spread))["tau"] for spread in (0.5, 50.0))
+    assert digits * 0.5 == pytest.approx(kilobytes * 50.0) == pytest.approx(WISHES[0].pull)
 
 
 def test_predict_ends_with_advice_for_its_model_and_reward(run_cli, tiny_run):
@@ -47,5 +47,5 @@ def test_predict_ends_with_advice_for_its_model_and_reward(run_cli, tiny_run):
     for line, wish in zip(advised, WISHES, strict=True):
         name, command = line.strip().split(": ", 1)
         given = _settings(command)
-        assert name == wish.name and given.get("alpha") == wish.alpha
+        assert name == wish.name and given["alpha"] == wish.alpha
         assert str(tiny_run) in given["checkpoint"] and given["reward"]
