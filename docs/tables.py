@@ -49,10 +49,10 @@ def signed(value: float, digits: int) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def _methods(data: str = "digits") -> dict[tuple[float, str], list[dict[str, Any]]]:
+def _methods(data: str = "digits", name: str = "methods") -> dict[tuple[float, str], list[dict[str, Any]]]:
     """What each method came to at each α, a row a seed."""
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
-    for row in results(f"methods-{data}")["runs"]:
+    for row in results(f"{name}-{data}")["runs"]:
         after = row["after"] | {"reward": row["after"]["reward"][0]}
         after["over"] = after["w2_coupled"] / row["least_w2"][1]
         groups.setdefault((row["alpha"], row["method"]), []).append(after)
@@ -121,25 +121,39 @@ def mnist_equal_drift() -> str:
     return _equal_drift("mnist")
 
 
+MNIST_COLUMNS = (
+    "reward",
+    "coupled W2",
+    "over the least",
+    "confidence",
+    "diversity",
+    "FID",
+    "rarest even class",
+)
+
+
+def _mnist(after: dict[str, Any]) -> list[str]:
+    even = min(share for digit, share in after["classes"].items() if int(digit) % 2 == 0)
+    return [
+        f"{after['reward']:.3f}", f"{after['w2_coupled']:.2f}", f"{after['over']:.2f}", f"{after['confidence']:.3f}",
+        f"{after['diversity']:.1f}", f"{after['fid'][0]:.0f}", f"{even:.1%}",
+    ]  # fmt: skip
+
+
 @table
 def mnist() -> str:
-    rows = []
-    for (alpha, name), (after, *_) in _methods("mnist").items():
-        even = min(share for digit, share in after["classes"].items() if int(digit) % 2 == 0)
-        rows.append([
-            f"{alpha:g}", f"`{name}`", f"{after['reward']:.3f}", f"{after['w2_coupled']:.2f}", f"{after['over']:.2f}",
-            f"{after['confidence']:.3f}", f"{after['diversity']:.1f}", f"{after['fid'][0]:.0f}", f"{even:.1%}",
-        ])  # fmt: skip
-    columns = (
-        "reward",
-        "coupled W2",
-        "over the least",
-        "confidence",
-        "diversity",
-        "FID",
-        "rarest even class",
+    rows = (
+        [f"{alpha:g}", f"`{name}`", *_mnist(after)]
+        for (alpha, name), (after, *_) in _methods("mnist").items()
     )
-    return lines(("α", "method", *columns), rows)
+    return lines(("α", "method", *MNIST_COLUMNS), rows)
+
+
+@table
+def mnist_longer() -> str:
+    at = (0, "orw-centred")
+    rounds = {12: _methods("mnist")[at], 16: _methods("mnist", "longer")[at]}
+    return lines(("rounds", *MNIST_COLUMNS), ([f"{n}", *_mnist(after)] for n, (after, *_) in rounds.items()))
 
 
 @table
