@@ -128,9 +128,8 @@ def rounds(s: Sizes) -> dict[str, Any]:
         records = [*trainer.train(2)]
         found[name] = {k: v for k, v in records[1].items() if k.startswith(("seconds_", "images_per_s_"))}
         if trainer.graphs:
-            found[name]["graphs"] = trainer.graphs.choices.chosen | {
-                "seconds": trainer.graphs.choices.seconds
-            }
+            choices = trainer.graphs.choices
+            found[name]["graphs"] = {"chosen": choices.chosen, "seconds": choices.seconds}
     return found
 
 

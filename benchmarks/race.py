@@ -167,7 +167,7 @@ def race(
     held_out: int = 0,
     base: Policy | None = None,
 ) -> dict[str, Any]:
-    """The race, full or track.
+    """The race, full or short.
 
     Args:
         watch: told of every run that is over.

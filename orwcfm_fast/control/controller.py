@@ -135,8 +135,9 @@ class RunController(Callback):
             "guard": self.guard.to_state(),
             "notes": self.notes,
             "rollbacks": [self.rollbacks, self.refused_round],
-            "graphs": {"measured": self.measured_on(), "chosen": self.graphs.chosen if self.graphs else {}},
         }
+        if self.graphs:
+            found["graphs"] = {"measured": self.measured_on(), "chosen": self.graphs.chosen}
         return found | ({"steering": self.steering.to_state()} if self.steering else {})
 
     def restore(self, state: dict[str, Any], where: str) -> None:

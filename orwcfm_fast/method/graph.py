@@ -43,8 +43,8 @@ def can_record(settings: Finetune, policy: Policy, ranks: ProcessGroup) -> bool:
 class GraphChoices:
     """Which calls are replayed from recordings, by label: what is called and its number of samples.
 
-    Calls of a label are timed as they are, then, once recorded, as replays; the faster way stays. The two follow each
-    other, so that a recording never lies in memory beside what the call itself needs.
+    Calls of a label are timed as they are, then, once recorded, as replays, which stay where they are `MARGIN` times as
+    fast. The two follow each other, so that a recording never lies in memory beside what the call itself needs.
 
     Args:
         told: all are replayed, and nothing is timed.

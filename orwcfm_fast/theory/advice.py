@@ -37,13 +37,7 @@ class Wish:
 
 SMALL_ROUNDS = {"rollout": 128, "steps_per_round": 4, "batch": 32, "rounds": 5, "lr": 0.002, "warmup": 2}
 WISHES = (
-    Wish(
-        "much reward soon",
-        0.0,
-        1.0,
-        "small rounds: new samples after few steps; diversity falls",
-        SMALL_ROUNDS,
-    ),
+    Wish("much reward soon", 0.0, 1.0, "small rounds; diversity falls", SMALL_ROUNDS),
     Wish("more reward, diversity kept", 0.3, 0.25, "drift settles, samples stay clear", {"rounds": 14}),
     Wish("some reward, hardly any drift", 1.0, 0.25, "the default"),
     Wish("all the reward there is", 0.0, 0.25, "nothing holds it back; diversity falls", {"rounds": 12}),
